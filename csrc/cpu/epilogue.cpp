@@ -1,0 +1,102 @@
+// The epilogues of the panel engine: what happens to a tile of inner products between two library products.
+//
+// `statistics` turns one tile's logits into partial log-sum-exps, `weights` turns them into the gradient's weights;
+// each reads the tile once. A tile of the Gram matrix serves two half tiles: S between texts of I and audios of J, and,
+// stored transposed, S between texts of J and audios of I. `half<kSwap>` code covers both: in the first a row of the
+// block is a text and a column an audio, in the second (kSwap) the other way round.
+//
+// Compiled once for each instruction set (SUPCLAP_ISA names it), with nothing from the standard library that the
+// linker could merge across them. Results do not depend on the number of threads: a chunk of kRowChunk rows is one
+// unit of work, and its sums over columns are merged in the chunks' order.
+#include "kernels.h"
+
+#include <math.h>
+
+#include "parallel.h"
+#include "vector_math.h"
+
+namespace supclap {
+namespace SUPCLAP_ISA {
+namespace {
+
+constexpr double kEps = 1e-4;              // smoothing of the gap
+constexpr double kFarC = 4.0;              // is_far of gradients.py
+constexpr double kFarGap = 1.0 / 16;
+constexpr int64_t kRowChunk = 16;
+constexpr int64_t kSerialWork = 1 << 14;   // elements below which threads cost more than they bring
+
+template <class Body>
+void run(const Problem& p, int64_t chunks, int64_t work, Body body) {
+  const int threads = work < kSerialWork ? 1 : p.threads;
+  parallel(chunks, threads, [](void* data, int64_t n) { (*static_cast<Body*>(data))(n); }, &body);
+}
+
+// The caller's rows, and Problem::rows by name.
+template <class Real>
+struct Rows {
+  const Real *T, *A, *R;
+  Real* base;
+  int64_t N;
+  explicit Rows(const Problem& p)
+      : T(static_cast<const Real*>(p.T)), A(static_cast<const Real*>(p.A)),
+        R(static_cast<const Real*>(p.R)), base(static_cast<Real*>(p.rows)), N(p.N) {}
+  Real* operator[](int row) const { return base + row * N; }
+};
+
+// The blocks of one panel, each [ni, nj]; null where the mode has none.
+template <class Real>
+struct Blocks {
+  Real *S = nullptr, *S_swap = nullptr, *Q = nullptr, *K = nullptr;
+  Blocks(const Problem& p, const Tile& tile, Real* panel) {
+    const int64_t size = tile.ni * tile.nj;
+    S = panel, panel += size;
+    if (tile.i0 != tile.j0) S_swap = panel, panel += size;
+    if (p.svr) Q = panel, panel += size;
+    if (p.svr && p.mirror) K = panel;
+  }
+  Blocks row(int64_t i, int64_t nj) const {
+    Blocks result = *this;
+    Real** all[] = {&result.S, &result.S_swap, &result.Q, &result.K};
+    for (Real** block : all)
+      if (*block) *block += i * nj;
+    return result;
+  }
+};
+
+template <class Real>
+SUPCLAP_HD bool masked(Real product) {
+  return product < Real(0.5 * kMasked);
+}
+
+template <class Real>
+SUPCLAP_HD Real logit(Real product, Real k, Real b) {
+  return masked(product) ? Real(kMasked) : k * product + b;
+}
+
+#include "rows.h"
+#include "statistics.h"
+#include "weights.h"
+
+// Selects the kernel for the accumulator's type.
+#define SUPCLAP_REAL(call) (p.is_double ? call<double> : call<float>)
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = {
+      [](const Problem& p) { return SUPCLAP_REAL(prepare_rows)(p); },
+      [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(mask)(p, t, panel); },
+      [](const Problem& p, const Tile& t, const void* panel) { SUPCLAP_REAL(statistics)(p, t, panel); },
+      [](const Problem& p, double* terms) { SUPCLAP_REAL(finish_statistics)(p, terms); },
+      [](const Problem& p) { SUPCLAP_REAL(prepare_weights)(p); },
+      [](const Problem& p, const Tile& t, const void* panel, void* out) {
+        SUPCLAP_REAL(weights)(p, t, panel, out);
+      },
+      [](const Problem& p, void* dT, void* dA, void* dR, double* scalars) {
+        SUPCLAP_REAL(finish_gradients)(p, dT, dA, dR, scalars);
+      }};
+  return table;
+}
+
+}  // namespace SUPCLAP_ISA
+}  // namespace supclap

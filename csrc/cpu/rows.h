@@ -1,0 +1,181 @@
+// Work that is O(N D): the geometry of the rows before the tiles, and what belongs to the rows alone after them.
+// Included by epilogue.cpp inside its namespace.
+
+// <x, y> in double, for the small differences that c = R / r multiplies.
+template <class Real>
+double dot(const Real* x, const Real* y, int64_t D) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < D; ++d) sum += double(x[d]) * double(y[d]);
+  return sum;
+}
+
+template <class Real>
+int64_t prepare_rows(const Problem& p) {
+  const int64_t chunks = (p.N + kRowChunk - 1) / kRowChunk;
+  run(p, chunks, p.N * p.D, [&](int64_t chunk) {
+    Rows<Real> row(p);
+    for (int64_t i = chunk * kRowChunk; i < p.N && i < (chunk + 1) * kRowChunk; ++i) {
+      const Real* t = row.T + i * p.D;
+      const Real* a = row.A + i * p.D;
+      row[kPositive][i] = Real(dot(t, a, p.D));
+      if (!p.R) continue;
+      double ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
+#pragma omp simd reduction(+ : ee, et, ea, tt, aa)
+      for (int64_t d = 0; d < p.D; ++d) {
+        const double x = t[d], y = a[d], e = y - x;
+        ee += e * e, et += e * x, ea += e * y, tt += x * x, aa += y * y;
+      }
+      const double r = sqrt(ee + kEps * kEps), c = double(row.R[i]) / r;
+      const bool far = c > kFarC || c < -kFarC || r < kFarGap;
+      row[kGap][i] = Real(r);
+      row[kC][i] = Real(c);
+      row[kTileC][i] = far ? Real(0) : Real(c);
+      row[kOffset][i] = far ? Real(kMasked) : Real(0);
+      row[kStepText][i] = Real(et);
+      row[kStepAudio][i] = Real(ea);
+      const double text = tt + 2 * c * et + c * c * ee, audio = aa - 2 * c * ea + c * c * ee;
+      row[kTextInverse][i] = p.renormalize ? Real(1 / sqrt(text)) : Real(1);
+      row[kAudioInverse][i] = p.renormalize ? Real(1 / sqrt(audio)) : Real(1);
+    }
+  });
+  const Rows<Real> row(p);
+  int64_t far = 0;
+  for (int64_t i = 0; p.svr && i < p.N; ++i) far += row[kOffset][i] != Real(0);
+  return far;
+}
+
+// Inner products of the positives with the support vectors: <t_sup_i, a_i> and <a_sup_i, t_i>.
+template <class Real>
+struct Positive {
+  double s, x, y;
+  Positive(const Problem& p, const Rows<Real>& row, int64_t i) : s(row[kPositive][i]), x(0), y(0) {
+    if (!p.svr) return;
+    const double c = row[kC][i];
+    x = (s + c * row[kStepAudio][i]) * row[kTextInverse][i];
+    y = (s - c * row[kStepText][i]) * row[kAudioInverse][i];
+  }
+};
+
+template <class Real>
+void finish_statistics(const Problem& p, double* terms) {
+  Rows<Real> row(p);
+  Real* state = static_cast<Real*>(p.state);
+  for (int64_t i = 0; i < p.N; ++i) {
+    const Positive<Real> positive(p, row, i);
+    const double logits[kDirections] = {positive.s, positive.s, positive.x,
+                                        p.mirror ? positive.y : positive.x};
+    const bool used[kDirections] = {true, p.infonce != 0, p.svr != 0, p.mirror || p.shared};
+    double loss[kDirections] = {};
+    const double panel_logit = Real(p.k) * row[kPanelPositive][i] + Real(p.infonce ? 0 : p.b);
+    for (int d = 0; d < kDirections; ++d) {
+      const double m = p.running[d * p.N + i], l = p.running[(kDirections + d) * p.N + i];
+      double top = m, total = l, others = l;
+      if (used[d] && p.infonce) {
+        const double z = p.k * logits[d];
+        top = m > z ? m : z;
+        others = l * exp(m - top);
+        total = others + exp(z - top);
+        loss[d] = log(total) + (top - z);
+        if (z != z) loss[d] = z;
+      } else if (used[d]) {
+        const double z = -(p.k * logits[d] + p.b);
+        loss[d] = l + (z > 0 ? z : 0) + log1p(exp(z > 0 ? -z : z));
+      }
+      state[d * p.N + i] = Real(top);
+      state[(kDirections + d) * p.N + i] = Real(total);
+      state[(2 * kDirections + d) * p.N + i] = Real(others);
+    }
+    terms[i] = loss[kTextRows];
+    terms[p.N + i] = loss[kAudioRows];
+    terms[2 * p.N + i] = loss[kSupportRows] + loss[kOtherRows];
+    const double R = p.R ? double(row.R[i]) : 0, r = p.R ? double(row[kGap][i]) : 0;
+    terms[3 * p.N + i] = (R > r ? R - r : 0) + (R < 0 ? -R : 0);
+    if (R != R) terms[3 * p.N + i] = R;
+    terms[4 * p.N + i] = p.running[kTextRows * p.N + i] >= panel_logit;
+    terms[5 * p.N + i] = p.running[kAudioRows * p.N + i] >= panel_logit;
+  }
+}
+
+template <class Real>
+void prepare_weights(const Problem& p) {
+  const Real* state = static_cast<const Real*>(p.state);
+  const Real* omega = static_cast<const Real*>(p.omega);
+  Real* factors = static_cast<Real*>(p.factors);
+  for (int64_t n = 0; n < kSums * p.N; ++n) p.sums[n] = 0;
+  for (int d = 0; d < kDirections; ++d) {
+    const Real factor = d < kSupportRows ? Real(1) : Real(p.alpha);
+    for (int64_t i = 0; i < p.N; ++i) {
+      factors[d * p.N + i] = state[d * p.N + i];
+      const Real l = p.infonce ? state[(kDirections + d) * p.N + i] : Real(1);
+      factors[(kDirections + d) * p.N + i] = factor * omega[i] / l;
+    }
+  }
+}
+
+// Coefficients of t, a and e = a - t in a row's own part of dT or dA.
+struct Mix {
+  double t = 0, a = 0, e = 0;
+};
+
+template <class Real>
+void add_mix(const Mix& mix, const Real* t, const Real* a, Real* out, int64_t D) {
+  const Real mt = Real(mix.t), ma = Real(mix.a), me = Real(mix.e);
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) out[d] += mt * t[d] + ma * a[d] + me * (a[d] - t[d]);
+}
+
+template <class Real>
+void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, double* scalars) {
+  Rows<Real> row(p);
+  const Real* state = static_cast<const Real*>(p.state);
+  const Real* omega = static_cast<const Real*>(p.omega);
+  double dk = 0, db = 0;
+  const int64_t N = p.N, D = p.D;
+  // Both passes are cheap; the scalars are summed in order, so the result does not depend on the threads.
+  for (int64_t i = 0; i < N; ++i) {
+    const Positive<Real> positive(p, row, i);
+    const auto slope = [&](Direction d, double product) {  // gradient of direction d with respect to its positive
+      if (p.infonce)
+        return -double(state[(2 * kDirections + d) * N + i]) / double(state[(kDirections + d) * N + i]);
+      const double z = p.k * product + p.b;
+      return z > 0 ? -exp(-z) / (1 + exp(-z)) : -1 / (1 + exp(z));
+    };
+    const double w = omega[i];
+    const double g = w * (slope(kTextRows, positive.s) + (p.infonce ? slope(kAudioRows, positive.s) : 0));
+    double h = 0, u = 0;
+    if (p.svr) h = p.alpha * w * (slope(kSupportRows, positive.x) + (p.shared ? slope(kOtherRows, positive.x) : 0));
+    if (p.svr && p.mirror) u = p.alpha * w * slope(kOtherRows, positive.y);
+    const auto sum = [&](Sum which) { return p.sums[which * N + i]; };
+    dk += sum(kSumBase) + sum(kSumSupportText) + sum(kSumSupportAudio) + g * positive.s + h * positive.x + u * positive.y;
+    db += sum(kSumBias) + g + h + u;
+
+    Mix text, audio;
+    text.a = audio.t = p.k * g;
+    if (p.R) {
+      const double r = row[kGap][i], c = row[kC][i], R = row.R[i];
+      const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
+      const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
+      const double H = p.k * h * nt, U = p.k * u * na;
+      const double sigma_t = p.renormalize ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
+      const double sigma_a = p.renormalize ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
+      double rho = p.k * nt * (sum(kSumRhoText) + h * ea) / r - sigma_t * (et + c * ee) / r + sum(kSumRhoFar);
+      if (p.mirror) rho += p.k * na * (sum(kSumRhoAudio) - u * et) / r - sigma_a * (c * ee - ea) / r;
+      const double hinge = R > r ? p.beta * w : 0;
+      const double along = (c * rho + hinge) / r;
+      text.a += (1 - c) * H + U - c * sigma_a;
+      text.t += c * U - (1 - c) * sigma_t;
+      text.e += c * c * sigma_a - c * U - (1 - c) * c * sigma_t + along;
+      audio.t += H + (1 - c) * U - c * sigma_t;
+      audio.a += c * H - (1 - c) * sigma_a;
+      audio.e += c * H - c * c * sigma_t + (1 - c) * c * sigma_a - along;
+      if (dR) static_cast<Real*>(dR)[i] = Real(rho + hinge - (R < 0 ? p.beta * w : 0));
+    }
+    const Real* t = row.T + i * D;
+    const Real* a = row.A + i * D;
+    if (dT) add_mix(text, t, a, static_cast<Real*>(dT) + i * D, D);
+    if (dA) add_mix(audio, t, a, static_cast<Real*>(dA) + i * D, D);
+  }
+  scalars[0] = dk;
+  scalars[1] = db;
+}

@@ -1,0 +1,166 @@
+// The Python module `supclap_kernels._native`: pointers in, nothing of torch.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cuda_module.h"
+
+namespace py = pybind11;
+using namespace supclap;
+
+namespace {
+
+struct Isa {
+  std::string name;
+  bool runs;  // on this processor
+  const Kernels* kernels;
+};
+
+// Compiled instruction sets, widest last.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> found{{"baseline", true, &baseline::kernels()}};
+#if SUPCLAP_HAVE_AVX2
+    found.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kernels()});
+#endif
+#if SUPCLAP_HAVE_AVX512
+    found.push_back({"avx512",
+                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+                     &avx512::kernels()});
+#endif
+    return found;
+  }();
+  return all;
+}
+
+const Isa* widest() {
+  const Isa* best = nullptr;
+  for (const Isa& isa : isas())
+    if (isa.runs) best = &isa;
+  return best;
+}
+
+const Isa*& active() {
+  static const Isa* isa = widest();
+  return isa;
+}
+
+const Kernels& kernels() { return *active()->kernels; }
+
+void set_isa(const std::string& name) {
+  for (const Isa& isa : isas())
+    if (isa.name == name && isa.runs) {
+      active() = &isa;
+      return;
+    }
+  throw std::invalid_argument("instruction set '" + name + "' is not compiled in, or not of this processor");
+}
+
+py::list isa_names(bool only_running) {
+  py::list names;
+  for (const Isa& isa : isas())
+    if (isa.runs || !only_running) names.append(isa.name);
+  return names;
+}
+
+// A pointer field of Problem as an integer property.
+template <class Pointer>
+void pointer(py::class_<Problem>& cls, const char* name, Pointer Problem::* field) {
+  cls.def_property(
+      name, [field](const Problem& p) { return reinterpret_cast<uintptr_t>(p.*field); },
+      [field](Problem& p, uintptr_t address) { p.*field = reinterpret_cast<Pointer>(address); });
+}
+
+template <class Type>
+Type* at(uintptr_t address) {
+  return reinterpret_cast<Type*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.attr("isa_compiled") = isa_names(false);
+  m.attr("isa_running") = isa_names(true);
+  m.def("isa", [] { return active()->name; }, "Instruction set in use.");
+  m.def("set_isa", &set_isa, "Chooses an instruction set by hand.");
+  m.def("parallel_runtime", &parallel_runtime, "Where the threads come from.");
+  m.attr("MASKED") = kMasked;
+  m.attr("MAX_TILE") = kMaxTile;
+  m.attr("ROWS") = int(kRows);
+  m.attr("SUMS") = int(kSums);
+  m.attr("DIRECTIONS") = int(kDirections);
+  py::dict row;  // rows of Problem.rows that Python reads
+  row["gap"] = int(kGap), row["c"] = int(kC), row["offset"] = int(kOffset);
+  row["text_inverse"] = int(kTextInverse), row["audio_inverse"] = int(kAudioInverse);
+  m.attr("ROW") = row;
+  py::dict sum;  // rows of Problem.sums that Python writes
+  sum["bias"] = int(kSumBias), sum["rho_far"] = int(kSumRhoFar);
+  sum["support_text"] = int(kSumSupportText), sum["support_audio"] = int(kSumSupportAudio);
+  m.attr("SUM") = sum;
+
+  py::class_<Problem> problem(m, "Problem", "See csrc/params.h: every field with its shape.");
+  problem.def(py::init([] { return Problem{}; }))
+      .def_readwrite("N", &Problem::N)
+      .def_readwrite("D", &Problem::D)
+      .def_readwrite("is_double", &Problem::is_double)
+      .def_readwrite("infonce", &Problem::infonce)
+      .def_readwrite("svr", &Problem::svr)
+      .def_readwrite("mirror", &Problem::mirror)
+      .def_readwrite("shared", &Problem::shared)
+      .def_readwrite("renormalize", &Problem::renormalize)
+      .def_readwrite("threads", &Problem::threads)
+      .def_readwrite("k", &Problem::k)
+      .def_readwrite("b", &Problem::b)
+      .def_readwrite("alpha", &Problem::alpha)
+      .def_readwrite("beta", &Problem::beta);
+  pointer(problem, "T", &Problem::T);
+  pointer(problem, "A", &Problem::A);
+  pointer(problem, "R", &Problem::R);
+  pointer(problem, "w", &Problem::w);
+  pointer(problem, "code", &Problem::code);
+  pointer(problem, "rows", &Problem::rows);
+  pointer(problem, "running", &Problem::running);
+  pointer(problem, "state", &Problem::state);
+  pointer(problem, "omega", &Problem::omega);
+  pointer(problem, "factors", &Problem::factors);
+  pointer(problem, "sums", &Problem::sums);
+
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def("prepare_rows", [](const Problem& p) { return kernels().prepare_rows(p); }, Release());
+  m.def(
+      "mask",
+      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
+        kernels().mask(p, Tile{i0, ni, j0, nj}, at<void>(panel));
+      },
+      Release());
+  m.def(
+      "statistics",
+      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
+        kernels().statistics(p, Tile{i0, ni, j0, nj}, at<void>(panel));
+      },
+      Release());
+  m.def(
+      "finish_statistics",
+      [](const Problem& p, uintptr_t terms) { kernels().finish_statistics(p, at<double>(terms)); },
+      Release());
+  m.def("prepare_weights", [](const Problem& p) { kernels().prepare_weights(p); }, Release());
+  m.def(
+      "weights",
+      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel, uintptr_t out) {
+        kernels().weights(p, Tile{i0, ni, j0, nj}, at<void>(panel), at<void>(out));
+      },
+      Release());
+  m.def(
+      "finish_gradients",
+      [](const Problem& p, uintptr_t dT, uintptr_t dA, uintptr_t dR, uintptr_t scalars) {
+        kernels().finish_gradients(p, at<void>(dT), at<void>(dA), at<void>(dR), at<double>(scalars));
+      },
+      Release());
+  bind_cuda(m);
+}

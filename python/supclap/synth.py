@@ -1,0 +1,314 @@
+"""A corpus of synthetic scenes: WAV files whose captions say what happens, when and how often.
+
+A scene is one to three phases in time, each one kind of event repeated, over a background. Scenes
+come in families of hard negatives: the same events in another order, or in another number.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from .config import UserError
+
+RATE = 16_000
+CAPTIONS = 5
+SPLITS = {"train": 0.7, "val": 0.15, "test": 0.15}
+LONGEST = 4.0  # seconds of events in one clip
+
+Rng = np.random.Generator
+Wave = np.ndarray  # [S] float64
+
+
+def seconds(duration: float) -> Wave:
+    """Time axis of a sound: [S]."""
+    return np.arange(int(duration * RATE)) / RATE
+
+
+def sweep(frequency: Wave) -> Wave:
+    """Sine whose frequency at each sample is given."""
+    return np.sin(2 * np.pi * np.cumsum(frequency) / RATE)
+
+
+def faded(wave: Wave, edge: float = 0.01) -> Wave:
+    """Raise and lower the ends over `edge` seconds, so that no click is added."""
+    ramp = np.minimum(1.0, np.arange(1, len(wave) + 1) / (edge * RATE))
+    return wave * ramp * ramp[::-1]
+
+
+def coloured(rng: Rng, length: int, slope: float) -> Wave:
+    """Noise whose amplitude falls as frequency ** -slope, with unit deviation."""
+    spectrum = np.fft.rfft(rng.standard_normal(length))
+    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** -slope
+    wave = np.fft.irfft(spectrum, length)
+    return wave / wave.std()
+
+
+def click(rng: Rng) -> Wave:
+    t = seconds(0.02)
+    return rng.standard_normal(len(t)) * np.exp(-t / 0.003)
+
+
+def knock(rng: Rng) -> Wave:
+    t = seconds(0.15)
+    return np.sin(2 * np.pi * rng.uniform(150, 200) * t) * np.exp(-t / 0.04)
+
+
+def beep(rng: Rng) -> Wave:
+    t = seconds(0.14)
+    return 0.6 * faded(np.sin(2 * np.pi * rng.uniform(1400, 1800) * t))
+
+
+def noise_burst(rng: Rng) -> Wave:
+    return 0.35 * faded(rng.standard_normal(int(0.25 * RATE)))
+
+
+def rising_chirp(rng: Rng) -> Wave:
+    t = seconds(rng.uniform(0.5, 0.7))
+    low, high = rng.uniform(300, 500), rng.uniform(2500, 3500)
+    return 0.6 * faded(sweep(low * (high / low) ** (t / t[-1])))
+
+
+def falling_chirp(rng: Rng) -> Wave:
+    return rising_chirp(rng)[::-1]
+
+
+def steady_tone(rng: Rng) -> Wave:
+    t = seconds(rng.uniform(0.6, 0.8))
+    return 0.5 * faded(np.sin(2 * np.pi * rng.uniform(500, 700) * t))
+
+
+def siren(rng: Rng) -> Wave:
+    t = seconds(1.0)
+    return 0.5 * faded(sweep(900 + 350 * np.sin(2 * np.pi * rng.uniform(2.5, 3.5) * t)))
+
+
+def bell(rng: Rng) -> Wave:
+    t = seconds(0.8)
+    base = rng.uniform(750, 950)
+    partials = ((1.0, 0.30), (2.0, 0.20), (2.76, 0.15), (5.4, 0.08))
+    rings = [np.sin(2 * np.pi * base * r * t) * np.exp(-t / d) for r, d in partials]
+    return 0.4 * np.sum(rings, axis=0)
+
+
+def buzz(rng: Rng) -> Wave:
+    t = seconds(rng.uniform(0.4, 0.5))
+    return 0.4 * faded(np.sign(np.sin(2 * np.pi * rng.uniform(100, 130) * t)))
+
+
+def hum(rng: Rng, length: int) -> Wave:
+    t = np.arange(length) / RATE
+    base = rng.uniform(55, 65)
+    return np.sum([np.sin(2 * np.pi * base * k * t) / k for k in (1, 2, 3, 4)], axis=0)
+
+
+def rain(rng: Rng, length: int) -> Wave:
+    drops = np.zeros(length)
+    hits = rng.random(length) < 400 / RATE
+    drops[hits] = rng.exponential(6.0, hits.sum())
+    return np.convolve(drops, rng.standard_normal(24), "same") + 0.5 * coloured(rng, length, -0.3)
+
+
+def engine(rng: Rng, length: int) -> Wave:
+    t = np.arange(length) / RATE
+    firing = 0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(16, 22) * t)
+    return firing**4 * coloured(rng, length, 0.7)
+
+
+def wind(rng: Rng, length: int) -> Wave:
+    t = np.arange(length) / RATE
+    gusts = 1 + 0.6 * np.sin(2 * np.pi * (rng.uniform(0.3, 0.6) * t + rng.random()))
+    return gusts * coloured(rng, length, 0.5)
+
+
+@dataclass(frozen=True)
+class Event:
+    """How a kind of event sounds, how often it may repeat and what it is called."""
+
+    sound: Callable[[Rng], Wave]
+    most: int
+    names: tuple[tuple[str, str], ...]  # singular, plural
+
+
+EVENTS = {
+    "click": Event(click, 4, (("click", "clicks"), ("tick", "ticks"))),
+    "knock": Event(knock, 4, (("knock", "knocks"), ("dull thud", "dull thuds"))),
+    "beep": Event(beep, 4, (("beep", "beeps"), ("short high beep", "short high beeps"))),
+    "noise": Event(noise_burst, 4, (("noise burst", "noise bursts"), ("hiss", "hisses"))),
+    "rising": Event(
+        rising_chirp, 2, (("rising chirp", "rising chirps"), ("upward sweep", "upward sweeps"))
+    ),
+    "falling": Event(
+        falling_chirp,
+        2,
+        (("falling chirp", "falling chirps"), ("downward sweep", "downward sweeps")),
+    ),
+    "tone": Event(steady_tone, 2, (("steady tone", "steady tones"), ("long tone", "long tones"))),
+    "siren": Event(siren, 2, (("siren", "sirens"), ("wailing siren", "wailing sirens"))),
+    "bell": Event(bell, 3, (("bell", "bells"), ("ringing bell", "ringing bells"))),
+    "buzz": Event(buzz, 3, (("buzz", "buzzes"), ("harsh buzz", "harsh buzzes"))),
+}
+BACKGROUNDS: dict[str, tuple[Callable[[Rng, int], Wave] | None, tuple[str, ...]]] = {
+    "none": (None, ()),
+    "hum": (hum, ("a low hum", "a humming drone")),
+    "rain": (rain, ("rain", "falling rain")),
+    "engine": (engine, ("an engine", "an idling engine")),
+    "wind": (wind, ("wind", "blowing wind")),
+}
+COUNTS = {1: ("a", "one"), 2: ("two", "a pair of"), 3: ("three",), 4: ("four",)}
+SHORT = ("click", "knock", "beep", "noise")
+
+# {0}, {1}, {2} are the phases; each caption of a clip has its own row.
+TEMPLATES = {
+    1: ("{0}", "the sound of {0}", "{0} can be heard", "there is {0}", "we hear {0}"),
+    2: (
+        "{0}, then {1}",
+        "{0} followed by {1}",
+        "first {0} and then {1}",
+        "{1} after {0}",
+        "{0} before {1}",
+    ),
+    3: (
+        "{0}, then {1}, then {2}",
+        "{0} followed by {1} and {2}",
+        "first {0}, next {1} and finally {2}",
+        "{0} and {1}, ending with {2}",
+        "starting with {0}, {1} and after that {2}",
+    ),
+}
+OVER = (" over {0}", " while {0} is heard", ", with {0} behind", " over {0}", ", on top of {0}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What happens in a clip: phases of (event, count) in time order, over a background."""
+
+    phases: tuple[tuple[str, int], ...]
+    background: str
+
+
+def duration(scene: Scene) -> float:
+    """Upper bound of the seconds a scene's events take."""
+    return sum(n * (0.3 if name in SHORT else 1.05) + 0.25 for name, n in scene.phases)
+
+
+def draw_scene(rng: Rng) -> Scene:
+    """A random scene that fits; neighbouring phases are of different kinds."""
+    while True:
+        kinds = rng.choice(list(EVENTS), rng.choice((1, 2, 3), p=(0.2, 0.6, 0.2)), replace=False)
+        phases = tuple((str(k), int(rng.integers(1, EVENTS[k].most + 1))) for k in kinds)
+        scene = Scene(phases, str(rng.choice(list(BACKGROUNDS))))
+        if duration(scene) <= LONGEST:
+            return scene
+
+
+def draw_family(rng: Rng) -> Iterator[tuple[str, Scene]]:
+    """A scene and its hard negatives: ("base" | "order" | "count", scene)."""
+    scene = draw_scene(rng)
+    yield "base", scene
+    if len(scene.phases) > 1:
+        yield "order", replace(scene, phases=scene.phases[::-1])
+    where = int(rng.integers(len(scene.phases)))
+    kind, count = scene.phases[where]
+    for other in rng.permutation(np.arange(1, EVENTS[kind].most + 1)).tolist():
+        phases = scene.phases[:where] + ((kind, other),) + scene.phases[where + 1 :]
+        changed = replace(scene, phases=phases)
+        if other != count and duration(changed) <= LONGEST:
+            yield "count", changed
+            return
+
+
+def describe(scene: Scene, rng: Rng) -> list[str]:
+    """CAPTIONS different sentences that say the same."""
+    sentences = []
+    for template, over in zip(TEMPLATES[len(scene.phases)], OVER, strict=True):
+        said = []
+        for kind, count in scene.phases:
+            names = EVENTS[kind].names
+            noun = names[rng.integers(len(names))][count > 1]
+            number = COUNTS[count][rng.integers(len(COUNTS[count]))]
+            article = "an" if number == "a" and noun[0] in "aeiou" else number
+            said.append(f"{article} {noun}")
+        sentence = template.format(*said)
+        words = BACKGROUNDS[scene.background][1]
+        if words:
+            sentence += over.format(words[rng.integers(len(words))])
+        sentences.append(sentence)
+    return sentences
+
+
+def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
+    """Waveform within [-1, 1] and the onsets, in seconds, of each phase's events."""
+    wave = np.zeros(int((LONGEST + 1.5) * RATE))
+    now = rng.uniform(0.1, 0.3)
+    onsets: list[list[float]] = []
+    for kind, count in scene.phases:
+        onsets.append([])
+        for _ in range(count):
+            start, sound = int(now * RATE), EVENTS[kind].sound(rng)
+            wave[start : start + len(sound)] += sound
+            onsets[-1].append(round(start / RATE, 4))
+            now += max(len(sound) / RATE + 0.06, 0.25)
+        now += rng.uniform(0.1, 0.25)
+    wave = wave[: int((now + rng.uniform(0.0, 0.2)) * RATE)]
+    texture = BACKGROUNDS[scene.background][0]
+    if texture is not None:
+        floor = texture(rng, len(wave))
+        wave += 0.04 * floor / floor.std()
+    return wave * (rng.uniform(0.5, 0.9) / np.abs(wave).max()), onsets
+
+
+def draw_corpus(clips: int, rng: Rng) -> Iterator[tuple[str, int, str, Scene]]:
+    """`clips` scenes, no two the same: (split, family, variant, scene), split by split."""
+    sizes = {split: max(1, round(clips * share)) for split, share in SPLITS.items()}
+    sizes["train"] = clips - sizes["val"] - sizes["test"]
+    seen: set[Scene] = set()
+    family = 0
+    for split, size in sizes.items():
+        left = size
+        while left:
+            for variant, scene in draw_family(rng):
+                if left and scene not in seen:
+                    seen.add(scene)
+                    left -= 1
+                    yield split, family, variant, scene
+            family += 1
+
+
+def synthesise(out: Path, clips: int = 800, seed: int = 0, overwrite: bool = False) -> None:
+    """Write `out/audio/*.wav`, `out/{train,val,test}.csv` and `out/scenes.jsonl` (the truth)."""
+    if not len(SPLITS) <= clips <= 10_000:
+        raise UserError(f"--clips must be between {len(SPLITS)} and 10000, got {clips}")
+    if (out / "train.csv").exists() and not overwrite:
+        raise UserError(f"{out} already holds a corpus; name another folder or add --overwrite")
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+
+    rng = np.random.default_rng(seed)
+    rows: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    truth = []
+    scenes = list(draw_corpus(clips, rng))
+    bar = tqdm(scenes, desc="synthesising", mininterval=1.0)
+    for number, (split, family, variant, scene) in enumerate(bar):
+        name = f"scene_{number:05d}.wav"
+        wave, onsets = compose(scene, rng)
+        soundfile.write(out / "audio" / name, wave, RATE, subtype="PCM_16")
+        rows[split].append([name, *describe(scene, rng)])
+        phases = [
+            {"event": kind, "count": count, "onsets": when}
+            for (kind, count), when in zip(scene.phases, onsets, strict=True)
+        ]
+        entry = {"file_name": name, "split": split, "family": family, "variant": variant}
+        truth.append(entry | {"background": scene.background, "phases": phases})
+
+    (out / "scenes.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in truth))
+    header = ["file_name", *(f"caption_{i + 1}" for i in range(CAPTIONS))]
+    for split, table in rows.items():
+        with (out / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([header, *table])

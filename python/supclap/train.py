@@ -1,0 +1,273 @@
+"""The training loop, top to bottom: data, model, loss, optimiser, steps, checkpoint.
+
+Large batches. A contrastive loss compares every pair with every other pair of the batch, so
+summing `loss / accumulation_steps` over small batches is WRONG: it never sees the negatives
+between them and trains a different objective. `--chunk` keeps the batch whole and only encodes
+it piece by piece: see `backward_in_chunks`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import Interrupted, TrainConfig, UserError, write_config
+from .data import Corpus, encode_captions, load_corpus, pad_features
+from .evaluate import Metrics, evaluate_corpus
+from .model import SupclapModel, save_checkpoint
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def set_threads(count: int | None) -> None:
+    """CPU threads of PyTorch; None leaves its own choice."""
+    if count is not None and count < 1:
+        raise UserError(f"--threads must be at least 1, got {count}")
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def build_loss(config: TrainConfig) -> SVRLoss:
+    """The criterion; it owns the semantic radius."""
+    radius: StaticRadius | DynamicRadius | None = None
+    if config.loss == "static":
+        radius = StaticRadius(init=config.radius_init)
+    elif config.loss == "dynamic":  # summary features: the last batch may be smaller
+        radius = DynamicRadius(config.batch_size, init=config.radius_init, features="summary")
+    beta = config.beta if config.beta is not None else 0.01 * (config.loss == "dynamic")
+    return SVRLoss(
+        radius=radius,
+        objective=config.objective,
+        bilateral=config.bilateral,
+        alpha=config.alpha,
+        beta=beta,
+        return_stats=True,
+    )
+
+
+def build_optimizer(
+    config: TrainConfig, model: SupclapModel, criterion: SVRLoss
+) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, never on norms, biases, temperature or radius."""
+    model.log_scale.requires_grad_(config.learn_tau)
+    model.logit_bias.requires_grad_(config.objective == "siglip")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    kept = [p for p in trained if p.ndim <= 1] + list(criterion.parameters())
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Linear warm-up, then half a cosine down to zero; step counts from 0."""
+    warmup = max(1, round(config.warmup * total))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # mel [B, F, N_MELS], lengths, text [B, L], ids [B]
+
+
+def batches(
+    corpus: Corpus, size: int, max_bytes: int, generator: torch.Generator
+) -> Iterator[Batch]:
+    """One epoch: every (clip, caption) pair once, in random order; the last batch may be small.
+
+    ids [B] is the clip of each pair: two captions of one clip are no negatives of each other.
+    """
+    captions, clip_of = corpus.captions, corpus.clip_of
+    for pairs in torch.randperm(len(captions), generator=generator).split(size):
+        clips = clip_of[pairs]
+        mel, lengths = pad_features([corpus.features[c] for c in clips.tolist()])
+        text = encode_captions([captions[p] for p in pairs.tolist()], max_bytes)
+        yield mel, lengths, text, clips
+
+
+def compute_loss(
+    model: SupclapModel, criterion: SVRLoss, audio: Tensor, text: Tensor, ids: Tensor
+) -> tuple[Tensor, dict[str, float | None]]:
+    """audio, text: [B, D] unit rows -> the loss and the numbers of this step's log line."""
+    bias = model.logit_bias if model.logit_bias.requires_grad else None  # sigmoid only
+    loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
+    numbers = {
+        "loss": loss,
+        "l_t2a": stats.l_t2a,
+        "l_a2t": stats.l_a2t,
+        "l_svr": stats.l_svr,
+        "l_cons": stats.l_cons,
+        "radius": stats.radius,
+        "gap": (audio.detach() - text.detach()).norm(dim=1).mean(),
+        "contraction": stats.contraction,
+        "positive_similarity": stats.positive_similarity,
+        "negative_similarity": stats.negative_similarity,
+        "recall_t2a": stats.recall_t2a,
+        "recall_a2t": stats.recall_a2t,
+        "logit_scale": model.logit_scale,
+    }
+    values = torch.stack([n.detach().float() for n in numbers.values()]).tolist()
+    return loss, {k: v if math.isfinite(v) else None for k, v in zip(numbers, values, strict=True)}
+
+
+def backward_whole(
+    model: SupclapModel, criterion: SVRLoss, batch: Batch
+) -> dict[str, float | None]:
+    """Forward and backward of a batch that fits in memory."""
+    mel, lengths, text, ids = batch
+    loss, line = compute_loss(model, criterion, model.audio(mel, lengths), model.text(text), ids)
+    loss.backward()
+    return line
+
+
+def backward_in_chunks(
+    model: SupclapModel, criterion: SVRLoss, batch: Batch, size: int
+) -> dict[str, float | None]:
+    """The same gradient with the activations of `size` pairs at a time (cached embeddings).
+
+    Pass 1 encodes all pairs without a graph; the loss of the whole batch gives the gradient of
+    each embedding. Pass 2 encodes each piece again and carries its gradient into the towers.
+    """
+    mel, lengths, text, ids = batch
+    pieces = list(zip(mel.split(size), lengths.split(size), text.split(size), strict=True))
+    with torch.no_grad():
+        audio = torch.cat([model.audio(m, n) for m, n, _ in pieces])
+        words = torch.cat([model.text(t) for _, _, t in pieces])
+    audio.requires_grad_()
+    words.requires_grad_()
+    loss, line = compute_loss(model, criterion, audio, words, ids)
+    loss.backward()
+    assert audio.grad is not None and words.grad is not None
+    grads = zip(audio.grad.split(size), words.grad.split(size), strict=True)
+    for (m, n, t), (audio_grad, words_grad) in zip(pieces, grads, strict=True):
+        torch.autograd.backward([model.audio(m, n), model.text(t)], [audio_grad, words_grad])
+    return line
+
+
+def mean_recall(metrics: dict[str, Metrics]) -> float:
+    """What "best on --val" means: R@1 of both directions, averaged."""
+    return (metrics["t2a"]["R@1"] + metrics["a2t"]["R@1"]) / 2
+
+
+def append(stream: TextIO, line: dict[str, object]) -> None:
+    """Write one JSON object and hand it to the system at once."""
+    stream.write(json.dumps(line) + "\n")
+    stream.flush()
+
+
+def train(config: TrainConfig) -> Path:
+    """Train and leave `model.safetensors`, `config.json` and `log.jsonl` in `config.out`.
+
+    With `--val`, `val.jsonl` has the metrics after each epoch. Returns the run's folder.
+    """
+    device = choose_device(config.device)
+    set_threads(config.threads)
+    run = config.out
+    if (run / "log.jsonl").exists() and not config.overwrite:
+        raise UserError(f"{run} already holds a run; name another --out or add --overwrite")
+
+    corpus = load_corpus(config.data, config.model.max_seconds, config.skip_bad_audio)
+    val = None
+    if config.val is not None:
+        val = load_corpus(config.val, config.model.max_seconds, config.skip_bad_audio)
+    for manifest, loaded in ((config.data, corpus), (config.val, val)):
+        if loaded is not None and loaded.skipped:
+            print(f"{manifest}: skipped {len(loaded.skipped)} bad audio files:")
+            print("\n".join(f"  {reason}" for reason in loaded.skipped))
+    pairs = len(corpus.captions)
+    batch_size = min(config.batch_size, pairs)
+    if batch_size < config.batch_size:
+        print(
+            f"batch size {config.batch_size} is larger than the data: "
+            f"all {pairs} pairs make one batch"
+        )
+
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = SupclapModel(config.model, config.tau).to(device)
+    model.audio.set_statistics(corpus.features)
+    criterion = build_loss(config).to(device)
+    optimizer = build_optimizer(config, model, criterion)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint = run / "model.safetensors"
+    checkpoint.unlink(missing_ok=True)
+    write_config(run / "config.json", config)
+    total = config.epochs * math.ceil(pairs / batch_size)
+    step, best, saved = 0, -1.0, "no checkpoint"
+    print(f"{len(corpus.clips)} clips, {pairs} pairs, {total} steps on {device}")
+
+    with (
+        (run / "log.jsonl").open("w") as log,
+        (run / "val.jsonl").open("w") as val_log,
+        tqdm(total=total, desc="training", mininterval=0.5) as bar,
+    ):
+        try:
+            for epoch in range(1, config.epochs + 1):
+                model.train()
+                for batch in batches(corpus, batch_size, config.model.max_bytes, generator):
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(config, step, total)
+                    mel, lengths, text, ids = batch
+                    batch = (mel.to(device), lengths.to(device), text.to(device), ids.to(device))
+                    optimizer.zero_grad()
+                    if config.chunk is None:
+                        line = backward_whole(model, criterion, batch)
+                    else:
+                        line = backward_in_chunks(model, criterion, batch, config.chunk)
+                    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad).item()
+                    if line["loss"] is None or not math.isfinite(norm):
+                        raise UserError(
+                            f"loss or gradient is not finite at step {step + 1}; try a smaller "
+                            f"--lr ({saved} in {run})"
+                        )
+                    optimizer.step()
+                    with torch.no_grad():
+                        model.log_scale.clamp_(max=MAX_LOG_SCALE)
+                    step += 1
+                    rate = optimizer.param_groups[0]["lr"]
+                    append(log, {"step": step, "epoch": epoch, **line, "norm": norm, "lr": rate})
+                    bar.update()
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+
+                if val is None:
+                    save_checkpoint(checkpoint, model)
+                    saved = f"the checkpoint after epoch {epoch}"
+                    continue
+                metrics = evaluate_corpus(model, val)
+                append(val_log, {"epoch": epoch, "step": step, **metrics})
+                if mean_recall(metrics) > best:
+                    best = mean_recall(metrics)
+                    save_checkpoint(checkpoint, model)
+                    saved = f"the checkpoint after epoch {epoch} (mean R@1 on --val {best:.3f})"
+        except KeyboardInterrupt:
+            if val is None or best < 0:
+                save_checkpoint(checkpoint, model)
+                saved = f"the checkpoint after step {step}"
+            raise Interrupted(
+                f"interrupted after step {step} of {total}; {saved} and the log are in {run}\n"
+                f"evaluate it with: supclap eval {run} --data MANIFEST.csv"
+            ) from None
+
+    print(f"{saved} is in {run}")
+    return run

@@ -1,0 +1,263 @@
+"""Builds `supclap_kernels._native` from `csrc/`; everything else is in pyproject.toml.
+
+One ninja graph compiles every C++ and CUDA source in parallel and links the module, so a rebuild
+compiles what changed and no more. torch is not needed: `csrc/` includes none of its headers.
+
+    pip install -e .                        build and install
+    python setup.py build_ext --inplace     rebuild after an edit in csrc/
+
+Environment variables:
+    SUPCLAP_CUDA        0: no CUDA; 1: CUDA required; unset: CUDA if nvcc is found
+    SUPCLAP_CUDA_ARCHS  GPU targets, "80;90a;100;90+PTX" if unset
+    CXX                 C++ compiler
+    CXXFLAGS, LDFLAGS   appended to the compiler's and the linker's flags
+    MAX_JOBS            how many compilations run at once
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import deque
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from toolchain import (  # noqa: E402 - found through the line above
+    CPU_FLAGS,
+    LOOP_FLAGS,
+    BuildError,
+    Compiler,
+    Toolkit,
+    cpu_variants,
+    cuda_toolkit,
+    gencode,
+)
+
+MODULE = "supclap_kernels._native"
+
+# Compiled once for each instruction set, in a namespace named after it.
+PER_ISA_SOURCE = Path("csrc/cpu/epilogue.cpp")
+PER_ISA_NAMES = ["avx2", "avx512"]  # beyond the baseline
+# Compiled for one instruction set only, and left out where the compiler does not know it.
+SINGLE_ISA_SOURCES = {Path("csrc/cpu/bf16_gemm.cpp"): "avx512bf16"}
+
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Icsrc",
+]
+NVCC_FLAGS = [
+    "-Icsrc",
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--threads=2",
+    "--resource-usage",  # registers, spills and shared memory of every kernel, kept in OBJECT.log
+]
+NINJA_RULES = """\
+rule cxx
+  command = $cxx $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = c++ $in $isa
+
+rule cuda
+  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 $
+    && { grep -A3 warning $out.log || true; } || { cat $out.log; exit 1; }
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $in
+
+rule link
+  command = $cxx $shared $in -o $out $flags
+  description = link $out
+"""
+
+
+class NinjaGraph:
+    """The text of one build.ninja; paths are relative to the repository."""
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        self.folder = folder
+        self.objects: list[Path] = []
+        self.lines = [f"builddir = {self._path(folder)}"]
+        self.lines += [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
+        self.lines += ["", NINJA_RULES]
+
+    def compile(self, rule: str, source: Path, flags: list[str], isa: str = "") -> None:
+        """One object of `source`; `isa` divides the objects of one source."""
+        target = self.folder / source.with_suffix(f".{isa}.o" if isa else ".o")
+        self._edge(rule, [source], target, flags)
+        if isa:
+            self.lines.append(f"  isa = {isa}")
+        self.objects.append(target)
+
+    def link(self, target: Path, flags: list[str]) -> None:
+        self._edge("link", self.objects, target, flags)
+        self.lines.append(f"default {self._path(target)}")
+
+    def run(self) -> None:
+        """Runs ninja; BuildError with the end of its output if a command fails."""
+        file = self.folder / "build.ninja"
+        (ROOT / file).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / file).write_text("\n".join(self.lines) + "\n")
+        run_ninja(["-f", str(file)])
+
+    def _edge(self, rule: str, sources: list[Path], target: Path, flags: list[str]) -> None:
+        inputs = " ".join(map(self._path, sources))
+        self.lines.append(f"build {self._path(target)}: {rule} {inputs}")
+        self.lines.append(f"  flags = {shlex.join(flags).replace('$', '$$')}")
+
+    @staticmethod
+    def _path(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def run_ninja(arguments: list[str]) -> None:
+    """Runs ninja in the repository and passes its output on line by line."""
+    command = find_ninja() + arguments
+    if os.environ.get("MAX_JOBS"):
+        command.append(f"-j{os.environ['MAX_JOBS']}")
+    tail: deque[str] = deque(maxlen=60)
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            tail.append(line)
+    if process.returncode != 0:
+        raise BuildError(f"compiling {MODULE} failed:\n{''.join(tail)}")
+
+
+def find_ninja() -> list[str]:
+    """The `ninja` package of this environment, else the program on PATH."""
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    if shutil.which("ninja"):
+        return ["ninja"]
+    raise BuildError("supclap_kernels is built with ninja, which is missing: `pip install ninja`.")
+
+
+class NativeBuild(build_ext):
+    """setuptools' build_ext with the compiling and linking given to ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Not setuptools' build_temp: that is a new folder in every editable install.
+        tag = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = Path("build") / tag
+        module = folder / Path(self.get_ext_filename(ext.name)).name
+        try:
+            native_graph(folder, module).run()
+        except BuildError as error:
+            raise BaseError(str(error)) from None  # setuptools prints these without a traceback
+        destination = Path(self.get_ext_fullpath(ext.name)).absolute()
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # Rename, never overwrite: a running process may have the old module mapped.
+        fresh = destination.with_suffix(".new")
+        shutil.copy2(ROOT / module, fresh)
+        fresh.replace(destination)
+
+
+def native_graph(folder: Path, module: Path) -> NinjaGraph:
+    """Every compile step of the native module, and its link."""
+    import pybind11
+
+    cxx = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    compiler = Compiler(shlex.split(cxx))
+    compiler.check()
+    toolkit = cuda_toolkit(os.environ)
+    graph = NinjaGraph(
+        folder,
+        cxx=shlex.join(compiler.command),
+        nvcc=shlex.quote(str(toolkit.nvcc)) if toolkit else "false",
+        shared="-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared",
+    )
+    users = shlex.split(os.environ.get("CXXFLAGS", ""))
+    have = add_cpu(graph, compiler, users)
+    have += add_cuda(graph, toolkit)
+
+    python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    for source in sources("csrc/*.cpp"):
+        graph.compile("cxx", source, [*CXX_FLAGS, *python, *have, *users])
+    libraries = [str(toolkit.cudart), "-lrt"] if toolkit else []
+    # Not exported, lest they meet another CUDA run time in the process: the symbols of cudart.
+    platform = [] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL", "-ldl"]
+    users = shlex.split(os.environ.get("LDFLAGS", ""))
+    graph.link(module, [*libraries, "-pthread", *platform, *users])
+    return graph
+
+
+def add_cpu(graph: NinjaGraph, compiler: Compiler, users: list[str]) -> list[str]:
+    """Compiles `csrc/cpu`; returns the definitions that tell what was compiled."""
+    variants = cpu_variants(compiler)
+    base = [*CXX_FLAGS, *compiler.known(CPU_FLAGS)]
+    loops = [*base, *compiler.known(LOOP_FLAGS)]
+    built = ["baseline"]
+    if PER_ISA_SOURCE in sources("csrc/cpu/*.cpp"):
+        graph.compile("cxx", PER_ISA_SOURCE, [*loops, *isa_macro("baseline"), *users], "baseline")
+        for isa in PER_ISA_NAMES:
+            if isa in variants:
+                flags = [*loops, *variants[isa], *isa_macro(isa), *users]
+                graph.compile("cxx", PER_ISA_SOURCE, flags, isa)
+                built.append(isa)
+    for source, isa in SINGLE_ISA_SOURCES.items():
+        if isa in variants and source in sources("csrc/cpu/*.cpp"):
+            graph.compile("cxx", source, [*loops, *variants[isa], *isa_macro(isa), *users], isa)
+            built.append(isa)
+    have = [f"-DSUPCLAP_HAVE_{isa.upper()}=1" for isa in built]
+    for source in sources("csrc/cpu/*.cpp"):
+        if source != PER_ISA_SOURCE and source not in SINGLE_ISA_SOURCES:
+            graph.compile("cxx", source, [*base, *have, *users])
+    notice(f"CPU code for {', '.join(built)}")
+    return have
+
+
+def isa_macro(isa: str) -> list[str]:
+    return [f"-DSUPCLAP_ISA={isa}"]
+
+
+def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None) -> list[str]:
+    """Compiles `csrc/cuda`; returns the definitions that tell what was compiled."""
+    if toolkit is None:
+        why = "SUPCLAP_CUDA=0" if os.environ.get("SUPCLAP_CUDA") == "0" else "nvcc not found"
+        notice(f"{why}: no CUDA C++ kernels")
+        return []
+    archs = toolkit.archs(os.environ)
+    names = ";".join(map(str, archs))
+    notice(f"CUDA {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {names}")
+    for source in sources("csrc/cuda/*.cu"):
+        graph.compile("cuda", source, [*NVCC_FLAGS, *gencode(archs)])
+    return ["-DSUPCLAP_WITH_CUDA=1", f'-DSUPCLAP_CUDA_ARCHS="{names}"']
+
+
+def sources(pattern: str) -> list[Path]:
+    """Files of the repository that match, relative to it, in a fixed order."""
+    return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
+
+
+def notice(text: str) -> None:
+    print(f"supclap_kernels: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.platform == "win32":
+        raise BuildError("supclap_kernels builds on Linux and macOS; on Windows use WSL.")
+    setup(ext_modules=[Extension(MODULE, ["csrc/module.cpp"])], cmdclass={"build_ext": NativeBuild})

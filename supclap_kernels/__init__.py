@@ -1,0 +1,30 @@
+"""Fused kernels for contrastive audio-text training with Support Vector Regularization (SupCLAP)."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .diagnostics import ForceDecomposition, force_decomposition
+from .dispatch import available_backends, explain
+from .loss import SVRLoss, fused_svr_loss
+from .memory import memory_estimate
+from .radius import DynamicRadius, StaticRadius
+from .reference import svr_loss_reference
+from .stats import SVRStats
+
+try:
+    __version__ = version("supclap-kernels")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DynamicRadius",
+    "ForceDecomposition",
+    "SVRLoss",
+    "SVRStats",
+    "StaticRadius",
+    "available_backends",
+    "explain",
+    "force_decomposition",
+    "fused_svr_loss",
+    "memory_estimate",
+    "svr_loss_reference",
+]

@@ -1,0 +1,270 @@
+"""The CPU backend: the panel engine with PyTorch's products and the C++ epilogues of csrc/cpu.
+
+Deterministic: the epilogues' results do not depend on the number of threads, the library's products are repeatable.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from ..gradients import normalize_gradient
+from ..options import Options
+from ..reference import accumulator_dtype
+from .far import FarRows
+from .panel import Layout, Tile, kept_elements, sweep_gradients, sweep_statistics
+from .products import choose_products
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, detached, on the CPU."""
+
+    audio: Tensor
+    text: Tensor
+    radius: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    ids: Tensor | None
+    weight: Tensor | None
+
+
+class Call:
+    """One forward or backward pass: the operands, and the native Problem that points into them."""
+
+    def __init__(self, inputs: Inputs, options: Options, state: Tensor | None = None) -> None:
+        self.native = native.module()
+        self.inputs, self.options = inputs, options
+        self.dtype = dtype = accumulator_dtype(inputs.audio.dtype)
+        self.T, self.A = self.operand(inputs.text), self.operand(inputs.audio)
+        self.N, self.D = N, D = self.T.shape
+        has_radius = inputs.radius is not None
+        self.svr = options.support(has_radius)
+        self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
+        self.grams = self.svr + self.mirror
+        self.layout = Layout.choose(N, self.grams, dtype.itemsize, options.workspace)
+        self.products = choose_products(inputs.audio.dtype)
+        directions = self.native.DIRECTIONS
+        self.rows = torch.empty(self.native.ROWS, N, dtype=dtype)
+        self.state = torch.empty(3 * directions, N, dtype=dtype) if state is None else state
+        self.R = None if inputs.radius is None else inputs.radius.to(dtype).expand(N).contiguous()
+        self.w = None if inputs.weight is None else inputs.weight.to(dtype).contiguous()
+        self.code = None
+        if inputs.ids is not None:
+            self.code = torch.unique(inputs.ids, return_inverse=True)[1].to(torch.int32)
+        p = self.problem = self.native.Problem()
+        p.N, p.D, p.is_double = N, D, dtype == torch.float64
+        p.infonce, p.svr, p.mirror, p.shared = options.infonce, self.svr, self.mirror, self.shared
+        p.renormalize, p.threads = options.renormalize, torch.get_num_threads()
+        p.k = inputs.scale.item()
+        p.b = 0.0 if inputs.bias is None else inputs.bias.item()
+        p.alpha, p.beta = options.alpha, options.beta
+        p.T, p.A = native.address(self.T), native.address(self.A)
+        p.R, p.code = native.address(self.R), native.address(self.code)
+        p.rows, p.state = native.address(self.rows), native.address(self.state)
+        far = self.native.prepare_rows(p)
+        self.far = self.far_rows() if far else None
+
+    def operand(self, X: Tensor) -> Tensor:
+        """The rows as the products take them: accumulator's dtype, contiguous, normalised if asked."""
+        rows = X.to(self.dtype)
+        if self.options.normalize:
+            rows = F.normalize(rows, dim=1)
+            if X.dtype == torch.bfloat16:  # as F.normalize in bfloat16 would leave them
+                rows = rows.to(X.dtype).to(self.dtype)
+        return rows.contiguous()
+
+    def far_rows(self) -> FarRows:
+        row = self.native.ROW
+        return FarRows(
+            self.T,
+            self.A,
+            self.rows[row["offset"]].nonzero()[:, 0],
+            self.rows[row["c"]],
+            self.rows[row["gap"]],
+            (self.rows[row["text_inverse"]], self.rows[row["audio_inverse"]]),
+            self.problem.k,
+            self.problem.b,
+            self.code,
+            self.options,
+            self.mirror,
+            self.shared,
+        )
+
+    # The epilogue of the panel engine.
+    def mask(self, tile: Tile, panel: Tensor) -> None:
+        if tile.diagonal or self.code is not None:
+            self.native.mask(self.problem, *tile[:4], panel.data_ptr())
+
+    def statistics(self, tile: Tile, panel: Tensor) -> None:
+        self.native.statistics(self.problem, *tile[:4], panel.data_ptr())
+
+    def weights(self, tile: Tile, panel: Tensor, out: Tensor) -> None:
+        self.native.weights(self.problem, *tile[:4], panel.data_ptr(), out.data_ptr())
+
+    # The two sweeps.
+    def scratch(self) -> Tensor:
+        return torch.empty(self.layout.scratch_elements, dtype=self.dtype)
+
+    def start_statistics(self) -> None:
+        directions = self.native.DIRECTIONS
+        self.running = torch.zeros(2, directions, self.N, dtype=torch.float64)
+        self.running[0].fill_(self.native.MASKED)
+        self.problem.running = native.address(self.running)
+
+    def finish_statistics(self) -> Tensor:
+        """(6, N) float64: l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is beaten, twice."""
+        if self.far is not None:
+            self.far.statistics(self.running, self.native.MASKED)
+        terms = torch.empty(6, self.N, dtype=torch.float64)
+        self.native.finish_statistics(self.problem, terms.data_ptr())
+        return terms
+
+    def start_gradients(self, upstream: Tensor | None) -> None:
+        """omega_i: what multiplies row i's terms in the gradient."""
+        omega = torch.ones(self.N, dtype=self.dtype) if self.w is None else self.w
+        if upstream is not None:
+            omega = omega * upstream.to(self.dtype)
+        if self.options.reduction == "mean":
+            omega = omega / self.N
+        self.omega = omega
+        self.factors = torch.empty(2, self.native.DIRECTIONS, self.N, dtype=self.dtype)
+        self.sums = torch.empty(self.native.SUMS, self.N, dtype=torch.float64)
+        self.problem.omega = native.address(omega)
+        self.problem.factors = native.address(self.factors)
+        self.problem.sums = native.address(self.sums)
+        self.native.prepare_weights(self.problem)
+
+    def gradients(
+        self, kept: Tensor, needs: tuple[bool, ...], with_statistics: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """dA, dT (None: frozen), dR (N,) or None, and dk, db (2,) float64, all for the rows as given."""
+        dA = torch.zeros(self.N, self.D, dtype=self.dtype) if needs[0] else None
+        dT = torch.zeros(self.N, self.D, dtype=self.dtype) if needs[1] else None
+        arguments = (self.layout, self.products, self, kept, self.scratch(), with_statistics)
+        sweep_gradients(self.T, self.A, dT, dA, *arguments)
+        if self.far is not None:
+            self.far.gradients(self.factors, self.sums, self.native.SUM, dT, dA)
+        dR = None if self.R is None else torch.empty(self.N, dtype=self.dtype)
+        scalars = torch.empty(2, dtype=torch.float64)
+        pointers = (native.address(dT), native.address(dA), native.address(dR), scalars.data_ptr())
+        self.native.finish_gradients(self.problem, *pointers)
+        if self.options.normalize:
+            dA = None if dA is None else normalize_gradient(self.inputs.audio.to(self.dtype), dA)
+            dT = None if dT is None else normalize_gradient(self.inputs.text.to(self.dtype), dT)
+        return dA, dT, dR, scalars
+
+    def stats(self, terms: Tensor) -> Tensor:
+        """(11,): the values of SVRStats."""
+        weighted = terms[:4] if self.w is None else terms[:4] * self.w
+        row, T, A = self.native.ROW, self.T, self.A
+        positive = (T * A).sum(dim=1, dtype=torch.float64)
+        # The sum over all pairs, less those that are no negatives: equal ids (the positive is one of them).
+        similarity = T.sum(0, dtype=torch.float64) @ A.sum(0, dtype=torch.float64)
+        count = self.N * self.N
+        if self.code is None:
+            similarity, count = similarity - positive.sum(), count - self.N
+        else:
+            groups = torch.zeros(2, self.N, self.D, dtype=torch.float64)
+            groups[0].index_add_(0, self.code, T.double())
+            groups[1].index_add_(0, self.code, A.double())
+            similarity = similarity - (groups[0] * groups[1]).sum()
+            count -= int(self.code.bincount().square().sum())
+        values = [*weighted.mean(dim=1), *(1.0 - terms[4:].mean(dim=1)), positive.mean()]
+        values.append(similarity / count if count else torch.tensor(float("nan")))
+        if self.R is None:
+            values += [torch.tensor(float("nan"))] * 3
+        else:
+            r = self.rows[row["gap"]]
+            values += [self.R.mean(), r.mean(), (1.0 - self.rows[row["c"]]).mean()]
+        return torch.stack([value.to(self.dtype) for value in values])
+
+
+def saved_elements(N, D: int, has_radius: bool, options: Options, itemsize: int, keep: bool):
+    """Length of the buffer that forward leaves for backward: kept panels, or (SigLIP) the gradients themselves."""
+    if not keep:
+        return 2
+    if options.gradient_in_forward:
+        return 2 * N * D + N + 2
+    grams = options.support(has_radius) + options.mirror(has_radius)
+    return kept_elements(N, grams, itemsize, options.workspace)
+
+
+def forward(inputs: Inputs, options: Options, needs: tuple[bool, ...]):
+    """loss (or rows of it), the values of SVRStats (empty unless asked), state (12, N), and `saved`.
+
+    `needs` says which of audio, text, radius, scale, bias will want a gradient.
+    """
+    call = Call(inputs, options)
+    N, D, dtype, keep = call.N, call.D, call.dtype, any(needs)
+    size = saved_elements(N, D, inputs.radius is not None, options, dtype.itemsize, keep)
+    saved = torch.empty(size, dtype=dtype)
+    call.start_statistics()
+    if keep and options.gradient_in_forward:
+        call.state.zero_()
+        call.start_gradients(None)
+        dA, dT, dR, scalars = call.gradients(saved[:0], needs, with_statistics=True)
+        parts = saved.split([N * D, N * D, N, 2])
+        for part, value in zip(parts, (dA, dT, dR, scalars), strict=True):
+            part.zero_() if value is None else part.copy_(value.flatten())
+    else:
+        scratch = saved if saved.numel() > 2 else call.scratch()
+        sweep_statistics(call.T, call.A, call.layout, call.products, call, saved, scratch)
+    terms = call.finish_statistics()
+    rows = terms[0] + terms[1] + options.alpha * terms[2] + options.beta * terms[3]
+    rows = rows if call.w is None else rows * call.w
+    if options.reduction == "none":
+        loss = rows
+    else:
+        loss = rows.mean() if options.reduction == "mean" else rows.sum()
+    stats = call.stats(terms) if options.stats else torch.empty(0, dtype=dtype)
+    return loss.to(dtype), stats, call.state, saved
+
+
+def backward(
+    upstream: Tensor,
+    inputs: Inputs,
+    state: Tensor,
+    saved: Tensor,
+    options: Options,
+    needs: tuple[bool, ...],
+):
+    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; empty where not needed."""
+    N, D = inputs.audio.shape
+    if options.gradient_in_forward:
+        parts = saved.split([N * D, N * D, N, 2])
+        scaled = [part * upstream for part in parts]
+        dA, dT, dR, scalars = scaled[0].view(N, D), scaled[1].view(N, D), scaled[2], scaled[3]
+    else:
+        call = Call(inputs, options, state)
+        call.start_gradients(upstream)
+        dA, dT, dR, scalars = call.gradients(saved, needs)
+    if dR is not None and inputs.radius is not None and inputs.radius.ndim == 0:
+        dR = dR.sum(dtype=torch.float64)
+    values = (dA, dT, dR, scalars[0], scalars[1])
+    like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
+    return tuple(
+        value.to(x.dtype) if need else value.new_empty(0) if value is not None else torch.empty(0)
+        for value, x, need in zip(values, like, needs, strict=True)
+    )
+
+
+def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
+    """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients."""
+    accumulator = accumulator_dtype(dtype)
+    size, wide = accumulator.itemsize, 8
+    grams = options.support(has_radius) + options.mirror(has_radius)
+    layout = Layout.choose(N, grams, size, options.workspace)
+    total = layout.scratch_elements * size
+    total += saved_elements(N, D, has_radius, options, size, True) * size
+    module = native.module()
+    rows = module.ROWS + 3 * module.DIRECTIONS + 2 * module.DIRECTIONS + 3  # rows, state, factors, R, dR, omega
+    total += N * (rows * size + module.SUMS * wide)
+    if dtype != accumulator or options.normalize:
+        total += 2 * N * D * size  # operands
+    if dtype != accumulator:
+        total += 2 * N * D * size  # gradients before they are cast
+    if options.normalize:
+        total += 3 * N * D * size  # the gradient through the normalisation
+    return total

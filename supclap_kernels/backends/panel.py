@@ -1,0 +1,214 @@
+"""The panel engine: walks the tile pairs of the Gram matrix [T; A] [T; A]^T between library products.
+
+A pair (I, J), J > I, holds S_IJ = T_I A_J^T, S_JI^T = A_I T_J^T and, where the mode needs them, Q_IJ = A_I A_J^T and
+K_IJ = T_I T_J^T; a diagonal tile holds no S_JI^T. Q and K are symmetric, so each is multiplied out once for a pair.
+
+    sweep 1   products, then `statistics`: partial log-sum-exps
+    sweep 2   products (or the panels kept from sweep 1), then `weights`, then the gradient's products
+              dT_I += W A_J,  dA_J += W^T T_I,  dA_I += W' T_J,  dT_J += W'^T A_I,
+              dA_I += V_A A_J,  dA_J += V_A^T A_I,  dT_I += V_T T_J,  dT_J += V_T^T T_I
+
+Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for each sweep's logits, 2 + 1 + (mirror) 1 for the gradient.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .tiles import CPU_TILE, CPU_TILE_MINIMUM
+
+
+class Tile(NamedTuple):
+    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings, and where its panel starts when kept."""
+
+    i0: int
+    ni: int
+    j0: int
+    nj: int
+    offset: int
+
+    @property
+    def diagonal(self) -> bool:
+        return self.i0 == self.j0
+
+    @property
+    def I(self) -> slice:  # noqa: E743 - the symbol of the derivation
+        return slice(self.i0, self.i0 + self.ni)
+
+    @property
+    def J(self) -> slice:
+        return slice(self.j0, self.j0 + self.nj)
+
+
+class Layout(NamedTuple):
+    """How the N x N problem is cut, and what is kept. `grams` is how many of Q and K exist."""
+
+    N: int
+    grams: int
+    side: int
+
+    @classmethod
+    def choose(cls, N: int, grams: int, itemsize: int, workspace: int) -> "Layout":
+        """Even tiles of at most CPU_TILE rows; smaller ones where one panel would exceed the workspace."""
+        side = CPU_TILE
+        while side > CPU_TILE_MINIMUM and (2 + grams) * side * side * itemsize > workspace:
+            side //= 2
+        count = -(-N // side)
+        even = -(-N // count)
+        return cls(N, grams, min(side, -(-even // 16) * 16))
+
+    @property
+    def scratch_elements(self) -> int:
+        """One tile's panel."""
+        side = min(self.side, self.N)
+        return (1 + (self.N > self.side) + self.grams) * side * side
+
+    def tiles(self) -> Iterator[Tile]:
+        offset = 0
+        for i0 in range(0, self.N, self.side):
+            ni = min(self.side, self.N - i0)
+            for j0 in range(i0, self.N, self.side):
+                nj = min(self.side, self.N - j0)
+                yield Tile(i0, ni, j0, nj, offset)
+                offset += ni * nj * ((1 if i0 == j0 else 2) + self.grams)
+
+
+def kept_elements(N, grams: int, itemsize: int, workspace: int):
+    """Size of the panels that sweep 1 keeps for sweep 2: all of them, or 2 where they exceed the workspace.
+
+    Written without a branch on N (an upper bound: N^2 for S, half of N^2 and the diagonal tiles for each of Q and K)
+    and never 0 or 1, sizes that torch.compile treats apart, so that it compiles once for all N.
+    """
+    side = torch.sym_min(N, CPU_TILE)
+    elements = N * N + grams * (N * N + N * side) // 2
+    fits = torch.sym_min(1, workspace // (elements * itemsize + 1))
+    return elements * fits + 2
+
+
+class Products(Protocol):
+    """The library products of the engine, in the accumulator's dtype."""
+
+    def logits(self, X: Tensor, Y: Tensor, out: Tensor) -> None:
+        """out = X Y^T, float32 (float64) whatever the operands hold."""
+
+    def accumulate(self, out: Tensor, W: Tensor, X: Tensor) -> None:
+        """out += W X."""
+
+
+class Epilogue(Protocol):
+    """What a backend provides between the products."""
+
+    def mask(self, tile: Tile, panel: Tensor) -> None:
+        """Take the pairs that do not take part (the diagonal, equal ids) out of the logits."""
+
+    def statistics(self, tile: Tile, panel: Tensor) -> None:
+        """Add one tile's negatives to the log-sum-exps of its rows and columns."""
+
+    def weights(self, tile: Tile, panel: Tensor, out: Tensor) -> None:
+        """Turn logits into the weights of the gradient's products; `out` may be `panel`."""
+
+
+class Blocks(NamedTuple):
+    """The blocks of one panel as (ni, nj) views."""
+
+    S: Tensor
+    S_swap: Tensor | None
+    Q: Tensor | None
+    K: Tensor | None
+
+
+def blocks(tile: Tile, grams: int, panel: Tensor) -> Blocks:
+    size = tile.ni * tile.nj
+    views = iter(panel[n * size : (n + 1) * size].view(tile.ni, tile.nj) for n in range(2 + grams))
+    return Blocks(
+        next(views),
+        None if tile.diagonal else next(views),
+        next(views) if grams > 0 else None,
+        next(views) if grams > 1 else None,
+    )
+
+
+def multiply_tile(T: Tensor, A: Tensor, tile: Tile, grams: int, panel: Tensor, products: Products):
+    """The inner products of one tile, into its panel."""
+    out = blocks(tile, grams, panel)
+    I, J = tile.I, tile.J
+    products.logits(T[I], A[J], out.S)  # [ni, D] @ [D, nj]
+    if out.S_swap is not None:
+        products.logits(A[I], T[J], out.S_swap)
+    if out.Q is not None:
+        products.logits(A[I], A[J], out.Q)
+    if out.K is not None:
+        products.logits(T[I], T[J], out.K)
+
+
+def sweep_statistics(
+    T: Tensor,
+    A: Tensor,
+    layout: Layout,
+    products: Products,
+    epilogue: Epilogue,
+    kept: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Sweep 1. Fills `kept` with every tile's logits unless it is the placeholder of 2 elements."""
+    for tile in layout.tiles():
+        panel = kept[tile.offset :] if kept.numel() > 2 else scratch
+        multiply_tile(T, A, tile, layout.grams, panel, products)
+        epilogue.mask(tile, panel)
+        epilogue.statistics(tile, panel)
+
+
+def sweep_gradients(
+    T: Tensor,
+    A: Tensor,
+    dT: Tensor | None,
+    dA: Tensor | None,
+    layout: Layout,
+    products: Products,
+    epilogue: Epilogue,
+    kept: Tensor,
+    scratch: Tensor,
+    with_statistics: bool = False,
+) -> None:
+    """Sweep 2. Kept logits are read only, so it may run twice. `with_statistics` does sweep 1's work on the way."""
+    for tile in layout.tiles():
+        panel = kept[tile.offset :] if kept.numel() > 2 else scratch
+        if kept.numel() <= 2:
+            multiply_tile(T, A, tile, layout.grams, panel, products)
+            epilogue.mask(tile, panel)
+        if with_statistics:
+            epilogue.statistics(tile, panel)
+        epilogue.weights(tile, panel, scratch)
+        add_products(T, A, dT, dA, tile, blocks(tile, layout.grams, scratch), products)
+
+
+def add_products(
+    T: Tensor,
+    A: Tensor,
+    dT: Tensor | None,
+    dA: Tensor | None,
+    tile: Tile,
+    weight: Blocks,
+    products: Products,
+) -> None:
+    """The gradient's products of one tile; a frozen side (None) costs nothing."""
+    I, J = tile.I, tile.J
+    W, W_swap, V_A, V_T = weight
+    if dT is not None:
+        products.accumulate(dT[I], W, A[J])  # [ni, nj] @ [nj, D]
+        if W_swap is not None:
+            products.accumulate(dT[J], W_swap.t(), A[I])
+        if V_T is not None:
+            products.accumulate(dT[I], V_T, T[J])
+            if not tile.diagonal:
+                products.accumulate(dT[J], V_T.t(), T[I])
+    if dA is not None:
+        products.accumulate(dA[J], W.t(), T[I])
+        if W_swap is not None:
+            products.accumulate(dA[I], W_swap, T[J])
+        if V_A is not None:
+            products.accumulate(dA[I], V_A, A[J])
+            if not tile.diagonal:
+                products.accumulate(dA[J], V_A.t(), A[I])

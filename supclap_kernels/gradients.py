@@ -1,0 +1,189 @@
+"""The closed form: loss and every gradient of the specification from dense matrices, without autograd.
+
+These are the identities the kernels implement, with the same symbols (derivation: MATH.md):
+
+    S = T A^T    Q = A A^T    K = T T^T    X = S + c (Q - S)   <t_sup_i, a_j>    c = R / r
+    G, H, U      gradient of the loss with respect to S, X and (mirror) Y = S^T + c (K - S^T), <a_sup_i, t_j>
+    dT = W A + (V_T + V_T^T) T + ...,   dA = W^T T + (V_A + V_A^T) A + ...
+    W  = G + (1 - c) H + ((1 - c) U)^T,   V_A = c H,   V_T = c U
+    rho_i = sum_j (H_ij (Q_ij - S_ij) + U_ij (K_ij - S_ji)) / r_i       dR = rho + hinge - ...
+
+Rows with a tiny gap (`is_far`) would lose digits in Q - S; they take their support vector literally.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import accumulator_dtype, gap_and_direction, kept_pairs
+
+FAR_C = 4.0
+FAR_GAP = 1 / 16
+
+
+class Gradients(NamedTuple):
+    """Gradients in the accumulator's dtype: (N, D), (N, D), (N,), 0-d, 0-d."""
+
+    audio: Tensor
+    text: Tensor
+    radius: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+
+def is_far(c: Tensor, r: Tensor) -> Tensor:
+    """(N,) bool: rows whose Q - S cancels so much that the support vector is taken literally."""
+    return (c.abs() > FAR_C) | (r < FAR_GAP)
+
+
+def normalize_gradient(X: Tensor, dX: Tensor) -> Tensor:
+    """Gradient of x / |x| for each row: the part of dX that is tangent to the sphere, over |x|."""
+    norm = torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(1e-12)
+    X = X / norm
+    return (dX - (dX * X).sum(dim=1, keepdim=True) * X) / norm
+
+
+def row_direction(L: Tensor, keep: Tensor, infonce: bool) -> tuple[Tensor, Tensor]:
+    """Loss of each row (N,) of the logits L (N, N), and its gradient with respect to L (N, N).
+
+    The positive's p - 1 is minus the sum of the others' p: nothing cancels.
+    """
+    eye = torch.eye(len(L), dtype=torch.bool, device=L.device)
+    if infonce:
+        m = L.masked_fill(~keep, float("-inf")).amax(dim=1, keepdim=True)
+        e = (L - m).exp().masked_fill(~keep, 0.0)
+        others = e.masked_fill(eye, 0.0)
+        l = e.sum(dim=1, keepdim=True)
+        grad = others / l
+        grad.diagonal().copy_(-others.sum(dim=1) / l[:, 0])
+        return l[:, 0].log() + (m[:, 0] - L.diagonal()), grad
+    z = torch.where(eye, -L, L)
+    sign = 1.0 - 2.0 * eye.to(L.dtype)
+    return (-F.logsigmoid(-z) * keep).sum(dim=1), sign * z.sigmoid() * keep
+
+
+def loss_and_gradients(
+    audio: Tensor,
+    text: Tensor,
+    radius: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1 / 0.07,
+    logit_bias: float | Tensor | None = None,
+    *,
+    objective: str = "infonce",
+    bilateral: str = "mirror",
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    normalize: bool = False,
+    renormalize: bool = False,
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    upstream: Tensor | None = None,
+    weights_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Gradients]:
+    """The loss and its gradients for an upstream gradient (default: ones).
+
+    `radius` (N,), 0-d, float or None; its gradient is returned per row. `weights_dtype` rounds the weights of the
+    gradient products (never the positive's), as the bfloat16 path of a kernel does: the precision contract.
+    """
+    dtype = accumulator_dtype(audio.dtype)
+    number = {"dtype": dtype, "device": audio.device}
+    T, A = text.detach().to(dtype), audio.detach().to(dtype)
+    N, infonce = len(T), objective == "infonce"
+    k = torch.as_tensor(logit_scale, **number).detach()
+    b = torch.as_tensor(0.0 if logit_bias is None else logit_bias, **number).detach()
+    w = torch.ones(N, **number) if weight is None else weight.detach().to(dtype)
+    scale = 1.0 / N if reduction == "mean" else 1.0
+    omega = scale * w * (1.0 if upstream is None else upstream.to(dtype))  # weight of row i in the gradient
+    keep = kept_pairs(N, ids, T.device)
+    raw_T, raw_A = T, A
+    if normalize:
+        T, A = F.normalize(T, dim=1), F.normalize(A, dim=1)
+        if weights_dtype is not None:
+            T, A = T.to(weights_dtype).to(dtype), A.to(weights_dtype).to(dtype)
+
+    def direction(L: Tensor) -> tuple[Tensor, Tensor]:
+        loss, grad = row_direction(k * L + (0.0 if infonce else b), keep, infonce)
+        return loss, omega[:, None] * grad
+
+    def product(M: Tensor, X: Tensor) -> Tensor:
+        """M @ X with the off-diagonal weights rounded to `weights_dtype`."""
+        diagonal = M.diagonal().clone()
+        M = M - torch.diag(diagonal)
+        M = M if weights_dtype is None else M.to(weights_dtype).to(dtype)
+        return M @ X + diagonal[:, None] * X
+
+    S = T @ A.t()
+    S.diagonal().copy_((T * A).sum(dim=1))
+    rows, G = direction(S)
+    if infonce:
+        l_a2t, G_a2t = direction(S.t())
+        rows, G = rows + l_a2t, G + G_a2t.t()
+    dk, db = (G * S).sum(), G.sum()
+    W = k * G
+    dT, dA = torch.zeros_like(T), torch.zeros_like(A)
+    rho = torch.zeros_like(w)
+
+    def support_term(X: Tensor, Y: Tensor, gram: Tensor, cross: Tensor, both: bool):
+        """Support vectors s_i = x_i + c_i (y_i - x_i) against the rows of Y; gram = Y Y^T, cross = X Y^T.
+
+        Adds to dk, db and rho; returns the row losses, H = dL/d<s_i, y_j>, and the gradient of what does not pass
+        through Y's products: dX and dY of the rows' own geometry.
+        """
+        nonlocal dk, db, rho
+        step = Y - X
+        s = X + c[:, None] * step
+        norm = s.square().sum(dim=1).sqrt() if renormalize else torch.ones_like(c)
+        diff = gram - cross
+        diff.diagonal().copy_((step * Y).sum(dim=1))
+        Ss = cross + c[:, None] * diff
+        Ss[far] = s[far] @ Y.t()
+        L = Ss / norm[:, None]
+        loss, H = direction(L)
+        if both:
+            loss2, H2 = direction(L.t())
+            loss, H = loss + loss2, H + H2.t()
+        H = alpha * H
+        dk, db = dk + (H * L).sum(), db + H.sum()
+        H = k * H / norm[:, None]
+        ds = torch.zeros_like(s)
+        ds[far] = H[far] @ Y  # far rows: the gradient of s, literally
+        sigma = (H * Ss).sum(dim=1) / norm.square() if renormalize else torch.zeros_like(c)
+        v = step / r[:, None]
+        part = torch.where(far, (ds * v).sum(dim=1), (H * diff).sum(dim=1) / r)
+        rho = rho + part - sigma * (v * s).sum(dim=1)
+        own = ds - sigma[:, None] * s
+        dX, dY = (1.0 - c)[:, None] * own, c[:, None] * own
+        dY = dY + H[far].t() @ s[far]
+        return loss, H.masked_fill(far[:, None], 0.0), dX, dY
+
+    hinge = torch.zeros_like(w)
+    dR = torch.zeros_like(w)
+    if radius is not None:
+        R = torch.as_tensor(radius, **number).detach().expand(N)
+        r, u = gap_and_direction(T, A)
+        c = R / r
+        far = is_far(c, r)
+        Q = A @ A.t()
+        svr, H, dX, dY = support_term(T, A, Q, S, bilateral == "shared" and infonce)
+        W = W + (1.0 - c)[:, None] * H
+        V = c[:, None] * H
+        dT, dA = dT + dX, dA + dY + product(V + V.t(), A)
+        if bilateral == "mirror":
+            svr2, U, dX, dY = support_term(A, T, T @ T.t(), S.t(), False)
+            W = W + ((1.0 - c)[:, None] * U).t()
+            V = c[:, None] * U
+            svr, dA, dT = svr + svr2, dA + dX, dT + dY + product(V + V.t(), T)
+        rows = rows + alpha * svr + beta * (F.relu(R - r) + F.relu(-R))
+        hinge = beta * omega * (R > r)
+        along = (c * rho + hinge)[:, None] * u  # all that lies along the pulling direction
+        dT, dA = dT + along, dA - along
+        dR = rho + hinge - beta * omega * (R < 0)
+    dT, dA = dT + product(W, A), dA + product(W.t(), T)
+    if normalize:
+        dT, dA = normalize_gradient(raw_T, dT), normalize_gradient(raw_A, dA)
+    rows = w * rows
+    loss = rows if reduction == "none" else rows.sum() * scale
+    return loss, Gradients(dA, dT, dR, dk, db)

@@ -1,0 +1,37 @@
+"""How much memory a call needs, computed from the same sizes as the backends allocate."""
+
+import torch
+
+from .backends import cpu
+from .dispatch import choose
+from .options import Options
+from .reference import accumulator_dtype
+
+
+def memory_estimate(
+    N: int,
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    radius: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+    **options,
+) -> int:
+    """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned gradients.
+
+    Args:
+        N, D, dtype: of the embeddings.
+        radius: whether support vectors are used.
+        device, backend: as in `fused_svr_loss`.
+        options: objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace.
+    """
+    if N < 1 or D < 1:
+        raise ValueError(f"N and D must be positive, got N={N}, D={D}")
+    name, _ = choose(backend, torch.device(device).type)
+    chosen = Options(**options)
+    if name == "cpu":
+        return cpu.memory(N, D, dtype, radius, chosen)
+    # Eager autograd: about four matrices for each direction (product, logits, mask, softmax), and their gradients.
+    directions = 2 + radius * (1 + (chosen.bilateral != "none"))
+    return (4 * directions + 2) * N * N * accumulator_dtype(dtype).itemsize

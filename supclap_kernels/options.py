@@ -1,0 +1,39 @@
+"""The options of one call, as the operators and the backends pass them on."""
+
+from typing import NamedTuple
+
+
+class Options(NamedTuple):
+    """Plain values only: they cross the operator boundary one by one, in this order."""
+
+    objective: str = "infonce"
+    bilateral: str = "mirror"
+    alpha: float = 1.0
+    beta: float = 0.0
+    normalize: bool = False
+    renormalize: bool = False
+    reduction: str = "mean"
+    workspace: int = 256 * 2**20
+    backend: str = "auto"
+    stats: bool = False
+    """the forward pass also returns the values of SVRStats"""
+
+    @property
+    def infonce(self) -> bool:
+        return self.objective == "infonce"
+
+    def support(self, has_radius: bool) -> bool:
+        """Whether support vectors enter the similarity at all."""
+        return has_radius and (self.alpha != 0.0 or self.stats)
+
+    def mirror(self, has_radius: bool) -> bool:
+        return self.support(has_radius) and self.bilateral == "mirror"
+
+    def shared(self, has_radius: bool) -> bool:
+        return self.support(has_radius) and self.bilateral == "shared" and self.infonce
+
+    @property
+    def gradient_in_forward(self) -> bool:
+        """SigLIP needs no normaliser, so one sweep gives the loss and its gradient; the upstream gradient of a
+        reduced loss is one number and is applied afterwards."""
+        return not self.infonce and self.reduction != "none"

@@ -1,0 +1,127 @@
+"""The semantic radius R: one learnable number (StaticSVR), or a small network over similarities (DynamicSVR)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TOP_NEGATIVES = 16
+CHUNK_BYTES = 64 * 2**20
+"""Similarities of one chunk of rows; above it they are recomputed in backward instead of kept."""
+
+
+class StaticRadius(nn.Module):
+    """StaticSVR: the same learnable radius for every pair.
+
+    Args:
+        init: initial radius (0.1 is this library's choice, the paper gives none).
+    """
+
+    def __init__(self, init: float = 0.1) -> None:
+        super().__init__()
+        self.radius = nn.Parameter(torch.tensor(float(init)))
+
+    def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
+        """The 0-d parameter."""
+        return self.radius
+
+
+class DynamicRadius(nn.Module):
+    """DynamicSVR: a 3-layer MLP from a pair's scaled similarities to its radius.
+
+    With s_ij = logit_scale <t_i, a_j>, row i gives the network
+
+    - `features="similarities"` (the paper): [s_ii, s_i1, ..., s_iN without s_ii], the positive first, then the
+      negatives in batch order; tied to `batch_size`;
+    - `features="summary"` (any batch size): the positive, the 16 largest negatives in descending order (0 where there
+      are fewer), and mean, standard deviation and log-sum-exp of the negatives.
+
+    The last layer starts at zero with bias `init`, so every radius starts there. Large batches are worked through in
+    chunks of rows and recomputed in backward: nothing (N, N) is kept.
+
+    Args:
+        batch_size: N of every batch; needed for "similarities" only.
+        init: initial radius.
+        hidden: widths of the two hidden layers (GELU).
+        detach_similarity: no gradient through the similarities into the embeddings.
+    """
+
+    def __init__(
+        self,
+        batch_size: int | None = None,
+        init: float = 0.1,
+        hidden: tuple[int, int] = (256, 64),
+        features: str = "similarities",
+        detach_similarity: bool = False,
+    ) -> None:
+        super().__init__()
+        if features not in ("similarities", "summary"):
+            raise ValueError(f"features must be 'similarities' or 'summary', got {features!r}")
+        if features == "similarities" and (batch_size is None or batch_size < 1):
+            raise ValueError(
+                f"features='similarities' needs the batch size, got batch_size={batch_size!r}; "
+                "features='summary' works at any"
+            )
+        self.batch_size, self.features, self.detach_similarity = batch_size, features, detach_similarity
+        width = batch_size if features == "similarities" else TOP_NEGATIVES + 4
+        assert width is not None
+        self.network = nn.Sequential(
+            nn.Linear(width, hidden[0]),
+            nn.GELU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.GELU(),
+            nn.Linear(hidden[1], 1),
+        )
+        last = self.network[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, init)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features!r}, batch_size={self.batch_size}, detach_similarity={self.detach_similarity}"
+
+    def rows(self, text: Tensor, audio: Tensor, scale: Tensor, first: int) -> Tensor:
+        """Radius (n,) of rows first .. first + n of the batch: text (n, D) against audio (N, D)."""
+        s = scale * text @ audio.t()
+        n, N = s.shape
+        row = torch.arange(first, first + n, device=s.device)[:, None]
+        column = torch.arange(N, device=s.device)[None, :]
+        # Column 0 takes the positive, the columns after it the negatives in order: those before the positive move up.
+        order = torch.where(column == 0, row, torch.where(column <= row, column - 1, column))
+        s = s.gather(1, order)
+        if self.features == "summary":
+            s = summary(s)
+        return self.network(s.to(self.network[0].weight.dtype))[:, 0]
+
+    def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
+        """R (N,) for audio, text (N, D)."""
+        N = len(text)
+        if self.features == "similarities" and N != self.batch_size:
+            raise ValueError(
+                f"this DynamicRadius was built for batches of {self.batch_size} pairs, got {N}; "
+                "keep the batch size fixed (drop the last batch) or use features='summary'"
+            )
+        scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
+        if self.detach_similarity:
+            audio, text, scale = audio.detach(), text.detach(), scale.detach()
+        if N * N * text.element_size() <= CHUNK_BYTES:
+            return self.rows(text, audio, scale, 0)
+        size = max(1, CHUNK_BYTES // (N * text.element_size()))
+        parts = [
+            checkpoint(self.rows, text[i : i + size], audio, scale, i, use_reentrant=False)
+            for i in range(0, N, size)
+        ]
+        return torch.cat(parts)
+
+
+def summary(s: Tensor) -> Tensor:
+    """(n, 20) from rows [positive, negatives]: positive, top negatives, mean, standard deviation, log-sum-exp."""
+    positive, negatives = s[:, :1], s[:, 1:]
+    count = negatives.shape[1]
+    if count == 0:
+        return F.pad(positive, (0, TOP_NEGATIVES + 3))
+    top = negatives.topk(min(TOP_NEGATIVES, count), dim=1).values
+    top = F.pad(top, (0, TOP_NEGATIVES - top.shape[1]))
+    mean = negatives.mean(dim=1, keepdim=True)
+    # The small constant keeps the root's gradient finite where all negatives are equal.
+    spread = ((negatives - mean).square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    return torch.cat((positive, top, mean, spread, negatives.logsumexp(dim=1, keepdim=True)), dim=1)

@@ -1,0 +1,136 @@
+"""The specification: the SVR loss of SupCLAP (arXiv 2509.21033) in eager PyTorch.
+
+Everything else in this package must return these values and their autograd gradients. Symbols (see MATH.md):
+
+    T, A   (N, D)  text and audio embeddings; row i of T belongs to row i of A
+    k, b           logit scale and (SigLIP) logit bias
+    r_i            gap |a_i - t_i|, smoothed: sqrt(|a_i - t_i|^2 + EPS^2)
+    u_i            pulling direction (a_i - t_i) / r_i
+    R_i            semantic radius
+    T_sup, A_sup   support vectors t_i + R_i u_i and a_i - R_i u_i
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .stats import SVRStats
+
+EPS = 1e-4
+"""Smoothing of the gap: loss and gradient stay finite at a_i = t_i."""
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 input, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gap_and_direction(T: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """r (N,) and u (N, D)."""
+    step = A - T
+    r = (step.square().sum(dim=1) + EPS**2).sqrt()
+    return r, step / r[:, None]
+
+
+def kept_pairs(N: int, ids: Tensor | None, device: torch.device) -> Tensor:
+    """(N, N) bool: the positives, and every pair that is a negative (pairs with equal ids are not)."""
+    positive = torch.eye(N, dtype=torch.bool, device=device)
+    if ids is None:
+        return torch.ones_like(positive)
+    return positive | (ids[:, None] != ids[None, :])
+
+
+def infonce_rows(logits: Tensor, keep: Tensor) -> Tensor:
+    """(N,): cross entropy of each row of the (N, N) logits against the diagonal."""
+    return logits.masked_fill(~keep, float("-inf")).logsumexp(dim=1) - logits.diagonal()
+
+
+def siglip_rows(logits: Tensor, keep: Tensor) -> Tensor:
+    """(N,): sum over each row of softplus(-z logits), z = +1 on the diagonal and -1 off it."""
+    z = 2.0 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1.0
+    return (-F.logsigmoid(z * logits) * keep).sum(dim=1)
+
+
+def support_vectors(T: Tensor, A: Tensor, R: Tensor, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """T_sup and A_sup (N, D): each row moved by R_i along u_i, towards its partner."""
+    _, u = gap_and_direction(T, A)
+    T_sup, A_sup = T + R[:, None] * u, A - R[:, None] * u
+    return (F.normalize(T_sup, dim=1), F.normalize(A_sup, dim=1)) if renormalize else (T_sup, A_sup)
+
+
+def direction_pairs(
+    T: Tensor, A: Tensor, R: Tensor | None, infonce: bool, bilateral: str, renormalize: bool
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """The directions of each term as pairs (X, Y): row i compares x_i with every y_j, and y_i is its positive."""
+    pairs = {"t2a": [(T, A)], "a2t": [(A, T)] if infonce else [], "svr": []}
+    if R is not None:
+        T_sup, A_sup = support_vectors(T, A, R, renormalize)
+        pairs["svr"].append((T_sup, A))
+        if bilateral == "mirror":
+            pairs["svr"].append((A_sup, T))
+        if bilateral == "shared" and infonce:
+            pairs["svr"].append((A, T_sup))
+    return pairs
+
+
+def svr_loss_reference(
+    audio: Tensor,
+    text: Tensor,
+    radius: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1 / 0.07,
+    logit_bias: float | Tensor | None = None,
+    *,
+    objective: str = "infonce",
+    bilateral: str = "mirror",
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    normalize: bool = False,
+    renormalize: bool = False,
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    group=None,
+    exchange: str = "gather",
+    workspace: int = 0,
+    backend: str = "reference",
+    return_stats: bool = False,
+):
+    """The loss, with the arguments of `fused_svr_loss`; any float dtype, twice differentiable, O(N^2) memory.
+
+    float16 and bfloat16 inputs are raised to float32 first, so the result is exact for the given values.
+    `exchange`, `workspace` and `backend` steer the kernels only and change nothing here.
+    """
+    if group is not None:
+        raise NotImplementedError("group: the loss over a process group is not implemented yet")
+    dtype = accumulator_dtype(audio.dtype)
+    number = {"dtype": dtype, "device": audio.device}
+    T, A = text.to(dtype), audio.to(dtype)
+    N = len(T)
+    k = torch.as_tensor(logit_scale, **number)
+    b = torch.as_tensor(0.0 if logit_bias is None else logit_bias, **number)
+    w = torch.ones(N, **number) if weight is None else weight.to(dtype)
+    if normalize:
+        T, A = F.normalize(T, dim=1), F.normalize(A, dim=1)
+    keep = kept_pairs(N, ids, T.device)
+    infonce = objective == "infonce"
+
+    def rows(X: Tensor, Y: Tensor) -> Tensor:
+        logits = k * X @ Y.t()
+        return infonce_rows(logits, keep) if infonce else siglip_rows(logits + b, keep)
+
+    R = None if radius is None else torch.as_tensor(radius, **number).expand(N)
+    pairs = direction_pairs(T, A, R, infonce, bilateral, renormalize)
+    zero = torch.zeros(N, **number)
+    l_t2a, l_a2t, l_svr = (sum((rows(X, Y) for X, Y in pairs[term]), zero) for term in pairs)
+    l_cons, r = zero, None
+    if R is not None:
+        r, _ = gap_and_direction(T, A)
+        l_cons = F.relu(R - r) + F.relu(-R)
+
+    per_row = w * (l_t2a + l_a2t + alpha * l_svr + beta * l_cons)
+    loss = per_row if reduction == "none" else per_row.sum()
+    loss = loss / N if reduction == "mean" else loss
+    if not return_stats:
+        return loss
+    terms = [(w * term).mean() for term in (l_t2a, l_a2t, l_svr, l_cons)]
+    return loss, SVRStats.from_matrix(terms, T @ A.t(), k, keep, R, r)
