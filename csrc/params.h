@@ -45,7 +45,7 @@ enum Sum {
   kSumRhoAudio,     // sum_j U_ij (K_ij - S_ji)
   kSumSupportText,  // sum_j H_ij X_ij
   kSumSupportAudio, // sum_j U_ij Y_ij
-  kSumRhoFar,       // u_i . dL/ds_i of rows treated literally, times k / |s|
+  kSumRhoFar,       // rho_i of rows treated literally, positive included
   kSums
 };
 

@@ -1,4 +1,4 @@
-"""Fused kernels for contrastive audio-text training with Support Vector Regularization (SupCLAP)."""
+"""Fused kernels for audio-text training with Support Vector Regularization (SupCLAP)."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -8,13 +8,15 @@ from . import __version__, available_backends, explain, native
 
 
 def main() -> None:
-    print(f"supclap_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    python = platform.python_version()
+    print(f"supclap_kernels {__version__}, torch {torch.__version__}, Python {python}")
     for name, state in available_backends().items():
         print(f"  {name:10s} {state}")
     module, _ = native.load()
     if module is not None:
         print(f"CPU kernels: {module.isa()} of {', '.join(module.isa_compiled)}")
-        print(f"threads: {torch.get_num_threads()} from {module.parallel_runtime().rsplit('/', 1)[-1]}")
+        runtime = module.parallel_runtime().rsplit("/", 1)[-1]
+        print(f"threads: {torch.get_num_threads()} from {runtime}")
     print(f"CPU tensors run on {explain('cpu')}")
     if torch.cuda.is_available():
         print(f"CUDA tensors run on {explain('cuda')}")

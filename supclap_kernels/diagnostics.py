@@ -1,6 +1,6 @@
 """Where the loss pushes the texts: the quantities the paper argues with, for each pair."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from .reference import (
 
 
 class ForceDecomposition(NamedTuple):
-    """Forces on the text embeddings: minus the gradient of the summed loss, so a row does not shrink with N.
+    """Forces on the text embeddings: minus the gradient of the summed loss, so a row does not
+    shrink with N.
 
-    `pull` comes through the logits of the positives, `push` through those of the negatives; force = pull + push
-    (+ the radius constraint). Parallel and perpendicular are meant relative to u_i, from text to audio.
+    `pull` comes through the logits of the positives, `push` through those of the negatives; force =
+    pull + push (+ the radius constraint). Parallel and perpendicular are meant relative to u_i,
+    from text to audio.
     """
 
     force: Tensor
@@ -38,7 +40,8 @@ class ForceDecomposition(NamedTuple):
     drift_gap: Tensor
     """(N,): cos(force_i, u_i)"""
     contraction: Tensor
-    """(N,): 1 - R_i / r_i, the factor on the perpendicular part of the SVR term; 1 without a radius"""
+    """(N,): 1 - R_i / r_i, the factor on the perpendicular part of the SVR term; 1 without a radius
+    """
 
 
 def force_decomposition(
@@ -57,12 +60,13 @@ def force_decomposition(
     ids: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> ForceDecomposition:
-    """Decompose the loss' force on each text embedding. A diagnostic: eager, O(N^2) memory, no gradient.
+    """Decompose the loss' force on each text embedding. A diagnostic: eager, O(N^2) memory, no
+    gradient.
 
     Arguments as in `fused_svr_loss`; with `normalize`, forces act on the normalised rows.
     """
     dtype = accumulator_dtype(audio.dtype)
-    number = {"dtype": dtype, "device": audio.device}
+    number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     infonce, N = objective == "infonce", len(text)
     A, T = audio.detach().to(dtype), text.detach().to(dtype)
     if normalize:

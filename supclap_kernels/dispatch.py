@@ -32,16 +32,23 @@ def available_backends() -> dict[str, str]:
 
 @torch.compiler.assume_constant_result
 def choose(backend: str, device: str) -> tuple[str, str]:
-    """The backend that runs on this type of device, and the reason. Raises where the one asked for cannot."""
+    """The backend that runs on this type of device, and the reason. Raises where the one asked for
+    cannot.
+    """
     available = available_backends()
     if backend == "auto":
         if device == "cpu" and available["cpu"] == "ok":
-            return "cpu", "CPU tensors: panel engine with C++ epilogues, measured faster than eager at every size"
+            return (
+                "cpu",
+                "the panel engine with C++ epilogues: measured faster than eager at every size",
+            )
         if device == "cpu":
             return "reference", f"fallback: {available['cpu']}"
         return "reference", f"fallback: no kernel for {device} tensors in this version"
     if available[backend] != "ok":
-        raise RuntimeError(f"backend={backend!r} cannot run here: {available[backend]}. Use backend='auto'.")
+        raise RuntimeError(
+            f"backend={backend!r} cannot run here: {available[backend]}. Use backend='auto'."
+        )
     if backend == "cpu" and device != "cpu":
         raise RuntimeError(f"backend='cpu' takes CPU tensors, got {device}. Use backend='auto'.")
     return backend, "asked for"

@@ -1,17 +1,20 @@
-"""The closed form: loss and every gradient of the specification from dense matrices, without autograd.
+"""The closed form: loss and every gradient of the specification from dense matrices, without
+autograd.
 
 These are the identities the kernels implement, with the same symbols (derivation: MATH.md):
 
     S = T A^T    Q = A A^T    K = T T^T    X = S + c (Q - S)   <t_sup_i, a_j>    c = R / r
-    G, H, U      gradient of the loss with respect to S, X and (mirror) Y = S^T + c (K - S^T), <a_sup_i, t_j>
+    Y = S^T + c (K - S^T)   <a_sup_i, t_j>, mirror only
+    G, H, U      gradient of the loss with respect to S, X and Y
     dT = W A + (V_T + V_T^T) T + ...,   dA = W^T T + (V_A + V_A^T) A + ...
     W  = G + (1 - c) H + ((1 - c) U)^T,   V_A = c H,   V_T = c U
     rho_i = sum_j (H_ij (Q_ij - S_ij) + U_ij (K_ij - S_ji)) / r_i       dR = rho + hinge - ...
 
-Rows with a tiny gap (`is_far`) would lose digits in Q - S; they take their support vector literally.
+Rows with a tiny gap (`is_far`) would lose digits in Q - S; they take their support vector
+literally.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,8 @@ from torch import Tensor
 
 from .reference import accumulator_dtype, gap_and_direction, kept_pairs
 
-FAR_C = 4.0
-FAR_GAP = 1 / 16
+FAR_C = 2.0
+FAR_GAP = 1 / 8
 
 
 class Gradients(NamedTuple):
@@ -85,18 +88,20 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """The loss and its gradients for an upstream gradient (default: ones).
 
-    `radius` (N,), 0-d, float or None; its gradient is returned per row. `weights_dtype` rounds the weights of the
-    gradient products (never the positive's), as the bfloat16 path of a kernel does: the precision contract.
+    `radius` (N,), 0-d, float or None; its gradient is returned per row. `weights_dtype` rounds the
+    weights of the gradient products (never the positive's), as the bfloat16 path of a kernel does:
+    the precision contract.
     """
     dtype = accumulator_dtype(audio.dtype)
-    number = {"dtype": dtype, "device": audio.device}
+    number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     T, A = text.detach().to(dtype), audio.detach().to(dtype)
     N, infonce = len(T), objective == "infonce"
     k = torch.as_tensor(logit_scale, **number).detach()
     b = torch.as_tensor(0.0 if logit_bias is None else logit_bias, **number).detach()
     w = torch.ones(N, **number) if weight is None else weight.detach().to(dtype)
     scale = 1.0 / N if reduction == "mean" else 1.0
-    omega = scale * w * (1.0 if upstream is None else upstream.to(dtype))  # weight of row i in the gradient
+    omega = scale * w  # weight of row i in the gradient
+    omega = omega if upstream is None else omega * upstream.to(dtype)
     keep = kept_pairs(N, ids, T.device)
     raw_T, raw_A = T, A
     if normalize:
@@ -126,11 +131,14 @@ def loss_and_gradients(
     dT, dA = torch.zeros_like(T), torch.zeros_like(A)
     rho = torch.zeros_like(w)
 
-    def support_term(X: Tensor, Y: Tensor, gram: Tensor, cross: Tensor, both: bool):
-        """Support vectors s_i = x_i + c_i (y_i - x_i) against the rows of Y; gram = Y Y^T, cross = X Y^T.
+    def support_term(
+        X: Tensor, Y: Tensor, gram: Tensor, cross: Tensor, both: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Support vectors s_i = x_i + c_i (y_i - x_i) against the rows of Y; gram = Y Y^T, cross =
+        X Y^T.
 
-        Adds to dk, db and rho; returns the row losses, H = dL/d<s_i, y_j>, and the gradient of what does not pass
-        through Y's products: dX and dY of the rows' own geometry.
+        Adds to dk, db and rho; returns the row losses, H = dL/d<s_i, y_j>, and the gradient of what
+        does not pass through Y's products: dX and dY of the rows' own geometry.
         """
         nonlocal dk, db, rho
         step = Y - X

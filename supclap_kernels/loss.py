@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +35,30 @@ def fused_svr_loss(
     ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    group=None,
+    group: Any = None,
     exchange: str = "gather",
     workspace: int = WORKSPACE,
     backend: str = "auto",
     return_stats: bool = False,
-):
+) -> Any:
     """Contrastive loss with Support Vector Regularization (SupCLAP, arXiv 2509.21033), fused.
 
-    L = L_orig + alpha L_svr + beta L_cons: the InfoNCE of both directions (their sum), or the SigLIP loss; the same for
-    the support vectors t_sup_i = t_i + R_i u_i, u_i = (a_i - t_i) / r_i; and the constraint that keeps 0 <= R_i <= r_i.
-    Equal to `svr_loss_reference`, without anything N x N beyond `workspace`.
+    L = L_orig + alpha L_svr + beta L_cons: the InfoNCE of both directions (their sum), or the
+    SigLIP loss; the same for the support vectors t_sup_i = t_i + R_i u_i, u_i = (a_i - t_i) / r_i;
+    and the constraint that keeps 0 <= R_i <= r_i. Equal to `svr_loss_reference`, without anything N
+    x N beyond `workspace`.
 
     Args:
-        audio, text: (N, D) embeddings, same float dtype and device; row i of one belongs to row i of the other.
-        radius: None for the plain loss; a float or 0-d tensor (StaticSVR); (N,) (DynamicSVR). In units of |a - t|.
+        audio, text: (N, D) embeddings, same float dtype and device; row i of one belongs to row i
+            of the other.
+        radius: None for the plain loss; a float or 0-d tensor (StaticSVR); (N,) (DynamicSVR). In
+            units of |a - t|.
         logit_scale: inverse temperature k; float or 0-d tensor. logits = k <t, a> (+ b).
         logit_bias: b of SigLIP; float or 0-d tensor, default 0. Not with InfoNCE.
         objective: "infonce" or "siglip".
-        bilateral: "none": support vectors of the texts only; "mirror": of the audios as well; "shared": both
-            directions of the texts' support vectors (SigLIP has one direction: as "none").
+        bilateral: "none": support vectors of the texts only; "mirror": of the audios as well;
+            "shared": both directions of the texts' support vectors (SigLIP has one direction: as
+            "none").
         alpha, beta: weights of the SVR term and of the radius constraint.
         normalize: L2-normalise the rows first, with the gradient through it.
         renormalize: put the support vectors back on the sphere.
@@ -62,17 +67,19 @@ def fused_svr_loss(
         reduction: "mean" (sum / N), "sum", or "none" ((N,): row i's own terms).
         group: process group for negatives from every rank (not implemented yet).
         exchange: "gather" or "ring", how ranks share rows.
-        workspace: bytes the engine may use for similarities: kept for backward if they fit, else recomputed.
+        workspace: bytes the engine may use for similarities: kept for backward if they fit, else
+            recomputed.
         backend: "auto", "reference", or a name of `available_backends()`.
         return_stats: also return `SVRStats`, detached values from the same pass.
 
     Returns:
-        The loss, float32 (float64 for float64 input), or (loss, SVRStats). Gradients reach audio, text, radius,
-        logit_scale and logit_bias, each in its own dtype, for any upstream gradient; second derivatives need
-        backend="reference".
+        The loss, float32 (float64 for float64 input), or (loss, SVRStats). Gradients reach audio,
+        text, radius, logit_scale and logit_bias, each in its own dtype, for any upstream gradient;
+        second derivatives need backend="reference".
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend that cannot run.
+        TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend
+            that cannot run.
     """
     check_choice("objective", objective, ("infonce", "siglip"))
     check_choice("bilateral", bilateral, ("none", "mirror", "shared"))
@@ -82,9 +89,13 @@ def fused_svr_loss(
     check_embeddings(audio, text)
     N = audio.shape[0]
     if group is not None:
-        raise NotImplementedError("group: the loss over a process group is not implemented yet; gather the embeddings")
+        raise NotImplementedError(
+            "group: the loss over a process group is not implemented yet; gather the embeddings"
+        )
     if logit_bias is not None and objective == "infonce":
-        raise ValueError("logit_bias belongs to objective='siglip': InfoNCE does not depend on it; pass None")
+        raise ValueError(
+            "logit_bias belongs to objective='siglip': InfoNCE does not depend on it; pass None"
+        )
     for name, value in (("alpha", alpha), ("beta", beta)):
         if isinstance(value, Tensor) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
@@ -98,7 +109,9 @@ def fused_svr_loss(
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, audio)
     R = None if radius is None else as_radius(radius, N, audio)
     if os.environ.get("SUPCLAP_DEBUG") == "1":
-        check_values(audio=audio, text=text, radius=R, logit_scale=scale, logit_bias=bias, weight=weight)
+        check_values(
+            audio=audio, text=text, radius=R, logit_scale=scale, logit_bias=bias, weight=weight
+        )
 
     options = Options(
         objective,
@@ -148,19 +161,27 @@ def check_embeddings(audio: Tensor, text: Tensor) -> None:
             raise ValueError(f"{name} must have shape (N, D), got {tuple(value.shape)}")
     if audio.shape != text.shape:
         raise ValueError(
-            "audio and text must have the same shape (N, D), row i of one belonging to row i of the other; "
+            "audio and text must have the same shape (N, D), row i of one belonging to row i of "
+            "the other; "
             f"got audio {tuple(audio.shape)} and text {tuple(text.shape)}"
         )
     if audio.dtype != text.dtype:
         raise TypeError(
-            f"audio and text must have the same dtype, got {audio.dtype} and {text.dtype}; cast one of them"
+            f"audio and text must have the same dtype, got {audio.dtype} and {text.dtype}; "
+            "cast one of them"
         )
     if audio.dtype not in FLOATS:
-        raise TypeError(f"audio and text must be float32, float16, bfloat16 or float64, got {audio.dtype}")
+        raise TypeError(
+            f"audio and text must be float32, float16, bfloat16 or float64, got {audio.dtype}"
+        )
     if audio.device != text.device:
-        raise ValueError(f"audio and text must be on the same device, got {audio.device} and {text.device}")
+        raise ValueError(
+            f"audio and text must be on the same device, got {audio.device} and {text.device}"
+        )
     if audio.shape[0] == 0 or audio.shape[1] == 0:
-        raise ValueError(f"audio and text are empty, got shape {tuple(audio.shape)}; at least one pair is needed")
+        raise ValueError(
+            f"audio and text are empty, got shape {tuple(audio.shape)}; at least one pair is needed"
+        )
 
 
 def check_vector(
@@ -171,7 +192,9 @@ def check_vector(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape ({N},), got {type(value).__name__}")
     if value.shape != (N,):
-        raise ValueError(f"{name} must have shape ({N},), one for each pair; got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape ({N},), one for each pair; got {tuple(value.shape)}"
+        )
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
@@ -184,14 +207,19 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(
-                f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}; use .squeeze()"
+                f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}; "
+                "use .squeeze()"
             )
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
         if value.device != audio.device:
-            raise ValueError(f"{name} must be on {audio.device} like the embeddings, got {value.device}")
+            raise ValueError(
+                f"{name} must be on {audio.device} like the embeddings, got {value.device}"
+            )
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | torch.SymFloat | torch.SymInt
+    ):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
     return torch.full((), value, dtype=accumulator_dtype(audio.dtype), device=audio.device)
 
@@ -217,7 +245,9 @@ def check_values(**tensors: Tensor | None) -> None:
             raise ValueError(f"SUPCLAP_DEBUG: {name} has {bad} values that are NaN or infinite")
     scale = tensors["logit_scale"]
     if scale is not None and bool(scale < 0):
-        raise ValueError(f"SUPCLAP_DEBUG: logit_scale is negative ({float(scale)}): the most similar pairs would repel")
+        raise ValueError(
+            f"SUPCLAP_DEBUG: logit_scale is negative ({float(scale)}): similar pairs would repel"
+        )
 
 
 class SVRLoss(nn.Module):
@@ -225,7 +255,8 @@ class SVRLoss(nn.Module):
 
     Args:
         radius: StaticRadius(), DynamicRadius(...), or None for the plain loss.
-        objective, bilateral, alpha, beta, normalize, renormalize, reduction, group, exchange, workspace, backend,
+        objective, bilateral, alpha, beta, normalize, renormalize, reduction, group, exchange,
+        workspace, backend,
             return_stats: see `fused_svr_loss`.
     """
 
@@ -239,7 +270,7 @@ class SVRLoss(nn.Module):
         normalize: bool = False,
         renormalize: bool = False,
         reduction: str = "mean",
-        group=None,
+        group: Any = None,
         exchange: str = "gather",
         workspace: int = WORKSPACE,
         backend: str = "auto",
@@ -248,7 +279,8 @@ class SVRLoss(nn.Module):
         super().__init__()
         if radius is not None and not isinstance(radius, nn.Module):
             raise TypeError(
-                "radius must be a module that maps (audio, text, logit_scale) to a radius, such as StaticRadius(0.1); "
+                "radius must be a module that maps (audio, text, logit_scale) to a radius, "
+                "such as StaticRadius(0.1); "
                 f"got {type(radius).__name__}"
             )
         check_choice("objective", objective, ("infonce", "siglip"))
@@ -257,7 +289,7 @@ class SVRLoss(nn.Module):
         check_choice("exchange", exchange, ("gather", "ring"))
         check_choice("backend", backend, dispatch.BACKENDS)
         self.radius = radius
-        self.options = {
+        self.options: dict[str, Any] = {
             "objective": objective,
             "bilateral": bilateral,
             "alpha": alpha,
@@ -283,7 +315,7 @@ class SVRLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         ids: Tensor | None = None,
         weight: Tensor | None = None,
-    ):
+    ) -> Any:
         """The loss (or loss and SVRStats) of audio, text (N, D)."""
         radius = None
         if self.radius is not None:

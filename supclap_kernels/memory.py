@@ -1,5 +1,7 @@
 """How much memory a call needs, computed from the same sizes as the backends allocate."""
 
+from typing import Any
+
 import torch
 
 from .backends import cpu
@@ -16,9 +18,10 @@ def memory_estimate(
     radius: bool = True,
     device: str = "cpu",
     backend: str = "auto",
-    **options,
+    **options: Any,
 ) -> int:
-    """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned gradients.
+    """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned
+    gradients.
 
     Args:
         N, D, dtype: of the embeddings.
@@ -32,6 +35,7 @@ def memory_estimate(
     chosen = Options(**options)
     if name == "cpu":
         return cpu.memory(N, D, dtype, radius, chosen)
-    # Eager autograd: about four matrices for each direction (product, logits, mask, softmax), and their gradients.
+    # Eager autograd: about four matrices for each direction (product, logits, mask, softmax), and
+    # their gradients.
     directions = 2 + radius * (1 + (chosen.bilateral != "none"))
     return (4 * directions + 2) * N * N * accumulator_dtype(dtype).itemsize

@@ -1,15 +1,18 @@
-"""The boundary to PyTorch: one forward operator, one backward operator, and the autograd.Function over them.
+"""The boundary to PyTorch: one forward operator, one backward operator, and the autograd.Function
+over them.
 
     svr_loss           -> loss () or (N,), stats (11,) or (0,), state (12, N), saved (any,)
     svr_loss_backward  -> dA, dT, dR, dk, db; (0,) where `needs` says no
 
-Which backend runs is decided inside, on real tensors; all obey the shapes that the fake kernels state. `state` holds
-the softmax statistics of each row, `saved` what the backend wants to reuse (kept panels, or SigLIP's gradients).
+Which backend runs is decided inside, on real tensors; all obey the shapes that the fake kernels
+state. `state` holds the softmax statistics of each row, `saved` what the backend wants to reuse
+(kept panels, or SigLIP's gradients).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .backends.cpu import Inputs, saved_elements
@@ -19,7 +22,10 @@ from .reference import accumulator_dtype
 STATE_ROWS = 12
 STATS = 11
 
-_TENSORS = "Tensor audio, Tensor text, Tensor? radius, Tensor scale, Tensor? bias, Tensor? ids, Tensor? weight"
+_TENSORS = (
+    "Tensor audio, Tensor text, Tensor? radius, Tensor scale, Tensor? bias, "
+    "Tensor? ids, Tensor? weight"
+)
 _OPTIONS = (
     "str objective, str bilateral, float alpha, float beta, bool normalize, bool renormalize, "
     "str reduction, int workspace, str backend, bool stats"
@@ -30,23 +36,25 @@ _library.define(
     "-> (Tensor loss, Tensor stats, Tensor state, Tensor saved)"
 )
 _library.define(
-    f"svr_loss_backward(Tensor upstream, {_TENSORS}, Tensor state, Tensor saved, bool[5] needs, {_OPTIONS}) "
+    f"svr_loss_backward(Tensor upstream, {_TENSORS}, Tensor state, Tensor saved, bool[5] needs, "
+    f"{_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(audio, text, radius, scale, bias, ids, weight, needs, *options):
-    inputs, chosen = Inputs(audio, text, radius, scale, bias, ids, weight), Options(*options)
-    backend = dispatch.backend_for(audio, chosen)
-    with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
-        return backend.forward(inputs, chosen, tuple(needs))
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
+    backend = dispatch.backend_for(inputs.audio, options)
+    with torch.no_grad(), torch.autocast(inputs.audio.device.type, enabled=False):
+        return backend.forward(inputs, options, tuple(needs))
 
 
-def _backward(upstream, audio, text, radius, scale, bias, ids, weight, state, saved, needs, *options):
-    inputs, chosen = Inputs(audio, text, radius, scale, bias, ids, weight), Options(*options)
-    backend = dispatch.backend_for(audio, chosen)
-    with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
-        return backend.backward(upstream, inputs, state, saved, chosen, tuple(needs))
+def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options = Inputs(*arguments[:7]), Options(*arguments[10:])
+    state, saved, needs = arguments[7:10]
+    backend = dispatch.backend_for(inputs.audio, options)
+    with torch.no_grad(), torch.autocast(inputs.audio.device.type, enabled=False):
+        return backend.backward(upstream, inputs, state, saved, options, tuple(needs))
 
 
 for _device in ("CPU", "CUDA"):
@@ -58,25 +66,26 @@ for _name in ("svr_loss", "svr_loss_backward"):
 
 
 @torch.library.register_fake("supclap_kernels::svr_loss", lib=_library)
-def _fake_forward(audio, text, radius, scale, bias, ids, weight, needs, *options):
-    chosen = Options(*options)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
+    audio, dtype = inputs.audio, accumulator_dtype(inputs.audio.dtype)
     N, D = audio.shape
-    dtype = accumulator_dtype(audio.dtype)
-    size = saved_elements(N, D, radius is not None, chosen, dtype.itemsize, any(needs))
+    radius = inputs.radius is not None
+    size = saved_elements(N, D, radius, options, dtype.itemsize, keep=any(needs))
     return (
-        audio.new_empty((N,) if chosen.reduction == "none" else (), dtype=dtype),
-        audio.new_empty(STATS if chosen.stats else 0, dtype=dtype),
+        audio.new_empty((N,) if options.reduction == "none" else (), dtype=dtype),
+        audio.new_empty(STATS if options.stats else 0, dtype=dtype),
         audio.new_empty((STATE_ROWS, N), dtype=dtype),
         audio.new_empty(size, dtype=dtype),
     )
 
 
 @torch.library.register_fake("supclap_kernels::svr_loss_backward", lib=_library)
-def _fake_backward(upstream, audio, text, radius, scale, bias, ids, weight, state, saved, needs, *options):
-    inputs = (audio, text, radius, scale, bias)
+def _fake_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, needs, dtype = Inputs(*arguments[:7]), arguments[9], torch.float32
     return tuple(
-        x.new_empty(x.shape) if need else audio.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+        x.new_empty(x.shape) if need and x is not None else inputs.audio.new_empty(0, dtype=dtype)
+        for x, need in zip(inputs[:5], needs, strict=True)
     )
 
 
@@ -84,8 +93,8 @@ class SVRFunction(torch.autograd.Function):
     """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, needs, options)"""
 
     @staticmethod
-    def forward(ctx, audio, text, radius, scale, bias, ids, weight, needs, options):
-        tensors = (audio, text, radius, scale, bias, ids, weight)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, needs, options = arguments
         loss, stats, state, saved = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
         ctx.save_for_backward(*tensors, state, saved)
         ctx.needs, ctx.options = needs, options
@@ -93,12 +102,29 @@ class SVRFunction(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (upstream, *ctx.saved_tensors, ctx.needs, *ctx.options)
-        gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
+        with torch.no_grad():
+            gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = [x for x in (upstream, *ctx.saved_tensors[:5]) if x is not None]
+            gradients = [OnceDifferentiable.apply(g, *sources) for g in gradients]
         used = (g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
         return (*used, None, None, None, None)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """gradient = apply(gradient, *sources): an error where a second derivative would be wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the kernels of fused_svr_loss have no second derivative; use backend='reference'"
+        )
 
 
 def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:

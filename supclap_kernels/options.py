@@ -34,6 +34,6 @@ class Options(NamedTuple):
 
     @property
     def gradient_in_forward(self) -> bool:
-        """SigLIP needs no normaliser, so one sweep gives the loss and its gradient; the upstream gradient of a
-        reduced loss is one number and is applied afterwards."""
+        """SigLIP needs no normaliser, so one sweep gives the loss and its gradient; the upstream
+        gradient of a reduced loss is one number and is applied afterwards."""
         return not self.infonce and self.reduction != "none"

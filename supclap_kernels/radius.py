@@ -1,4 +1,6 @@
-"""The semantic radius R: one learnable number (StaticSVR), or a small network over similarities (DynamicSVR)."""
+"""The semantic radius R: one learnable number (StaticSVR), or a small network over similarities
+(DynamicSVR).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,14 @@ class DynamicRadius(nn.Module):
 
     With s_ij = logit_scale <t_i, a_j>, row i gives the network
 
-    - `features="similarities"` (the paper): [s_ii, s_i1, ..., s_iN without s_ii], the positive first, then the
-      negatives in batch order; tied to `batch_size`;
-    - `features="summary"` (any batch size): the positive, the 16 largest negatives in descending order (0 where there
-      are fewer), and mean, standard deviation and log-sum-exp of the negatives.
+    - `features="similarities"` (the paper): [s_ii, s_i1, ..., s_iN without s_ii], the positive
+      first, then the negatives in batch order; tied to `batch_size`;
+    - `features="summary"` (any batch size): the positive, the 16 largest negatives in descending
+      order (0 where there are fewer), and mean, standard deviation and log-sum-exp of the
+      negatives.
 
-    The last layer starts at zero with bias `init`, so every radius starts there. Large batches are worked through in
-    chunks of rows and recomputed in backward: nothing (N, N) is kept.
+    The last layer starts at zero with bias `init`, so every radius starts there. Large batches are
+    worked through in chunks of rows and recomputed in backward: nothing (N, N) is kept.
 
     Args:
         batch_size: N of every batch; needed for "similarities" only.
@@ -62,22 +65,24 @@ class DynamicRadius(nn.Module):
                 f"features='similarities' needs the batch size, got batch_size={batch_size!r}; "
                 "features='summary' works at any"
             )
-        self.batch_size, self.features, self.detach_similarity = batch_size, features, detach_similarity
+        self.batch_size, self.features, self.detach_similarity = (
+            batch_size,
+            features,
+            detach_similarity,
+        )
         width = batch_size if features == "similarities" else TOP_NEGATIVES + 4
         assert width is not None
-        self.network = nn.Sequential(
-            nn.Linear(width, hidden[0]),
-            nn.GELU(),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.GELU(),
-            nn.Linear(hidden[1], 1),
-        )
-        last = self.network[-1]
+        first, last = nn.Linear(width, hidden[0]), nn.Linear(hidden[1], 1)
+        middle = nn.Linear(hidden[0], hidden[1])
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, init)
+        self.network = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
 
     def extra_repr(self) -> str:
-        return f"features={self.features!r}, batch_size={self.batch_size}, detach_similarity={self.detach_similarity}"
+        return (
+            f"features={self.features!r}, batch_size={self.batch_size}, "
+            f"detach_similarity={self.detach_similarity}"
+        )
 
     def rows(self, text: Tensor, audio: Tensor, scale: Tensor, first: int) -> Tensor:
         """Radius (n,) of rows first .. first + n of the batch: text (n, D) against audio (N, D)."""
@@ -85,12 +90,14 @@ class DynamicRadius(nn.Module):
         n, N = s.shape
         row = torch.arange(first, first + n, device=s.device)[:, None]
         column = torch.arange(N, device=s.device)[None, :]
-        # Column 0 takes the positive, the columns after it the negatives in order: those before the positive move up.
+        # Column 0 takes the positive, the columns after it the negatives in order: those before the
+        # positive move up.
         order = torch.where(column == 0, row, torch.where(column <= row, column - 1, column))
         s = s.gather(1, order)
         if self.features == "summary":
             s = summary(s)
-        return self.network(s.to(self.network[0].weight.dtype))[:, 0]
+        dtype = next(self.network.parameters()).dtype
+        return self.network(s.to(dtype))[:, 0]
 
     def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """R (N,) for audio, text (N, D)."""
@@ -114,7 +121,9 @@ class DynamicRadius(nn.Module):
 
 
 def summary(s: Tensor) -> Tensor:
-    """(n, 20) from rows [positive, negatives]: positive, top negatives, mean, standard deviation, log-sum-exp."""
+    """(n, 20) from rows [positive, negatives]: positive, top negatives, mean, standard deviation,
+    log-sum-exp.
+    """
     positive, negatives = s[:, :1], s[:, 1:]
     count = negatives.shape[1]
     if count == 0:

@@ -1,6 +1,7 @@
 """The specification: the SVR loss of SupCLAP (arXiv 2509.21033) in eager PyTorch.
 
-Everything else in this package must return these values and their autograd gradients. Symbols (see MATH.md):
+Everything else in this package must return these values and their autograd gradients. Symbols (see
+MATH.md):
 
     T, A   (N, D)  text and audio embeddings; row i of T belongs to row i of A
     k, b           logit scale and (SigLIP) logit bias
@@ -9,6 +10,8 @@ Everything else in this package must return these values and their autograd grad
     R_i            semantic radius
     T_sup, A_sup   support vectors t_i + R_i u_i and a_i - R_i u_i
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +36,7 @@ def gap_and_direction(T: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kept_pairs(N: int, ids: Tensor | None, device: torch.device) -> Tensor:
-    """(N, N) bool: the positives, and every pair that is a negative (pairs with equal ids are not)."""
+    """(N, N) bool: positives and negatives; a pair of different rows with equal ids is neither."""
     positive = torch.eye(N, dtype=torch.bool, device=device)
     if ids is None:
         return torch.ones_like(positive)
@@ -61,7 +64,9 @@ def support_vectors(T: Tensor, A: Tensor, R: Tensor, renormalize: bool) -> tuple
 def direction_pairs(
     T: Tensor, A: Tensor, R: Tensor | None, infonce: bool, bilateral: str, renormalize: bool
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """The directions of each term as pairs (X, Y): row i compares x_i with every y_j, and y_i is its positive."""
+    """The directions of each term as pairs (X, Y): row i compares x_i with every y_j, and y_i is
+    its positive.
+    """
     pairs = {"t2a": [(T, A)], "a2t": [(A, T)] if infonce else [], "svr": []}
     if R is not None:
         T_sup, A_sup = support_vectors(T, A, R, renormalize)
@@ -89,21 +94,22 @@ def svr_loss_reference(
     ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    group=None,
+    group: Any = None,
     exchange: str = "gather",
     workspace: int = 0,
     backend: str = "reference",
     return_stats: bool = False,
-):
-    """The loss, with the arguments of `fused_svr_loss`; any float dtype, twice differentiable, O(N^2) memory.
+) -> Any:
+    """The loss, with the arguments of `fused_svr_loss`; any float dtype, twice differentiable,
+    O(N^2) memory.
 
-    float16 and bfloat16 inputs are raised to float32 first, so the result is exact for the given values.
-    `exchange`, `workspace` and `backend` steer the kernels only and change nothing here.
+    float16 and bfloat16 inputs are raised to float32 first, so the result is exact for the given
+    values. `exchange`, `workspace` and `backend` steer the kernels only and change nothing here.
     """
     if group is not None:
         raise NotImplementedError("group: the loss over a process group is not implemented yet")
     dtype = accumulator_dtype(audio.dtype)
-    number = {"dtype": dtype, "device": audio.device}
+    number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     T, A = text.to(dtype), audio.to(dtype)
     N = len(T)
     k = torch.as_tensor(logit_scale, **number)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 class SVRStats(NamedTuple):
-    """0-d tensors without gradient. Means over rows; terms carry `weight` but neither alpha nor beta."""
+    """0-d tensors without gradient. Means over rows; terms carry `weight` but neither alpha nor
+    beta.
+    """
 
     l_t2a: Tensor
     """text-to-audio term (SigLIP: the whole base term)"""
@@ -41,7 +43,9 @@ class SVRStats(NamedTuple):
         R: Tensor | None,
         r: Tensor | None,
     ) -> "SVRStats":
-        """From the (N, N) similarities; `terms` are the four means of the loss, `keep` the counted pairs."""
+        """From the (N, N) similarities; `terms` are the four means of the loss, `keep` the counted
+        pairs.
+        """
         S = S.detach()
         others = keep & ~torch.eye(len(S), dtype=torch.bool, device=S.device)
         positive = S.diagonal()
@@ -56,6 +60,6 @@ class SVRStats(NamedTuple):
             (S * others).sum() / others.sum(),
             nan if R is None else R.mean(),
             nan if r is None else r.mean(),
-            nan if R is None else (1.0 - R / r).mean(),
+            nan if R is None or r is None else (1.0 - R / r).mean(),
         ]
         return cls(*(value.detach() for value in values))

@@ -20,8 +20,8 @@ namespace SUPCLAP_ISA {
 namespace {
 
 constexpr double kEps = 1e-4;              // smoothing of the gap
-constexpr double kFarC = 4.0;              // is_far of gradients.py
-constexpr double kFarGap = 1.0 / 16;
+constexpr double kFarC = 2.0;              // is_far of gradients.py
+constexpr double kFarGap = 1.0 / 8;
 constexpr int64_t kRowChunk = 16;
 constexpr int64_t kSerialWork = 1 << 14;   // elements below which threads cost more than they bring
 

@@ -156,11 +156,13 @@ void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, double* sc
       const double r = row[kGap][i], c = row[kC][i], R = row.R[i];
       const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
       const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
-      const double H = p.k * h * nt, U = p.k * u * na;
-      const double sigma_t = p.renormalize ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
-      const double sigma_a = p.renormalize ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
-      double rho = p.k * nt * (sum(kSumRhoText) + h * ea) / r - sigma_t * (et + c * ee) / r + sum(kSumRhoFar);
-      if (p.mirror) rho += p.k * na * (sum(kSumRhoAudio) - u * et) / r - sigma_a * (c * ee - ea) / r;
+      const bool far = row[kOffset][i] != Real(0);  // then all of H and U is in sums[kSumRhoFar], dT and dA already
+      const double H = far ? 0 : p.k * h * nt, U = far ? 0 : p.k * u * na;
+      const bool tangent = p.renormalize && !far;
+      const double sigma_t = tangent ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
+      const double sigma_a = tangent ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
+      double rho = (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r + sum(kSumRhoFar);
+      if (p.mirror) rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
       const double hinge = R > r ? p.beta * w : 0;
       const double along = (c * rho + hinge) / r;
       text.a += (1 - c) * H + U - c * sigma_a;

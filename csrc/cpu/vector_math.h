@@ -36,7 +36,7 @@ SUPCLAP_HD To bits(From from) {
   return to;
 }
 
-constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+static constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
 
 // exp(x) for x <= 0, exactly 0 below the smallest normal number. x = n ln 2 + r, |r| <= ln(2) / 2; exp(r) by its
 // Taylor polynomial (truncation below 0.1 ulp), 2^n by adding n to the exponent.

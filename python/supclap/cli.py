@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="synth, train InfoNCE and bi-StaticSVR, eval, plot")
     demo.add_argument("--out", type=Path, default=Path("supclap-demo"))
     demo.add_argument("--clips", type=int, default=800)
-    demo.add_argument("--epochs", type=int, default=5)
+    demo.add_argument("--epochs", type=int, default=4)
     demo.add_argument("--seed", type=int, default=0)
     add_options(demo, TrainConfig, {name: TRAIN_HELP[name] for name in ("device", "threads")})
     return parser
@@ -157,6 +157,9 @@ def run_command(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code. What a user can put right ends without a traceback."""
     args = build_parser().parse_args(arguments)
+    # Threads that wait must not spin: with other work on the cores a step takes several times
+    # as long. OpenMP reads this once, so it is set before PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run_command(args)
     except UserError as error:

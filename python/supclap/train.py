@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss
 from torch import Tensor
 from tqdm import tqdm
+
+from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss
 
 from .config import Interrupted, TrainConfig, UserError, write_config
 from .data import Corpus, encode_captions, load_corpus, pad_features
@@ -50,7 +51,7 @@ def build_loss(config: TrainConfig) -> SVRLoss:
     if config.loss == "static":
         radius = StaticRadius(init=config.radius_init)
     elif config.loss == "dynamic":  # summary features: the last batch may be smaller
-        radius = DynamicRadius(config.batch_size, init=config.radius_init, features="summary")
+        radius = DynamicRadius(init=config.radius_init, features="summary")
     beta = config.beta if config.beta is not None else 0.01 * (config.loss == "dynamic")
     return SVRLoss(
         radius=radius,

@@ -1,9 +1,10 @@
 """The CPU backend: the panel engine with PyTorch's products and the C++ epilogues of csrc/cpu.
 
-Deterministic: the epilogues' results do not depend on the number of threads, the library's products are repeatable.
+Deterministic: the epilogues' results do not depend on the number of threads, the library's products
+    are repeatable.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from torch import Tensor
 from .. import native
 from ..gradients import normalize_gradient
 from ..options import Options
-from ..reference import accumulator_dtype
+from ..reference import EPS, accumulator_dtype
 from .far import FarRows
-from .panel import Layout, Tile, kept_elements, sweep_gradients, sweep_statistics
+from .panel import PLACEHOLDER, Layout, Tile, kept_elements, sweep_gradients, sweep_statistics
 from .products import choose_products
 
 
@@ -67,7 +68,7 @@ class Call:
         self.far = self.far_rows() if far else None
 
     def operand(self, X: Tensor) -> Tensor:
-        """The rows as the products take them: accumulator's dtype, contiguous, normalised if asked."""
+        """The rows as the products take them: contiguous, wide, normalised if asked."""
         rows = X.to(self.dtype)
         if self.options.normalize:
             rows = F.normalize(rows, dim=1)
@@ -76,21 +77,11 @@ class Call:
         return rows.contiguous()
 
     def far_rows(self) -> FarRows:
-        row = self.native.ROW
-        return FarRows(
-            self.T,
-            self.A,
-            self.rows[row["offset"]].nonzero()[:, 0],
-            self.rows[row["c"]],
-            self.rows[row["gap"]],
-            (self.rows[row["text_inverse"]], self.rows[row["audio_inverse"]]),
-            self.problem.k,
-            self.problem.b,
-            self.code,
-            self.options,
-            self.mirror,
-            self.shared,
-        )
+        assert self.R is not None
+        index = self.rows[self.native.ROW["offset"]].nonzero()[:, 0]
+        k, b = self.problem.k, self.problem.b
+        modes = (self.mirror, self.shared)
+        return FarRows(self.T, self.A, index, self.R, k, b, self.code, self.options, *modes, EPS)
 
     # The epilogue of the panel engine.
     def mask(self, tile: Tile, panel: Tensor) -> None:
@@ -114,9 +105,11 @@ class Call:
         self.problem.running = native.address(self.running)
 
     def finish_statistics(self) -> Tensor:
-        """(6, N) float64: l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is beaten, twice."""
+        """(6, N) float64: l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is
+        beaten, twice.
+        """
         if self.far is not None:
-            self.far.statistics(self.running, self.native.MASKED)
+            self.far.statistics(self.running, self.native.MASKED, self.dtype)
         terms = torch.empty(6, self.N, dtype=torch.float64)
         self.native.finish_statistics(self.problem, terms.data_ptr())
         return terms
@@ -137,30 +130,39 @@ class Call:
         self.native.prepare_weights(self.problem)
 
     def gradients(
-        self, kept: Tensor, needs: tuple[bool, ...], with_statistics: bool = False
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """dA, dT (None: frozen), dR (N,) or None, and dk, db (2,) float64, all for the rows as given."""
-        dA = torch.zeros(self.N, self.D, dtype=self.dtype) if needs[0] else None
-        dT = torch.zeros(self.N, self.D, dtype=self.dtype) if needs[1] else None
-        arguments = (self.layout, self.products, self, kept, self.scratch(), with_statistics)
+        self,
+        dA: Tensor | None,
+        dT: Tensor | None,
+        kept: Tensor | None = None,
+        with_statistics: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Add the gradients of the rows as given to dA, dT (N, D; None: frozen).
+
+        Returns dR (N,) or None, and dk, db (2,) float64.
+        """
+        scratch = self.scratch()
+        arguments = (self.layout, self.products, self, kept, scratch, with_statistics)
         sweep_gradients(self.T, self.A, dT, dA, *arguments)
         if self.far is not None:
-            self.far.gradients(self.factors, self.sums, self.native.SUM, dT, dA)
+            state = self.state.view(3, self.native.DIRECTIONS, self.N)
+            self.far.gradients(state, self.factors, self.sums, self.native.SUM, dT, dA)
         dR = None if self.R is None else torch.empty(self.N, dtype=self.dtype)
         scalars = torch.empty(2, dtype=torch.float64)
         pointers = (native.address(dT), native.address(dA), native.address(dR), scalars.data_ptr())
         self.native.finish_gradients(self.problem, *pointers)
         if self.options.normalize:
-            dA = None if dA is None else normalize_gradient(self.inputs.audio.to(self.dtype), dA)
-            dT = None if dT is None else normalize_gradient(self.inputs.text.to(self.dtype), dT)
-        return dA, dT, dR, scalars
+            for X, dX in ((self.inputs.audio, dA), (self.inputs.text, dT)):
+                if dX is not None:
+                    dX.copy_(normalize_gradient(X.to(self.dtype), dX))
+        return dR, scalars
 
     def stats(self, terms: Tensor) -> Tensor:
         """(11,): the values of SVRStats."""
         weighted = terms[:4] if self.w is None else terms[:4] * self.w
         row, T, A = self.native.ROW, self.T, self.A
         positive = (T * A).sum(dim=1, dtype=torch.float64)
-        # The sum over all pairs, less those that are no negatives: equal ids (the positive is one of them).
+        # The sum over all pairs, less those that are no negatives: equal ids (the positive is one
+        # of them).
         similarity = T.sum(0, dtype=torch.float64) @ A.sum(0, dtype=torch.float64)
         count = self.N * self.N
         if self.code is None:
@@ -181,18 +183,31 @@ class Call:
         return torch.stack([value.to(self.dtype) for value in values])
 
 
-def saved_elements(N, D: int, has_radius: bool, options: Options, itemsize: int, keep: bool):
-    """Length of the buffer that forward leaves for backward: kept panels, or (SigLIP) the gradients themselves."""
+def saved_elements(
+    N: Any, D: int, has_radius: bool, options: Options, itemsize: int, keep: bool
+) -> Any:
+    """Length of the buffer that forward leaves for backward; N may be symbolic.
+
+    Kept panels, or (SigLIP) the gradients themselves, or PLACEHOLDER elements.
+    """
     if not keep:
-        return 2
+        return PLACEHOLDER
     if options.gradient_in_forward:
         return 2 * N * D + N + 2
     grams = options.support(has_radius) + options.mirror(has_radius)
     return kept_elements(N, grams, itemsize, options.workspace)
 
 
-def forward(inputs: Inputs, options: Options, needs: tuple[bool, ...]):
-    """loss (or rows of it), the values of SVRStats (empty unless asked), state (12, N), and `saved`.
+def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dA, dT (N, D), dR (N,) and (dk, db) as views of SigLIP's `saved`."""
+    dA, dT, dR, scalars = saved.split([N * D, N * D, N, 2])
+    return dA.view(N, D), dT.view(N, D), dR, scalars
+
+
+def forward(
+    inputs: Inputs, options: Options, needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (or rows of it), the values of SVRStats (or empty), state (12, N), and `saved`.
 
     `needs` says which of audio, text, radius, scale, bias will want a gradient.
     """
@@ -202,15 +217,19 @@ def forward(inputs: Inputs, options: Options, needs: tuple[bool, ...]):
     saved = torch.empty(size, dtype=dtype)
     call.start_statistics()
     if keep and options.gradient_in_forward:
+        dA, dT, dR, scalars = split_gradients(saved.zero_(), N, D)
         call.state.zero_()
         call.start_gradients(None)
-        dA, dT, dR, scalars = call.gradients(saved[:0], needs, with_statistics=True)
-        parts = saved.split([N * D, N * D, N, 2])
-        for part, value in zip(parts, (dA, dT, dR, scalars), strict=True):
-            part.zero_() if value is None else part.copy_(value.flatten())
+        dR_rows, dk_db = call.gradients(
+            dA if needs[0] else None, dT if needs[1] else None, with_statistics=True
+        )
+        scalars.copy_(dk_db)
+        if dR_rows is not None:
+            dR.copy_(dR_rows)
     else:
-        scratch = saved if saved.numel() > 2 else call.scratch()
-        sweep_statistics(call.T, call.A, call.layout, call.products, call, saved, scratch)
+        kept = saved if saved.numel() > PLACEHOLDER else None
+        saved[0 if kept is None else call.layout.panel_elements :].zero_()  # no output is undefined
+        sweep_statistics(call.T, call.A, call.layout, call.products, call, kept, call.scratch)
     terms = call.finish_statistics()
     rows = terms[0] + terms[1] + options.alpha * terms[2] + options.beta * terms[3]
     rows = rows if call.w is None else rows * call.w
@@ -229,23 +248,26 @@ def backward(
     saved: Tensor,
     options: Options,
     needs: tuple[bool, ...],
-):
-    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; empty where not needed."""
+) -> tuple[Tensor, ...]:
+    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
     N, D = inputs.audio.shape
+    dA: Tensor | None
+    dT: Tensor | None
+    dR: Tensor | None
     if options.gradient_in_forward:
-        parts = saved.split([N * D, N * D, N, 2])
-        scaled = [part * upstream for part in parts]
-        dA, dT, dR, scalars = scaled[0].view(N, D), scaled[1].view(N, D), scaled[2], scaled[3]
+        dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, N, D))
     else:
         call = Call(inputs, options, state)
         call.start_gradients(upstream)
-        dA, dT, dR, scalars = call.gradients(saved, needs)
+        dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
+        dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
+        dR, scalars = call.gradients(dA, dT, saved if saved.numel() > PLACEHOLDER else None)
     if dR is not None and inputs.radius is not None and inputs.radius.ndim == 0:
         dR = dR.sum(dtype=torch.float64)
     values = (dA, dT, dR, scalars[0], scalars[1])
     like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
     return tuple(
-        value.to(x.dtype) if need else value.new_empty(0) if value is not None else torch.empty(0)
+        value.to(x.dtype) if need and value is not None and x is not None else torch.empty(0)
         for value, x, need in zip(values, like, needs, strict=True)
     )
 
@@ -259,7 +281,9 @@ def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Option
     total = layout.scratch_elements * size
     total += saved_elements(N, D, has_radius, options, size, True) * size
     module = native.module()
-    rows = module.ROWS + 3 * module.DIRECTIONS + 2 * module.DIRECTIONS + 3  # rows, state, factors, R, dR, omega
+    rows = (
+        module.ROWS + 3 * module.DIRECTIONS + 2 * module.DIRECTIONS + 3
+    )  # rows, state, factors, R, dR, omega
     total += N * (rows * size + module.SUMS * wide)
     if dtype != accumulator or options.normalize:
         total += 2 * N * D * size  # operands

@@ -1,7 +1,8 @@
-"""Rows with a tiny gap, whose support vectors are taken literally.
+"""Rows with a small gap, whose support vectors are taken literally, in float64.
 
-Where c = R / r is large, Q - S loses digits that c multiplies. Such rows are rare (text and audio nearly equal), the
-tiles skip their support vectors, and this module multiplies them out: s_i against every row, as eager PyTorch would.
+Where c = R / r or 1 / r is large, Q - S loses digits that c and 1 / r multiply. Such rows are rare
+(text and audio nearly equal), the tiles skip their support vectors, and this module multiplies them
+out: s_i against every row.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,15 @@ from ..options import Options
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements of one chunk's logits."""
+BLOCK_ROWS = 4096
+"""Rows of the embeddings that are raised to float64 at a time."""
+
+
+def blocks(Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Y in float64, block of rows by block of rows."""
+    for start in range(0, len(Y), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        yield block, Y[block].double()
 
 
 class FarRows:
@@ -24,84 +34,126 @@ class FarRows:
         T: Tensor,
         A: Tensor,
         index: Tensor,
-        c: Tensor,
-        r: Tensor,
-        inverse: tuple[Tensor, Tensor],
+        R: Tensor,
         k: float,
         b: float,
         code: Tensor | None,
         options: Options,
         mirror: bool,
         shared: bool,
+        eps: float,
     ) -> None:
-        self.T, self.A, self.index = T, A, index
-        self.c, self.r = c[index], r[index]
-        self.inverse = (inverse[0][index], inverse[1][index])
-        self.k, self.b, self.code = k, b if not options.infonce else 0.0, code
-        self.infonce, self.mirror, self.shared = options.infonce, mirror, shared
-        self.step = A[index] - T[index]
+        self.index, self.code, self.k, self.b = index, code, k, b if not options.infonce else 0.0
+        self.infonce, self.shared, self.renormalize = options.infonce, shared, options.renormalize
+        t, a = T[index].double(), A[index].double()
+        self.step = a - t
+        self.r = (self.step.square().sum(dim=1) + eps**2).sqrt()
+        self.c = R[index].double() / self.r
         moved = self.c[:, None] * self.step
-        self.supports = [(0, T[index] + moved, A), (1, A[index] - moved, T)][: 2 if mirror else 1]
+        # (support vectors, the rows they are compared with, the sign of their direction, 1 /
+        # length)
+        sides = [(t + moved, A, 1.0), (a - moved, T, -1.0)][: 2 if mirror else 1]
+        self.sides = [
+            (s, Y, sign, 1.0 / s.norm(dim=1) if options.renormalize else torch.ones_like(self.c))
+            for s, Y, sign in sides
+        ]
 
-    def chunks(self, side: int, s: Tensor, Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of the logits of support vectors s (f, D) against Y (N, D); pairs left out are -inf."""
+    def chunks(
+        self, s: Tensor, Y: Tensor, inverse: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, products <s, y> / |s| and logits (n, N) of the support vectors s; pairs left out
+        are -inf.
+        """
         size = max(1, CHUNK_ELEMENTS // len(Y))
         for start in range(0, len(s), size):
             rows = slice(start, min(start + size, len(s)))
             own = self.index[rows]
-            z = self.k * self.inverse[side][rows, None] * (s[rows] @ Y.t()) + self.b
+            product = torch.cat([s[rows] @ block.t() for _, block in blocks(Y)], dim=1)
+            product *= inverse[rows, None]
+            z = self.k * product + self.b
             z.scatter_(1, own[:, None], float("-inf"))
             if self.code is not None:
                 z.masked_fill_(self.code[own][:, None] == self.code[None, :], float("-inf"))
-            yield rows, z
+            yield rows, product, z
 
-    def statistics(self, running: Tensor, lowest: float) -> None:
-        """Put the far rows' pairs (m, l) of the negatives into `running` (2, directions, N), float64."""
+    def statistics(self, running: Tensor, lowest: float, dtype: torch.dtype) -> None:
+        """Put the far rows' pairs (m, l) of the negatives into `running` (2, directions, N),
+        float64.
+
+        m is rounded to the accumulator's `dtype` first, in which it will be stored: l belongs to
+        that m.
+        """
         m, l = running
-        for side, s, Y in self.supports:
-            for rows, z in self.chunks(side, s, Y):
-                own, direction = self.index[rows], 2 + side
+        for direction, (s, Y, _, inverse) in enumerate(self.sides, start=2):
+            for rows, _, z in self.chunks(s, Y, inverse):
+                own = self.index[rows]
                 if not self.infonce:
-                    l[direction, own] = -F.logsigmoid(-z).sum(dim=1).to(l.dtype)
+                    l[direction, own] = -F.logsigmoid(-z).sum(dim=1)
                     continue
-                top = z.amax(dim=1).clamp_min(lowest)
-                m[direction, own] = top.to(m.dtype)
-                l[direction, own] = (z - top[:, None]).exp().sum(dim=1).to(l.dtype)
+                top = z.amax(dim=1).clamp_min(lowest).to(dtype).double()
+                m[direction, own] = top
+                l[direction, own] = (z - top[:, None]).exp().sum(dim=1)
                 if self.shared:
-                    top = z.amax(dim=0).clamp_min(lowest)
-                    new = torch.maximum(m[3], top.to(m.dtype))
-                    part = (z - top).exp().sum(dim=0).to(l.dtype)
-                    l[3] = l[3] * (m[3] - new).exp() + part * (top.to(m.dtype) - new).exp()
+                    new = torch.maximum(m[3], z.amax(dim=0).clamp_min(lowest).to(dtype).double())
+                    l[3] = l[3] * (m[3] - new).exp() + (z - new).exp().sum(dim=0)
                     m[3] = new
 
-    def gradients(
-        self, factors: Tensor, sums: Tensor, rows_of: dict[str, int], dT: Tensor | None, dA: Tensor | None
-    ) -> None:
-        """Add the far rows' negatives to dT, dA (N, D; None: frozen) and to `sums` (float64, see csrc/params.h).
+    def positive_slopes(self, direction: int, state: Tensor, f: Tensor) -> Tensor:
+        """(f,): gradient with respect to the logits of the far rows' positives."""
+        if self.infonce:
+            others = state[2]
+            h = -f[direction] * others[direction]
+            return (h - f[3] * others[3] if self.shared else h)[self.index]
+        s, Y, _, inverse = self.sides[direction - 2]
+        z = self.k * inverse * (s * Y[self.index].double()).sum(dim=1) + self.b
+        return -f[direction, self.index] * (-z).sigmoid()
 
-        factors (2, directions, N): m, and the upstream weight over l.
+    def gradients(
+        self,
+        state: Tensor,
+        factors: Tensor,
+        sums: Tensor,
+        rows_of: dict[str, int],
+        dT: Tensor | None,
+        dA: Tensor | None,
+    ) -> None:
+        """Add all of the far rows' SVR gradient to dT, dA (N, D; None: frozen) and to `sums` (see
+        csrc/params.h).
+
+        state (3, directions, N): m, l, l without the positive. factors (2, directions, N): m,
+        upstream weight over l.
         """
-        m, f = factors
-        for side, s, Y in self.supports:
-            dX, dY = (dT, dA) if side == 0 else (dA, dT)
-            v = (self.step if side == 0 else -self.step) / self.r[:, None]
-            for rows, z in self.chunks(side, s, Y):
-                own, direction = self.index[rows], 2 + side
+        m, f = factors.double()
+        for direction, (s, Y, sign, inverse) in enumerate(self.sides, start=2):
+            dX, dY = (dT, dA) if sign > 0 else (dA, dT)
+            v = sign * self.step / self.r[:, None]
+            positive = self.positive_slopes(direction, state.double(), f)
+            for rows, product, z in self.chunks(s, Y, inverse):
+                own = self.index[rows]
                 if self.infonce:
                     h = (z - m[direction, own][:, None]).exp() * f[direction, own][:, None]
                     if self.shared:
                         h = h + (z - m[3]).exp() * f[3]
                 else:
                     h = z.sigmoid() * f[direction, own][:, None]
-                H = self.k * self.inverse[side][rows, None] * h  # [f, N]
-                ds = H @ Y  # [f, N] @ [N, D]
-                product = self.inverse[side][rows] * (s[rows] @ Y.t() * h).sum(dim=1)
-                name = "support_text" if side == 0 else "support_audio"
-                sums[rows_of[name], own] += product.to(sums.dtype)
-                sums[rows_of["bias"], own] += h.sum(dim=1).to(sums.dtype)
-                sums[rows_of["rho_far"], own] += (ds * v[rows]).sum(dim=1).to(sums.dtype)
+                sums[rows_of["support_text" if sign > 0 else "support_audio"], own] += (
+                    h * product
+                ).sum(dim=1)
+                sums[rows_of["bias"], own] += h.sum(dim=1)
+                h.scatter_(1, own[:, None], positive[rows, None])
+                H = self.k * inverse[rows, None] * h
+                ds = torch.zeros_like(
+                    s[rows]
+                )  # gradient of s / |s|, then of s: its part tangent to the sphere
+                for block, y in blocks(Y):
+                    ds += H[:, block] @ y  # [n, BLOCK_ROWS] @ [BLOCK_ROWS, D]
+                    if dY is not None:
+                        dY[block] += (H[:, block].t() @ s[rows]).to(dY.dtype)
+                if self.renormalize:
+                    unit = s[rows] * inverse[rows, None]
+                    ds -= (ds * unit).sum(dim=1, keepdim=True) * unit
+                sums[rows_of["rho_far"], own] += (ds * v[rows]).sum(dim=1)
                 if dX is not None:
-                    dX[own] += (1.0 - self.c[rows, None]) * ds
+                    dX[own] += ((1.0 - self.c[rows, None]) * ds).to(dX.dtype)
                 if dY is not None:
-                    dY[own] += self.c[rows, None] * ds
-                    dY.addmm_(H.t(), s[rows])  # [N, f] @ [f, D]
+                    dY[own] += (self.c[rows, None] * ds).to(dY.dtype)

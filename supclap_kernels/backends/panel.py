@@ -1,18 +1,22 @@
-"""The panel engine: walks the tile pairs of the Gram matrix [T; A] [T; A]^T between library products.
+"""The panel engine: walks the tile pairs of the Gram matrix [T; A] [T; A]^T between library
+products.
 
-A pair (I, J), J > I, holds S_IJ = T_I A_J^T, S_JI^T = A_I T_J^T and, where the mode needs them, Q_IJ = A_I A_J^T and
-K_IJ = T_I T_J^T; a diagonal tile holds no S_JI^T. Q and K are symmetric, so each is multiplied out once for a pair.
+A pair (I, J), J > I, holds S_IJ = T_I A_J^T, S_JI^T = A_I T_J^T and, where the mode needs them,
+Q_IJ = A_I A_J^T and K_IJ = T_I T_J^T; a diagonal tile holds no S_JI^T. Q and K are symmetric, so
+each is multiplied out once for a pair.
 
     sweep 1   products, then `statistics`: partial log-sum-exps
-    sweep 2   products (or the panels kept from sweep 1), then `weights`, then the gradient's products
+    sweep 2   products (or the panels kept from sweep 1), then `weights`, then the gradient's
+    products
               dT_I += W A_J,  dA_J += W^T T_I,  dA_I += W' T_J,  dT_J += W'^T A_I,
               dA_I += V_A A_J,  dA_J += V_A^T A_I,  dT_I += V_T T_J,  dT_J += V_T^T T_I
 
-Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for each sweep's logits, 2 + 1 + (mirror) 1 for the gradient.
+Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for each sweep's logits, 2 + 1 + (mirror) 1 for
+    the gradient.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +25,9 @@ from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 
 class Tile(NamedTuple):
-    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings, and where its panel starts when kept."""
+    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings, and where its panel starts
+    when kept.
+    """
 
     i0: int
     ni: int
@@ -51,7 +57,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def choose(cls, N: int, grams: int, itemsize: int, workspace: int) -> "Layout":
-        """Even tiles of at most CPU_TILE rows; smaller ones where one panel would exceed the workspace."""
+        """Even tiles of at most CPU_TILE rows; smaller ones where one panel would exceed the
+        workspace.
+        """
         side = CPU_TILE
         while side > CPU_TILE_MINIMUM and (2 + grams) * side * side * itemsize > workspace:
             side //= 2
@@ -65,6 +73,12 @@ class Layout(NamedTuple):
         side = min(self.side, self.N)
         return (1 + (self.N > self.side) + self.grams) * side * side
 
+    @property
+    def panel_elements(self) -> int:
+        """All panels together."""
+        *_, last = self.tiles()
+        return last.offset + last.ni * last.nj * (1 + (not last.diagonal) + self.grams)
+
     def tiles(self) -> Iterator[Tile]:
         offset = 0
         for i0 in range(0, self.N, self.side):
@@ -75,16 +89,20 @@ class Layout(NamedTuple):
                 offset += ni * nj * ((1 if i0 == j0 else 2) + self.grams)
 
 
-def kept_elements(N, grams: int, itemsize: int, workspace: int):
-    """Size of the panels that sweep 1 keeps for sweep 2: all of them, or 2 where they exceed the workspace.
+PLACEHOLDER = 2
+"""Length of an empty `saved`: torch.compile treats sizes 0 and 1 apart and would compile twice."""
 
-    Written without a branch on N (an upper bound: N^2 for S, half of N^2 and the diagonal tiles for each of Q and K)
-    and never 0 or 1, sizes that torch.compile treats apart, so that it compiles once for all N.
+
+def kept_elements(N: Any, grams: int, itemsize: int, workspace: int) -> Any:
+    """Size of the panels that sweep 1 keeps for sweep 2: all of them, or PLACEHOLDER if too large.
+
+    Written without a branch on N (an upper bound: N^2 for S, half of N^2 and the diagonal tiles for
+    each of Q and K), so that torch.compile compiles once for every N.
     """
     side = torch.sym_min(N, CPU_TILE)
     elements = N * N + grams * (N * N + N * side) // 2
     fits = torch.sym_min(1, workspace // (elements * itemsize + 1))
-    return elements * fits + 2
+    return elements * fits + PLACEHOLDER
 
 
 class Products(Protocol):
@@ -130,7 +148,9 @@ def blocks(tile: Tile, grams: int, panel: Tensor) -> Blocks:
     )
 
 
-def multiply_tile(T: Tensor, A: Tensor, tile: Tile, grams: int, panel: Tensor, products: Products):
+def multiply_tile(
+    T: Tensor, A: Tensor, tile: Tile, grams: int, panel: Tensor, products: Products
+) -> None:
     """The inner products of one tile, into its panel."""
     out = blocks(tile, grams, panel)
     I, J = tile.I, tile.J
@@ -149,12 +169,13 @@ def sweep_statistics(
     layout: Layout,
     products: Products,
     epilogue: Epilogue,
-    kept: Tensor,
-    scratch: Tensor,
+    kept: Tensor | None,
+    make_scratch: Callable[[], Tensor],
 ) -> None:
-    """Sweep 1. Fills `kept` with every tile's logits unless it is the placeholder of 2 elements."""
+    """Sweep 1. Fills `kept` with every tile's logits, or works in scratch where it is None."""
+    scratch = make_scratch() if kept is None else kept
     for tile in layout.tiles():
-        panel = kept[tile.offset :] if kept.numel() > 2 else scratch
+        panel = scratch if kept is None else kept[tile.offset :]
         multiply_tile(T, A, tile, layout.grams, panel, products)
         epilogue.mask(tile, panel)
         epilogue.statistics(tile, panel)
@@ -168,14 +189,14 @@ def sweep_gradients(
     layout: Layout,
     products: Products,
     epilogue: Epilogue,
-    kept: Tensor,
+    kept: Tensor | None,
     scratch: Tensor,
     with_statistics: bool = False,
 ) -> None:
-    """Sweep 2. Kept logits are read only, so it may run twice. `with_statistics` does sweep 1's work on the way."""
+    """Sweep 2. Kept logits are only read, so it may run again; `with_statistics` adds sweep 1."""
     for tile in layout.tiles():
-        panel = kept[tile.offset :] if kept.numel() > 2 else scratch
-        if kept.numel() <= 2:
+        panel = scratch if kept is None else kept[tile.offset :]
+        if kept is None:
             multiply_tile(T, A, tile, layout.grams, panel, products)
             epilogue.mask(tile, panel)
         if with_statistics:

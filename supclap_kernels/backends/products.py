@@ -19,3 +19,8 @@ class LibraryProducts:
 def choose_products(dtype: torch.dtype) -> Products:
     """The products for inputs of this dtype."""
     return LibraryProducts()
+
+
+def rounds_to_bfloat16() -> bool:
+    """Whether bfloat16 inputs take bfloat16 products, whose weights are rounded (MATH.md)."""
+    return False

@@ -1,0 +1,39 @@
+"""Prints the project's bars after the benchmarks."""
+
+import pytest
+
+from . import suite
+
+
+class Measured:
+    """The groups measured so far; each is measured once, when a test first asks."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[suite.Row]] = {}
+
+    def group(self, name: str, rounds: int) -> list[suite.Row]:
+        if name not in self.rows:
+            self.rows[name] = suite.measure(suite.groups()[name], rounds)
+        return self.rows[name]
+
+
+MEASURED = pytest.StashKey[Measured]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = Measured()
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Measured:
+    return request.config.stash[MEASURED]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    rows = [row for group in config.stash[MEASURED].rows.values() for row in group]
+    if rows:
+        terminalreporter.section("bars (measured <= bar; tests assert them with slack)")
+        for line in suite.report(rows):
+            terminalreporter.write_line(line)

@@ -1,0 +1,21 @@
+"""Shared by all tests: few threads, and uninitialised memory that is NaN where asked for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every `torch.empty` is filled with NaN, so a value that was never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,204 @@
+"""The CPU backend against the specification: options, shapes, gaps, dtypes, instruction sets."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supclap_kernels import fused_svr_loss, native
+from supclap_kernels.backends import products, tiles
+from supclap_kernels.testing import Case, check, evaluate, make_inputs
+
+FLOAT32 = torch.float32
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+OPTIONS = {
+    "objective": ("infonce", "siglip"),
+    "bilateral": ("none", "mirror", "shared"),
+    "reduction": ("mean", "sum", "none"),
+    "renormalize": (False, True),
+    "normalize": (False, True),
+    "alpha": (1.0, 0.3),
+    "beta": (0.0, 0.2),
+}
+
+
+def rounded(dtype: torch.dtype) -> bool:
+    """Whether the backend rounds the gradient's weights to this dtype."""
+    return dtype == torch.bfloat16 and products.rounds_to_bfloat16()
+
+
+def covering(**values: tuple) -> list[dict]:
+    """Few combinations in which every pair of values of two options occurs."""
+    names = list(values)
+    open_pairs = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(range(len(values[a])), range(len(values[b])))
+    }
+    chosen = []
+    everything = list(itertools.product(*(range(len(values[name])) for name in names)))
+
+    def pairs(row):
+        return {
+            (a, row[i], b, row[j]) for (i, a), (j, b) in itertools.combinations(enumerate(names), 2)
+        }
+
+    while open_pairs:
+        best = max(everything, key=lambda row: len(pairs(row) & open_pairs))
+        open_pairs -= pairs(best)
+        chosen.append({name: values[name][n] for name, n in zip(names, best, strict=True)})
+    return chosen
+
+
+def run(case: Case, **options) -> None:
+    check(fused_svr_loss, case, rounded_weights=rounded(case.dtype), backend="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    covering(
+        **OPTIONS,
+        radius=("scalar", "row"),
+        weighted=(False, True),
+        duplicates=(False, True),
+        workspace=(0, 2**28),
+        dtype=tuple(DTYPES),
+    ),
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
+def test_options(chosen, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_MINIMUM", 64)
+    options = {name: chosen[name] for name in OPTIONS}
+    case = Case(
+        N=150,
+        D=48,
+        dtype=DTYPES[chosen["dtype"]],
+        radius=chosen["radius"],
+        weighted=chosen["weighted"],
+        duplicates=chosen["duplicates"],
+        options=options,
+    )
+    run(case, workspace=chosen["workspace"])
+
+
+@pytest.mark.parametrize("N", [2, 3, 15, 16, 17, 63, 64, 65, 100, 129, 600, 1100])
+@pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
+@pytest.mark.parametrize("workspace", [0, 2**28], ids=["recomputed", "kept"])
+def test_sizes(N, bilateral, workspace, poisoned_memory):
+    run(Case(N=N, D=24, radius="row", options={"bilateral": bilateral}), workspace=workspace)
+
+
+@pytest.mark.parametrize("D", [2, 3, 16, 17, 100, 513])
+@pytest.mark.parametrize("objective", ["infonce", "siglip"])
+def test_dimensions(D, objective, poisoned_memory):
+    run(Case(N=65, D=D, options={"objective": objective}))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "offset", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(layout, dtype):
+    run(Case(N=70, D=33, layout=layout, dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("gap", [0.3, 0.125, 1e-1, 1e-2, 1e-3, 0.0])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    covering(
+        objective=("infonce", "siglip"),
+        bilateral=("none", "mirror", "shared"),
+        renormalize=(False, True),
+        radius=("scalar", "row"),
+        duplicates=(False, True),
+    ),
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_gaps(gap, dtype, options, poisoned_memory):
+    options = dict(options)
+    fields = {name: options.pop(name) for name in ("radius", "duplicates")}
+    run(Case(N=90, D=64, gap=gap, dtype=DTYPES[dtype], options=options, **fields))
+
+
+@pytest.mark.parametrize("isa", native.module().isa_running)
+@pytest.mark.parametrize("objective", ["infonce", "siglip"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_instruction_sets(isa, objective, dtype):
+    module = native.module()
+    before = module.isa()
+    module.set_isa(isa)
+    try:
+        assert module.isa() == isa
+        for bilateral in ("none", "mirror", "shared"):
+            options = {"objective": objective, "bilateral": bilateral}
+            run(Case(N=77, D=24, radius="row", dtype=DTYPES[dtype], options=options))
+    finally:
+        module.set_isa(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    N=st.integers(2, 140),
+    D=st.integers(2, 40),
+    seed=st.integers(0, 2**16),
+    scale=st.floats(0.5, 40.0),
+    options=st.fixed_dictionaries({name: st.sampled_from(v) for name, v in OPTIONS.items()}),
+    radius=st.sampled_from(["scalar", "row"]),
+    layout=st.sampled_from(["contiguous", "strided", "transposed"]),
+)
+def test_any_case(N, D, seed, scale, options, radius, layout):
+    case = Case(N=N, D=D, seed=seed, scale=scale, options=options, radius=radius, layout=layout)
+    try:
+        run(case)
+    except AssertionError as error:
+        if "not informative" not in str(error):
+            raise
+
+
+@pytest.mark.parametrize("scale", [100.0, 1.0, -5.0])
+def test_scales(scale):
+    """Logits of +-100; and a negative scale, which the mathematics allows."""
+    run(Case(N=80, D=32, scale=scale, radius="row"))
+
+
+def test_zero_scale():
+    """All logits are equal: masked pairs must stay masked when k is 0."""
+    inputs = make_inputs(Case(N=40, D=16, radius="row", scale=0.0, duplicates=True))
+    arguments = (inputs.audio, inputs.text, inputs.radius, inputs.logit_scale)
+    value = fused_svr_loss(*arguments, ids=inputs.ids, backend="cpu")
+    wanted = fused_svr_loss(*arguments, ids=inputs.ids, backend="reference")
+    assert abs(float(value - wanted)) < 1e-5 * float(wanted)
+
+
+@pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
+def test_results_do_not_depend_on_the_epilogues_threads(bilateral, monkeypatch):
+    case = Case(N=300, D=16, radius="row", options={"bilateral": bilateral})
+    inputs = make_inputs(case)
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(evaluate(fused_svr_loss, inputs, bilateral=bilateral, workspace=0))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_nan_and_infinity_are_not_hidden():
+    for bad in (float("nan"), float("inf")):
+        inputs = make_inputs(Case(N=70, D=16))
+        inputs.audio[5, 3] = bad
+        for bilateral in ("none", "mirror", "shared"):
+            loss = fused_svr_loss(inputs.audio, inputs.text, 0.1, bilateral=bilateral)
+            assert not bool(torch.isfinite(loss))
+
+
+def test_threads_come_from_torch():
+    assert (
+        "gomp" in native.module().parallel_runtime() or "omp" in native.module().parallel_runtime()
+    )

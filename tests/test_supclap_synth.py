@@ -1,0 +1,145 @@
+"""The synthetic corpus: what is heard is what the captions and `scenes.jsonl` say."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+from supclap import synth
+from supclap.config import UserError
+from supclap.data import read_manifest
+
+CLIPS = 60
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus")
+    synth.synthesise(out, clips=CLIPS, seed=3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def truth(corpus):
+    return [json.loads(line) for line in (corpus / "scenes.jsonl").read_text().splitlines()]
+
+
+def test_manifests_have_clothos_columns_and_readable_audio(corpus):
+    names = []
+    for split in ("train", "val", "test"):
+        with (corpus / f"{split}.csv").open() as stream:
+            header = next(csv.reader(stream))
+        assert header == ["file_name", *(f"caption_{i}" for i in range(1, 6))]
+        for clip in read_manifest(corpus / f"{split}.csv"):
+            names.append(clip.name)
+            assert clip.path == corpus / "audio" / clip.name
+            assert len(set(clip.captions)) == 5
+            wave, rate = soundfile.read(clip.path)
+            assert rate == 16_000 and 0.3 < len(wave) / rate < 6
+            assert 0.4 < np.abs(wave).max() <= 1
+    assert len(names) == len(set(names)) == CLIPS
+    assert sorted(path.name for path in (corpus / "audio").iterdir()) == sorted(names)
+
+
+def events_of(caption):
+    """What a caption says, by its words alone: [(event, count), ...] in time order."""
+    words = {}
+    for kind, event in synth.EVENTS.items():
+        for number, phrases in synth.COUNTS.items():
+            for singular, plural in event.names:
+                for phrase in (*phrases, "an"):
+                    words[f"{phrase} {plural if number > 1 else singular}"] = (kind, number)
+    pattern = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+    found = [words[hit] for hit in re.findall(rf"\b(?:{pattern})\b", caption)]
+    return found[::-1] if " after " in caption and "after that" not in caption else found
+
+
+def test_captions_say_what_was_composed(corpus, truth):
+    captions = {
+        clip.name: clip.captions
+        for split in ("train", "val", "test")
+        for clip in read_manifest(corpus / f"{split}.csv")
+    }
+    for entry in truth:
+        composed = [(phase["event"], phase["count"]) for phase in entry["phases"]]
+        for phase in entry["phases"]:
+            assert len(phase["onsets"]) == phase["count"]
+        flat = [onset for phase in entry["phases"] for onset in phase["onsets"]]
+        assert flat == sorted(flat)
+        for caption in captions[entry["file_name"]]:
+            assert events_of(caption) == composed, caption
+            for name, (_, words) in synth.BACKGROUNDS.items():
+                heard = any(re.search(rf"\b{word}\b", caption) for word in words)
+                assert heard == (name == entry["background"] != "none"), caption
+
+
+def test_clicks_are_heard_where_and_as_often_as_they_are_written(truth):
+    for count in (1, 2, 3, 4):
+        scene = synth.Scene((("click", count),), "none")
+        wave, onsets = synth.compose(scene, np.random.default_rng(count))
+        loud = np.flatnonzero(np.abs(wave) > 0.05 * np.abs(wave).max()) / synth.RATE
+        starts = loud[np.diff(loud, prepend=-1.0) > 0.1]
+        assert len(starts) == count
+        assert starts == pytest.approx(onsets[0], abs=0.01)
+
+
+def test_a_rising_chirp_rises_and_a_falling_one_falls():
+    for kind, sign in (("rising", 1), ("falling", -1)):
+        wave = synth.EVENTS[kind].sound(np.random.default_rng(0))
+        parts = [
+            np.abs(np.fft.rfft(part)).argmax() / len(part) for part in np.split(wave[:8000], 2)
+        ]
+        assert sign * (parts[1] - parts[0]) > 0
+
+
+def test_hard_negatives_differ_in_order_or_count_only(truth):
+    families = {}
+    for entry in truth:
+        families.setdefault(entry["family"], {})[entry["variant"]] = entry
+    seen = set()
+    for members in families.values():
+        assert len({entry["split"] for entry in members.values()}) == 1
+        if "base" not in members:
+            continue
+        base = members["base"]
+        said = [(phase["event"], phase["count"]) for phase in base["phases"]]
+        for variant in members.keys() - {"base"}:
+            seen.add((variant, base["split"]))
+            other = [(p["event"], p["count"]) for p in members[variant]["phases"]]
+            assert members[variant]["background"] == base["background"]
+            if variant == "order":
+                assert other == said[::-1] != said
+            else:
+                assert [kind for kind, _ in other] == [kind for kind, _ in said]
+                assert sum(a != b for a, b in zip(other, said, strict=True)) == 1
+    assert {("order", "test"), ("count", "test"), ("order", "train"), ("count", "train")} <= seen
+
+
+def test_no_scene_is_in_the_corpus_twice(truth):
+    scenes = {json.dumps([e["background"], [[p["event"], p["count"]] for p in e["phases"]]])
+              for e in truth}  # fmt: skip
+    assert len(scenes) == CLIPS
+
+
+def test_the_seed_decides_every_byte(corpus, tmp_path):
+    synth.synthesise(tmp_path / "same", clips=CLIPS, seed=3)
+    synth.synthesise(tmp_path / "other", clips=CLIPS, seed=4)
+    files = sorted(path.relative_to(corpus) for path in corpus.rglob("*.*"))
+    assert len(files) == CLIPS + 4
+    for name in files:
+        assert (corpus / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    assert (corpus / "train.csv").read_bytes() != (tmp_path / "other/train.csv").read_bytes()
+
+
+def test_an_earlier_corpus_is_kept_and_sizes_are_checked(corpus, tmp_path):
+    before = (corpus / "train.csv").read_bytes()
+    with pytest.raises(UserError, match="already holds a corpus"):
+        synth.synthesise(corpus, clips=5, seed=9)
+    assert (corpus / "train.csv").read_bytes() == before
+    with pytest.raises(UserError, match="--clips must be between"):
+        synth.synthesise(tmp_path / "x", clips=2)
+    synth.synthesise(tmp_path / "least", clips=3)
+    for split in ("train", "val", "test"):
+        assert len(read_manifest(tmp_path / "least" / f"{split}.csv")) == 1

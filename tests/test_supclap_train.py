@@ -1,0 +1,278 @@
+"""The model and the loop: padding, steps, log, seeds, chunks, checkpoints, memorisation."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from supclap import train as loop
+from supclap.config import ModelConfig, TrainConfig, UserError
+from supclap.data import encode_captions, load_corpus, pad_features
+from supclap.evaluate import embed_corpus, evaluate_corpus, evaluate_run
+from supclap.model import SupclapModel, load_checkpoint, save_checkpoint
+
+SMALL = ModelConfig(width=32, heads=2, embed_dim=32)
+RATES = (8_000, 16_000, 22_050, 44_100)
+
+
+def sound(number, rng):
+    """A short sound unlike the others, at one of several rates."""
+    rate = RATES[number % len(RATES)]
+    t = np.arange(int(rate * rng.uniform(0.3, 1.2))) / rate
+    if number % 3 == 0:
+        pitch = rng.uniform(150, 2_500) * (1 + 0.2 * np.sin(2 * np.pi * rng.uniform(1, 8) * t))
+        wave = np.sin(2 * np.pi * np.cumsum(pitch) / rate)
+    elif number % 3 == 1:
+        kernel = np.sin(np.arange(48) * rng.uniform(0.1, 2.5)) * np.hanning(48)
+        wave = np.convolve(rng.standard_normal(len(t)), kernel, "same")
+    else:
+        wave = np.zeros(len(t))
+        for start in rng.integers(0, len(t), number % 5 + 1):
+            rest = len(t) - start
+            decay = np.exp(-np.arange(rest) / rate / rng.uniform(0.01, 0.1))
+            wave[start:] += decay * rng.standard_normal(rest)
+    return 0.8 * wave / np.abs(wave).max(), rate
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Nine clips with two captions each."""
+    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(1)
+    words = "dog rain door bird train glass river crowd clock".split()
+    rows = ["file_name,caption_1,caption_2"]
+    for number, word in enumerate(words):
+        soundfile.write(folder / f"{word}.wav", *sound(number, rng))
+        rows.append(f"{word}.wav,the sound of a {word},we hear a {word} close by")
+    (folder / "clips.csv").write_text("\n".join(rows))
+    return folder / "clips.csv"
+
+
+def settings(manifest, out, **changes):
+    return TrainConfig(data=manifest, out=out, **{"epochs": 2, "model": SMALL, **changes})
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_padding_does_not_change_an_embedding(manifest):
+    torch.manual_seed(0)
+    model = SupclapModel(SMALL).eval()
+    corpus = load_corpus(manifest, 30.0)
+    model.audio.set_statistics(corpus.features)
+    together = model.audio(*pad_features(corpus.features))
+    captions = [*corpus.captions, "a much longer caption " * 5]
+    texts = model.text(encode_captions(captions, SMALL.max_bytes))
+    assert together.norm(dim=1).tolist() == pytest.approx([1.0] * len(together), rel=1e-5)
+    for number, clip in enumerate(corpus.features):
+        alone = model.audio(*pad_features([clip]))[0]
+        assert (alone - together[number]).abs().max() < 1e-5
+    for number, caption in enumerate(captions):
+        alone = model.text(encode_captions([caption], SMALL.max_bytes))[0]
+        assert (alone - texts[number]).abs().max() < 1e-5
+
+
+def test_order_in_time_changes_an_embedding():
+    torch.manual_seed(0)
+    model = SupclapModel(SMALL).eval()
+    mel = torch.randn(1, 80, 64) * 20
+    length = torch.tensor([80])
+    swapped = torch.cat([mel[:, 40:], mel[:, :40]], dim=1)
+    assert (model.audio(mel, length) - model.audio(swapped, length)).abs().max() > 1e-4
+
+
+def test_statistics_normalise_each_mel_bin(manifest):
+    model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
+    model.audio.set_statistics(corpus.features)
+    frames = torch.cat(corpus.features).double()
+    assert model.audio.mel_mean.tolist() == pytest.approx(frames.mean(dim=0).tolist(), rel=1e-4)
+    expected = frames.std(dim=0, correction=0).tolist()
+    assert model.audio.mel_std.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
+    corpus = load_corpus(manifest, 30.0)
+    seen = []
+    for mel, lengths, text, ids in loop.batches(corpus, 4, 256, torch.Generator().manual_seed(0)):
+        assert len(mel) == len(lengths) == len(text) == len(ids) <= 4
+        for row, (clip, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
+            assert torch.equal(mel[row, :length], corpus.features[clip].float())
+            said = bytes(text[row][text[row] > 0].sub(1).tolist()).decode()
+            assert said in [caption.lower() for caption in corpus.clips[clip].captions]
+            seen.append((clip, said))
+    pairs = [(c, t.lower()) for c, clip in enumerate(corpus.clips) for t in clip.captions]
+    assert sorted(seen) == sorted(pairs)
+    assert seen != pairs  # shuffled
+
+
+def test_the_log_has_one_object_per_step(manifest, tmp_path):
+    run = loop.train(settings(manifest, tmp_path / "run", batch_size=4, epochs=2))
+    log = log_of(run)
+    assert [line["step"] for line in log] == list(range(1, 2 * math.ceil(18 / 4) + 1))
+    assert [line["epoch"] for line in log] == [1] * 5 + [2] * 5
+    for line in log:
+        assert math.isfinite(line["loss"]) and line["norm"] > 0
+        assert 0 <= line["recall_t2a"] <= 1 and 0 < line["gap"] < 2
+        assert line["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+        parts = line["l_t2a"] + line["l_a2t"] + line["l_svr"]  # bi-StaticSVR: alpha 1, beta 0
+        assert line["loss"] == pytest.approx(parts, rel=1e-4)
+    assert log[0]["radius"] == pytest.approx(0.1)
+    assert log[-1]["radius"] != log[0]["radius"]
+    assert {path.name for path in run.iterdir()} >= {"model.safetensors", "config.json"}
+
+
+def test_the_seed_decides_the_log(manifest, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        loop.train(settings(manifest, tmp_path / name, batch_size=5, seed=seed))
+    a, b, c = ((tmp_path / name / "log.jsonl").read_text() for name in "abc")
+    assert a == b != c
+
+
+def test_learning_rate_rises_then_falls_to_zero(manifest, tmp_path):
+    config = settings(manifest, tmp_path, lr=2.0)
+    rates = [loop.learning_rate(config, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(2.0 / 5) and max(rates) == rates[5] == pytest.approx(2.0)
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[100] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 3, 18])
+@pytest.mark.parametrize("loss", ["static", "dynamic", "infonce"])
+def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, loss):
+    config = settings(manifest, tmp_path, loss=loss, learn_tau=True)
+    corpus = load_corpus(manifest, 30.0)
+    (batch,) = loop.batches(corpus, 18, 256, torch.Generator().manual_seed(0))
+    gradients, lines = [], []
+    for chunked in (False, True):
+        torch.manual_seed(0)
+        model, criterion = SupclapModel(SMALL), loop.build_loss(config)
+        model.audio.set_statistics(corpus.features)
+        loop.build_optimizer(config, model, criterion)
+        if chunked:
+            lines.append(loop.backward_in_chunks(model, criterion, batch, size))
+        else:
+            lines.append(loop.backward_whole(model, criterion, batch))
+        parameters = [*model.parameters(), *criterion.parameters()]
+        grads = [p.grad.flatten() for p in parameters if p.grad is not None]
+        gradients.append(torch.cat(grads))
+    whole, pieces = gradients
+    assert whole.norm() > 1e-2
+    assert (whole - pieces).norm() < 1e-4 * whole.norm()
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-5)
+
+
+def test_chunked_training_runs_and_agrees_at_the_first_step(manifest, tmp_path):
+    whole = log_of(loop.train(settings(manifest, tmp_path / "a", batch_size=9)))
+    pieces = log_of(loop.train(settings(manifest, tmp_path / "b", batch_size=9, chunk=4)))
+    assert len(whole) == len(pieces)
+    assert pieces[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    assert pieces[0]["norm"] == pytest.approx(whole[0]["norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "infonce"},
+        {"loss": "dynamic"},
+        {"loss": "static", "bilateral": "none", "alpha": 0.5, "beta": 0.1},
+        {"loss": "static", "bilateral": "shared", "learn_tau": True},
+        {"loss": "static", "objective": "siglip"},
+        {"loss": "infonce", "objective": "siglip"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_loss_trains_with_a_last_batch_of_one(manifest, tmp_path, options):
+    run = loop.train(settings(manifest, tmp_path / "run", batch_size=17, epochs=15, **options))
+    log = log_of(run)
+    assert len(log) == 30 and all(math.isfinite(line["loss"]) for line in log)
+    assert log[-2]["loss"] < 0.9 * log[0]["loss"]  # steps of 17 pairs
+    assert (log[0]["radius"] is None) == (options["loss"] == "infonce")
+    moved = log[-1]["logit_scale"] != log[0]["logit_scale"]
+    assert moved == options.get("learn_tau", False)
+
+
+def test_a_checkpoint_gives_the_same_embeddings(manifest, tmp_path):
+    torch.manual_seed(2)
+    model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
+    model.audio.set_statistics(corpus.features)
+    run = loop.train(settings(manifest, tmp_path / "run"))  # a run to write into
+    save_checkpoint(run / "model.safetensors", model)
+    for before, after in zip(
+        embed_corpus(model, corpus), embed_corpus(load_checkpoint(run), corpus), strict=True
+    ):
+        assert torch.equal(before, after)
+
+
+def test_the_best_epoch_on_val_is_kept(manifest, tmp_path, monkeypatch):
+    recalls = iter([0.2, 0.6, 0.4])
+    kept = {}
+
+    def scored(model, corpus):
+        recall = next(recalls)
+        kept[recall] = {name: t.clone() for name, t in model.state_dict().items()}
+        return {way: {"R@1": recall, "mAP@10": recall} for way in ("t2a", "a2t")}
+
+    monkeypatch.setattr(loop, "evaluate_corpus", scored)
+    run = loop.train(settings(manifest, tmp_path / "run", val=manifest, epochs=3))
+    state = load_checkpoint(run).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept[0.6].items())
+    assert not all(torch.equal(state[name], tensor) for name, tensor in kept[0.4].items())
+    epochs = [json.loads(line) for line in (run / "val.jsonl").read_text().splitlines()]
+    assert [line["t2a"]["R@1"] for line in epochs] == [0.2, 0.6, 0.4]
+
+
+def test_a_broken_checkpoint_or_setting_is_explained(manifest, tmp_path):
+    run = loop.train(settings(manifest, tmp_path / "run", epochs=1))
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        load_checkpoint(run)
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["colour"] = 3
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not know.*colour"):
+        load_checkpoint(run)
+    with pytest.raises(UserError, match="not a finished run"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_path, monkeypatch):
+    whole, calls = loop.backward_whole, []
+
+    def fails_late(*args):
+        calls.append(1)
+        return whole(*args) | ({"loss": None} if len(calls) == 3 else {})
+
+    monkeypatch.setattr(loop, "backward_whole", fails_late)
+    config = settings(manifest, tmp_path / "run", epochs=5, batch_size=9)
+    with pytest.raises(UserError, match="not finite at step 3; .*after epoch 1"):
+        loop.train(config)
+    assert len(log_of(tmp_path / "run")) == 2
+    load_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"lr": float("nan")}, "--lr must be a positive number"),
+        ({"tau": 0.0}, "--tau must be a positive number"),
+    ],
+)
+def test_settings_are_checked(manifest, tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        settings(manifest, tmp_path, **changes)
+    with pytest.raises(UserError, match="multiple of"):
+        dataclasses.replace(SMALL, width=30, heads=4)
+
+
+def test_it_memorises_a_handful_of_clips_with_default_settings(manifest, tmp_path):
+    run = loop.train(TrainConfig(data=manifest, out=tmp_path / "run", epochs=40))
+    metrics, corpus = evaluate_run(run, manifest)
+    assert len(corpus.clips) == 9
+    assert metrics["t2a"]["R@1"] >= 0.9 and metrics["a2t"]["R@1"] >= 0.9
+    untrained = evaluate_corpus(SupclapModel(ModelConfig()), corpus)
+    assert untrained["t2a"]["R@1"] < 0.5  # the clips alone do not give it away
