@@ -53,7 +53,7 @@ def make_inputs(peer: Peer, N: int, D: int) -> testing.Inputs:
     return replace(inputs, audio=inputs.audio.repeat(copies, 1), text=inputs.text.repeat(copies, 1))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def expected(
     objective: str, bilateral: str, dtype: str, N: int, D: int
 ) -> tuple[testing.Inputs, testing.Outputs, testing.Outputs, dict[str, float]]:

@@ -61,6 +61,10 @@ def mebibytes(value: float) -> str:
     return f"{value:.0f} MiB"
 
 
+def threads(env: dict[str, Any]) -> str:
+    return f"{env['threads']} thread{'s' * (env['threads'] != 1)}"
+
+
 def cell(row: Row | None, eager: Row | None) -> str:
     """Time against eager's (or the time itself) and the resident peak."""
     if row is None:
@@ -101,7 +105,7 @@ def table(rows: list[Row], env: dict[str, Any], name: str) -> str:
     rounds = min(row["rounds"] for row in rows)
     commit = env["commit"][:12] + ("-dirty" if env["commit"].endswith("-dirty") else "")
     lines += [
-        f"Measured on {env['cpu']}, {env['threads']} threads ({env['isa']}), "
+        f"Measured on {env['cpu']}, {threads(env)} ({env['isa']}), "
         f"torch {env['torch']}, at least {rounds} rounds, {env['date'][:10]}, commit {commit}.",
         "",
         f"![Time and memory against the batch size](bench/results/{name}.png)",
@@ -159,8 +163,12 @@ def draw(rows: list[Row], env: dict[str, Any], path: Path) -> None:
             color=COLOURS[peer],
             fillstyle="none",
         )
-    left.set_ylabel("forward + backward, ms (median, quartiles)")
-    right.set_ylabel("extra memory, MiB (line: allocator, circle: resident)")
+    left.set_ylabel("forward + backward, ms")
+    right.set_ylabel("extra memory, MiB")
+    right.plot([], [], color="black", label="PyTorch's allocator")
+    right.plot([], [], "o", color="black", fillstyle="none", label="resident")
+    handles, names = right.get_legend_handles_labels()
+    right.legend(handles[-2:], names[-2:], frameon=False, fontsize=8)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -172,7 +180,7 @@ def draw(rows: list[Row], env: dict[str, Any], path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     figure.suptitle(
         f"One-sided StaticSVR, float32, D = {main[0]['D']}, {env['cpu']}, "
-        f"{env['threads']} threads, torch {env['torch']}",
+        f"{threads(env)}, torch {env['torch']}",
         fontsize=9,
     )
     figure.savefig(path, dpi=150, metadata={"Software": None})

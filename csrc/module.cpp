@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/bf16_gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cuda_module.h"
@@ -80,6 +81,37 @@ void pointer(py::class_<Problem>& cls, const char* name, Pointer Problem::* fiel
 template <class Type>
 Type* at(uintptr_t address) {
   return reinterpret_cast<Type*>(address);
+}
+
+// The bfloat16 products; `bf16_products` says whether they are compiled in and of this processor.
+void bind_bf16(py::module_& m) {
+#if SUPCLAP_HAVE_AVX512BF16
+  m.attr("bf16_products") = bool(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "bf16_pack",
+      [](uintptr_t Y, int64_t N, int64_t D, bool transposed, uintptr_t out, int threads) {
+        (transposed ? bf16::pack_transposed : bf16::pack)(at<uint16_t>(Y), N, D, at<uint16_t>(out), threads);
+      },
+      Release());
+  m.def(
+      "bf16_convert",
+      [](uintptr_t W, int64_t rows, int64_t columns, bool transposed, uintptr_t out, int threads) {
+        bf16::convert(at<float>(W), rows, columns, transposed, at<uint16_t>(out), threads);
+      },
+      Release());
+  m.def(
+      "bf16_multiply",
+      [](uintptr_t X, int64_t ldx, uintptr_t Y, int64_t group_stride, uintptr_t C, int64_t ldc, int64_t M, int64_t N,
+         int64_t K, bool accumulate, int threads) {
+        bf16::multiply(at<uint16_t>(X), ldx, at<uint16_t>(Y), group_stride, at<float>(C), ldc, M, N, K, accumulate,
+                       threads);
+      },
+      Release());
+#else
+  m.attr("bf16_products") = false;
+#endif
 }
 
 }  // namespace
@@ -162,5 +194,6 @@ PYBIND11_MODULE(_native, m) {
         kernels().finish_gradients(p, at<void>(dT), at<void>(dA), at<void>(dR), at<double>(scalars));
       },
       Release());
+  bind_bf16(m);
   bind_cuda(m);
 }

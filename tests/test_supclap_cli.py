@@ -110,6 +110,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(corpus, run, capsys):
         (["train", "--data", "a", "--out", "b", "--epochs", "0"], "--epochs must be at least 1"),
         (["train", "--data", "a", "--out", "b", "--threads", "0"], "--threads must be at least 1"),
         (["synth", "{tmp}/c", "--clips", "1"], "--clips must be between"),
+        (["synth", "{tmp}/c", "--seed", "-1"], "--seed must be in"),
         (["synth", "{corpus}"], "already holds a corpus"),
         (["demo", "--out", "{corpus}"], "not an earlier demo"),
     ],
@@ -129,6 +130,15 @@ def test_a_process_fails_without_a_traceback(tmp_path):
     assert process.returncode == 2
     assert "Traceback" not in printed + message
     assert message.strip() == f"supclap: manifest not found: {tmp_path / 'none.csv'}"
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    for module in ("data", "synth", "train", "evaluate", "model"):
+        monkeypatch.delitem(sys.modules, f"supclap.{module}", raising=False)
+    assert main(["synth", str(tmp_path / "corpus")]) == 2
+    message = capsys.readouterr().err
+    assert "soundfile is not installed; pip install 'supclap-kernels[train]'" in message
 
 
 @pytest.mark.parametrize("val", [False, True], ids=["last", "best"])

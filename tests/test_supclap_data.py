@@ -102,6 +102,7 @@ def test_stereo_is_averaged_and_long_clips_are_cut(tmp_path):
 def bad_files(folder):
     soundfile.write(folder / "empty.wav", np.zeros((0, 1)), 16_000)
     (folder / "text.wav").write_text("this is no audio")
+    (folder / "headless.raw").write_bytes(bytes(1_000))
     broken = tone(16_000)
     broken[100] = np.nan
     soundfile.write(folder / "nan.wav", broken, 16_000, subtype="FLOAT")
@@ -109,6 +110,7 @@ def bad_files(folder):
         "missing.wav": "no such file",
         "empty.wav": "zero length",
         "text.wav": "not readable as audio",
+        "headless.raw": "not readable as audio",
         "nan.wav": "NaN or infinite samples",
     }
 
@@ -120,13 +122,13 @@ def test_bad_audio_is_named_or_skipped_and_counted(tmp_path):
     manifest = manifest_of(tmp_path, "\n".join(["file_name,caption_1", *rows]))
     with pytest.raises(UserError) as error:
         load_corpus(manifest, 30.0)
-    assert "4 of 5 audio files" in str(error.value) and "--skip-bad-audio" in str(error.value)
+    assert "5 of 6 audio files" in str(error.value) and "--skip-bad-audio" in str(error.value)
     for name, reason in reasons.items():
         (line,) = [part for part in str(error.value).splitlines() if name in part]
         assert reason in line
     corpus = load_corpus(manifest, 30.0, skip_bad_audio=True)
     assert [clip.name for clip in corpus.clips] == ["good.wav"]
-    assert len(corpus.skipped) == 4 and corpus.captions == ["x"]
+    assert len(corpus.skipped) == 5 and corpus.captions == ["x"]
 
     (tmp_path / "good.wav").unlink()
     with pytest.raises(UserError, match="no audio file of .* can be used"):
@@ -160,6 +162,12 @@ def test_mel_filters_peak_at_the_htk_centres():
 def test_very_short_and_silent_clips_have_finite_features(length):
     features = log_mel(torch.zeros(length))
     assert features.shape[0] >= 1 and features.isfinite().all()
+
+
+def test_loud_clips_have_finite_features(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 1e14 * tone(16_000), 16_000, subtype="FLOAT")
+    features = log_mel(torch.from_numpy(load_audio(tmp_path / "a.wav", 30.0))).half()
+    assert features.isfinite().all()
 
 
 def test_padding_and_caption_bytes():

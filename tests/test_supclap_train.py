@@ -260,6 +260,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
         ({"tau": 0.0}, "--tau must be a positive number"),
+        ({"seed": -1}, "--seed must be in"),
+        ({"warmup": 1.0}, "--warmup must be in"),
+        ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
     ],
 )
 def test_settings_are_checked(manifest, tmp_path, changes, said):

@@ -20,6 +20,12 @@ class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
     exit_code = 130
 
 
+def check_seed(seed: int) -> None:
+    """NumPy takes no negative seed, PyTorch none above 64 bits."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be in [0, 2**63), got {seed}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of both towers; written into a run's `config.json` and read back by `eval`."""
@@ -81,6 +87,11 @@ class TrainConfig:
         for name, count in whole.items():
             if count is not None and count < 1:
                 raise UserError(f"--{name} must be at least 1, got {count}")
+        check_seed(self.seed)
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"--warmup must be in [0, 1), got {self.warmup}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UserError(f"--weight-decay must not be negative, got {self.weight_decay}")
         positive = {"lr": self.lr, "tau": self.tau, "clip-grad": self.clip_grad}
         for name, value in positive.items():
             if not 0 < value < float("inf"):

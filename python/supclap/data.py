@@ -28,6 +28,7 @@ HOP = 160
 N_MELS = 64
 F_MAX = 8_000.0
 TOP_DB = 120.0
+LOUDEST = 1e15  # its power is still a float32
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def load_audio(path: Path, max_seconds: float) -> np.ndarray:
         with soundfile.SoundFile(path) as source:
             rate = source.samplerate
             wave = source.read(math.ceil(max_seconds * rate), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
+        if len(wave) == 0:
+            raise UserError("the clip has zero length")
+        if not (np.abs(wave) < LOUDEST).all():
+            raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
+        mono = wave.mean(axis=1)
+        resampled = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"not readable as audio: {error}") from error
-    if len(wave) == 0:
-        raise UserError("the clip has zero length")
-    if not np.isfinite(wave).all():
-        raise UserError("the clip has NaN or infinite samples")
-    mono = wave.mean(axis=1)
-    resampled = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
     return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
 
 

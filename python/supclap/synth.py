@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from .config import UserError
+from .config import UserError, check_seed
 
 RATE = 16_000
 CAPTIONS = 5
@@ -284,6 +284,7 @@ def draw_corpus(clips: int, rng: Rng) -> Iterator[tuple[str, int, str, Scene]]:
 
 def synthesise(out: Path, clips: int = 800, seed: int = 0, overwrite: bool = False) -> None:
     """Write `out/audio/*.wav`, `out/{train,val,test}.csv` and `out/scenes.jsonl` (the truth)."""
+    check_seed(seed)
     if not len(SPLITS) <= clips <= 10_000:
         raise UserError(f"--clips must be between {len(SPLITS)} and 10000, got {clips}")
     if (out / "train.csv").exists() and not overwrite:

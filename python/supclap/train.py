@@ -257,9 +257,10 @@ def train(config: TrainConfig) -> Path:
                     continue
                 metrics = evaluate_corpus(model, val)
                 append(val_log, {"epoch": epoch, "step": step, **metrics})
-                if mean_recall(metrics) > best:
-                    best = mean_recall(metrics)
+                recall = mean_recall(metrics)
+                if recall > best:
                     save_checkpoint(checkpoint, model)
+                    best = recall
                     saved = f"the checkpoint after epoch {epoch} (mean R@1 on --val {best:.3f})"
         except KeyboardInterrupt:
             if val is None or best < 0:

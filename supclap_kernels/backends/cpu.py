@@ -1,7 +1,8 @@
-"""The CPU backend: the panel engine with PyTorch's products and the C++ epilogues of csrc/cpu.
+"""The CPU backend: the panel engine with PyTorch's products (bfloat16: our own) and the
+C++ epilogues of csrc/cpu.
 
 Deterministic: the epilogues' results do not depend on the number of threads, the library's products
-    are repeatable.
+are repeatable.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ..options import Options
 from ..reference import EPS, accumulator_dtype
 from .far import FarRows
 from .panel import PLACEHOLDER, Layout, Tile, kept_elements, sweep_gradients, sweep_statistics
-from .products import choose_products
+from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 
 
 class Inputs(NamedTuple):
@@ -38,6 +39,7 @@ class Call:
         self.native = native.module()
         self.inputs, self.options = inputs, options
         self.dtype = dtype = accumulator_dtype(inputs.audio.dtype)
+        self.rounded = inputs.audio.dtype == torch.bfloat16 and rounds_to_bfloat16()
         self.T, self.A = self.operand(inputs.text), self.operand(inputs.audio)
         self.N, self.D = N, D = self.T.shape
         has_radius = inputs.radius is not None
@@ -45,7 +47,7 @@ class Call:
         self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
         self.grams = self.svr + self.mirror
         self.layout = Layout.choose(N, self.grams, dtype.itemsize, options.workspace)
-        self.products = choose_products(inputs.audio.dtype)
+        self.products = self.choose_products()
         directions = self.native.DIRECTIONS
         self.rows = torch.empty(self.native.ROWS, N, dtype=dtype)
         self.state = torch.empty(3 * directions, N, dtype=dtype) if state is None else state
@@ -68,13 +70,20 @@ class Call:
         self.far = self.far_rows() if far else None
 
     def operand(self, X: Tensor) -> Tensor:
-        """The rows as the products take them: contiguous, wide, normalised if asked."""
+        """The rows as the products see them: contiguous, wide, normalised if asked."""
         rows = X.to(self.dtype)
         if self.options.normalize:
             rows = F.normalize(rows, dim=1)
-            if X.dtype == torch.bfloat16:  # as F.normalize in bfloat16 would leave them
-                rows = rows.to(X.dtype).to(self.dtype)
+            if self.rounded:
+                rows = rows.to(torch.bfloat16).to(self.dtype)
         return rows.contiguous()
+
+    def choose_products(self) -> Products:
+        if not self.rounded:
+            return LibraryProducts(self.T, self.A)
+        if self.options.normalize:
+            return Bfloat16Products(self.T.to(torch.bfloat16), self.A.to(torch.bfloat16))
+        return Bfloat16Products(self.inputs.text, self.inputs.audio)
 
     def far_rows(self) -> FarRows:
         assert self.R is not None
@@ -142,7 +151,7 @@ class Call:
         """
         scratch = self.scratch()
         arguments = (self.layout, self.products, self, kept, scratch, with_statistics)
-        sweep_gradients(self.T, self.A, dT, dA, *arguments)
+        sweep_gradients(dT, dA, *arguments)
         if self.far is not None:
             state = self.state.view(3, self.native.DIRECTIONS, self.N)
             self.far.gradients(state, self.factors, self.sums, self.native.SUM, dT, dA)
@@ -229,7 +238,8 @@ def forward(
     else:
         kept = saved if saved.numel() > PLACEHOLDER else None
         saved[0 if kept is None else call.layout.panel_elements :].zero_()  # no output is undefined
-        sweep_statistics(call.T, call.A, call.layout, call.products, call, kept, call.scratch)
+        scratch = call.scratch() if kept is None else None
+        sweep_statistics(call.layout, call.products, call, kept, scratch)
     terms = call.finish_statistics()
     rows = terms[0] + terms[1] + options.alpha * terms[2] + options.beta * terms[3]
     rows = rows if call.w is None else rows * call.w

@@ -15,12 +15,13 @@ Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for each sweep's logits, 2 + 
     the gradient.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .products import AUDIO, TEXT, Products
 from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 
@@ -105,16 +106,6 @@ def kept_elements(N: Any, grams: int, itemsize: int, workspace: int) -> Any:
     return elements * fits + PLACEHOLDER
 
 
-class Products(Protocol):
-    """The library products of the engine, in the accumulator's dtype."""
-
-    def logits(self, X: Tensor, Y: Tensor, out: Tensor) -> None:
-        """out = X Y^T, float32 (float64) whatever the operands hold."""
-
-    def accumulate(self, out: Tensor, W: Tensor, X: Tensor) -> None:
-        """out += W X."""
-
-
 class Epilogue(Protocol):
     """What a backend provides between the products."""
 
@@ -148,42 +139,36 @@ def blocks(tile: Tile, grams: int, panel: Tensor) -> Blocks:
     )
 
 
-def multiply_tile(
-    T: Tensor, A: Tensor, tile: Tile, grams: int, panel: Tensor, products: Products
-) -> None:
+def multiply_tile(tile: Tile, grams: int, panel: Tensor, products: Products) -> None:
     """The inner products of one tile, into its panel."""
     out = blocks(tile, grams, panel)
     I, J = tile.I, tile.J
-    products.logits(T[I], A[J], out.S)  # [ni, D] @ [D, nj]
+    products.logits(TEXT, I, AUDIO, J, out.S)
     if out.S_swap is not None:
-        products.logits(A[I], T[J], out.S_swap)
+        products.logits(AUDIO, I, TEXT, J, out.S_swap)
     if out.Q is not None:
-        products.logits(A[I], A[J], out.Q)
+        products.logits(AUDIO, I, AUDIO, J, out.Q)
     if out.K is not None:
-        products.logits(T[I], T[J], out.K)
+        products.logits(TEXT, I, TEXT, J, out.K)
 
 
 def sweep_statistics(
-    T: Tensor,
-    A: Tensor,
     layout: Layout,
     products: Products,
     epilogue: Epilogue,
     kept: Tensor | None,
-    make_scratch: Callable[[], Tensor],
+    scratch: Tensor | None,
 ) -> None:
-    """Sweep 1. Fills `kept` with every tile's logits, or works in scratch where it is None."""
-    scratch = make_scratch() if kept is None else kept
+    """Sweep 1: fills `kept` with every tile's logits; or, where it is None, works in `scratch`."""
     for tile in layout.tiles():
         panel = scratch if kept is None else kept[tile.offset :]
-        multiply_tile(T, A, tile, layout.grams, panel, products)
+        assert panel is not None
+        multiply_tile(tile, layout.grams, panel, products)
         epilogue.mask(tile, panel)
         epilogue.statistics(tile, panel)
 
 
 def sweep_gradients(
-    T: Tensor,
-    A: Tensor,
     dT: Tensor | None,
     dA: Tensor | None,
     layout: Layout,
@@ -197,39 +182,33 @@ def sweep_gradients(
     for tile in layout.tiles():
         panel = scratch if kept is None else kept[tile.offset :]
         if kept is None:
-            multiply_tile(T, A, tile, layout.grams, panel, products)
+            multiply_tile(tile, layout.grams, panel, products)
             epilogue.mask(tile, panel)
         if with_statistics:
             epilogue.statistics(tile, panel)
         epilogue.weights(tile, panel, scratch)
-        add_products(T, A, dT, dA, tile, blocks(tile, layout.grams, scratch), products)
+        add_products(dT, dA, tile, blocks(tile, layout.grams, scratch), products)
 
 
 def add_products(
-    T: Tensor,
-    A: Tensor,
-    dT: Tensor | None,
-    dA: Tensor | None,
-    tile: Tile,
-    weight: Blocks,
-    products: Products,
+    dT: Tensor | None, dA: Tensor | None, tile: Tile, weight: Blocks, products: Products
 ) -> None:
     """The gradient's products of one tile; a frozen side (None) costs nothing."""
     I, J = tile.I, tile.J
     W, W_swap, V_A, V_T = weight
     if dT is not None:
-        products.accumulate(dT[I], W, A[J])  # [ni, nj] @ [nj, D]
+        products.accumulate(dT[I], W, AUDIO, J)
         if W_swap is not None:
-            products.accumulate(dT[J], W_swap.t(), A[I])
+            products.accumulate(dT[J], W_swap.t(), AUDIO, I)
         if V_T is not None:
-            products.accumulate(dT[I], V_T, T[J])
+            products.accumulate(dT[I], V_T, TEXT, J)
             if not tile.diagonal:
-                products.accumulate(dT[J], V_T.t(), T[I])
+                products.accumulate(dT[J], V_T.t(), TEXT, I)
     if dA is not None:
-        products.accumulate(dA[J], W.t(), T[I])
+        products.accumulate(dA[J], W.t(), TEXT, I)
         if W_swap is not None:
-            products.accumulate(dA[I], W_swap, T[J])
+            products.accumulate(dA[I], W_swap, TEXT, J)
         if V_A is not None:
-            products.accumulate(dA[I], V_A, A[J])
+            products.accumulate(dA[I], V_A, AUDIO, J)
             if not tile.diagonal:
-                products.accumulate(dA[J], V_A.t(), A[I])
+                products.accumulate(dA[J], V_A.t(), AUDIO, I)

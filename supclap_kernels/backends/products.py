@@ -1,26 +1,94 @@
-"""The panel engine's library products, with the float32 results that every dtype needs."""
+"""The panel engine's products, with the wide results that every dtype needs.
+
+Both kinds own the stacked operand: TEXT and AUDIO name its halves.
+"""
+
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .panel import Products
+from .. import native
+
+TEXT, AUDIO = 0, 1
+
+
+class Products(Protocol):
+    """What the engine multiplies with."""
+
+    def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
+        """out (I, J) = X_I Y_J^T."""
+
+    def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
+        """out (., D) += W Y_J; W (., J) is contiguous or the transpose of what is."""
 
 
 class LibraryProducts:
-    """`torch.mm` in the operands' dtype (float32 or float64)."""
+    """`torch.mm` in float32 or float64."""
 
-    def logits(self, X: Tensor, Y: Tensor, out: Tensor) -> None:
-        torch.mm(X, Y.t(), out=out)
+    def __init__(self, T: Tensor, A: Tensor) -> None:
+        self.sides = (T, A)
 
-    def accumulate(self, out: Tensor, W: Tensor, X: Tensor) -> None:
-        out.addmm_(W, X)
+    def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
+        torch.mm(self.sides[x][I], self.sides[y][J].t(), out=out)  # [I, D] @ [D, J]
+
+    def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
+        out.addmm_(W, self.sides[y][J])  # [., J] @ [J, D]
 
 
-def choose_products(dtype: torch.dtype) -> Products:
-    """The products for inputs of this dtype."""
-    return LibraryProducts()
+class Bfloat16Products:
+    """Products of bfloat16 rows with float32 sums (csrc/cpu/bf16_gemm.cpp).
+
+    Rows are packed once for each sweep: their transpose for the logits, themselves for the
+    gradient, whose weights are rounded to bfloat16 tile by tile.
+    """
+
+    GROUP = 16
+
+    def __init__(self, T: Tensor, A: Tensor) -> None:
+        self.N, self.D = T.shape
+        self.module, self.threads = native.module(), torch.get_num_threads()
+        # Rows in pairs of elements: an odd D gets a column of zeros.
+        self.sides = tuple(F.pad(X, (0, self.D % 2)).contiguous() for X in (T, A))
+        self.width = self.D + self.D % 2
+        self.transposed: list[Tensor | None] = [None, None]
+        self.packed: list[Tensor | None] = [None, None]
+
+    def pack(self, side: int, transposed: bool) -> Tensor:
+        cache = self.transposed if transposed else self.packed
+        found = cache[side]
+        if found is None:
+            X = self.sides[side]
+            columns, depth = (self.N, self.width) if transposed else (self.width, self.N)
+            groups, pairs = -(-columns // self.GROUP), -(-depth // 2)
+            found = cache[side] = X.new_empty(groups, pairs, self.GROUP, 2)
+            arguments = (X.data_ptr(), self.N, self.width, transposed)
+            self.module.bf16_pack(*arguments, found.data_ptr(), self.threads)
+        return found
+
+    def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
+        X, Y = self.sides[x][I], self.pack(y, transposed=True)[J.start // self.GROUP :]
+        self.multiply(X, self.width, Y, out, accumulate=False)
+
+    def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
+        rows, depth = W.shape
+        transposed = not W.is_contiguous()
+        stored = W.t() if transposed else W
+        rounded = torch.empty(rows, depth + depth % 2, dtype=torch.bfloat16)
+        arguments = (stored.data_ptr(), *stored.shape, transposed)
+        self.module.bf16_convert(*arguments, rounded.data_ptr(), self.threads)
+        Y = self.pack(y, transposed=False)[:, J.start // 2 :]
+        self.multiply(rounded, depth + depth % 2, Y, out, accumulate=True)
+
+    def multiply(self, X: Tensor, K: int, Y: Tensor, out: Tensor, accumulate: bool) -> None:
+        """out (M, N) (+)= X (M, K) times packed Y."""
+        M, N = out.shape
+        left, right = (X.data_ptr(), X.stride(0)), (Y.data_ptr(), Y.stride(0))
+        sizes = (M, N, K, accumulate, self.threads)
+        self.module.bf16_multiply(*left, *right, out.data_ptr(), out.stride(0), *sizes)
 
 
 def rounds_to_bfloat16() -> bool:
     """Whether bfloat16 inputs take bfloat16 products, whose weights are rounded (MATH.md)."""
-    return False
+    return bool(native.module().bf16_products)
