@@ -71,7 +71,7 @@ def expected(
             for name in ("audio", "text"):
                 result[name] = result[name].repeat(copies, 1) / copies
     inputs = make_inputs(peer, N, D)
-    return inputs, exact, base, testing.floors(case(peer, N, D), inputs)
+    return inputs, exact, base, testing.floors(case(peer, N, D), inputs, exact)
 
 
 def check(peer: Peer, loss: Loss, N: int, D: int) -> None:

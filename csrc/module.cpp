@@ -146,6 +146,9 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("mirror", &Problem::mirror)
       .def_readwrite("shared", &Problem::shared)
       .def_readwrite("renormalize", &Problem::renormalize)
+      .def_readwrite("mean", &Problem::mean)
+      .def_readwrite("per_row", &Problem::per_row)
+      .def_readwrite("per_row_radius", &Problem::per_row_radius)
       .def_readwrite("threads", &Problem::threads)
       .def_readwrite("k", &Problem::k)
       .def_readwrite("b", &Problem::b)
@@ -159,6 +162,7 @@ PYBIND11_MODULE(_native, m) {
   pointer(problem, "rows", &Problem::rows);
   pointer(problem, "running", &Problem::running);
   pointer(problem, "state", &Problem::state);
+  pointer(problem, "upstream", &Problem::upstream);
   pointer(problem, "omega", &Problem::omega);
   pointer(problem, "factors", &Problem::factors);
   pointer(problem, "sums", &Problem::sums);
@@ -179,7 +183,9 @@ PYBIND11_MODULE(_native, m) {
       Release());
   m.def(
       "finish_statistics",
-      [](const Problem& p, uintptr_t terms) { kernels().finish_statistics(p, at<double>(terms)); },
+      [](const Problem& p, uintptr_t loss, uintptr_t terms) {
+        kernels().finish_statistics(p, at<void>(loss), at<double>(terms));
+      },
       Release());
   m.def("prepare_weights", [](const Problem& p) { kernels().prepare_weights(p); }, Release());
   m.def(
@@ -191,7 +197,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "finish_gradients",
       [](const Problem& p, uintptr_t dT, uintptr_t dA, uintptr_t dR, uintptr_t scalars) {
-        kernels().finish_gradients(p, at<void>(dT), at<void>(dA), at<void>(dR), at<double>(scalars));
+        kernels().finish_gradients(p, at<void>(dT), at<void>(dA), at<void>(dR), at<void>(scalars));
       },
       Release());
   bind_bf16(m);

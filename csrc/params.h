@@ -57,17 +57,21 @@ struct Problem {
   int mirror;       // bilateral="mirror"
   int shared;       // bilateral="shared" (InfoNCE)
   int renormalize;
+  int mean;         // reduction="mean": the loss is divided by N
+  int per_row;      // reduction="none": the loss and its upstream gradient are [N], else [1]
+  int per_row_radius;  // R is [N], else [1]
   int threads;
   double k, b, alpha, beta;
   const void* T;        // [N, D] Real, contiguous
   const void* A;        // [N, D] Real, contiguous
-  const void* R;        // [N] Real, or null
+  const void* R;        // [N] or [1] Real, or null
   const void* w;        // [N] Real, or null: ones
   const int32_t* code;  // [N] equal where ids are equal, or null
   void* rows;           // [kRows, N] Real
   double* running;      // [2 kDirections, N] m, then l, of the negatives (SigLIP: l is the loss)
   void* state;          // [3 kDirections, N] Real: m, l, l without the positive
-  const void* omega;    // [N] Real: upstream gradient x weight x 1/N
+  const void* upstream; // [N] or [1] Real: gradient that arrives at the loss, or null: 1
+  void* omega;          // [N] Real: upstream gradient x weight x 1/N
   void* factors;        // [2 kDirections, N] Real: m, then omega / l (times alpha for support vectors)
   double* sums;         // [kSums, N]
 };

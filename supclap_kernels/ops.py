@@ -9,6 +9,7 @@ state. `state` holds the softmax statistics of each row, `saved` what the backen
 (kept panels, or SigLIP's gradients).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,19 +43,26 @@ _library.define(
 )
 
 
+def _plainly(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    """Call a backend without autograd and autocast around its own products."""
+    device = arguments[0].audio.device.type
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*arguments)
+    return function(*arguments)
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
     backend = dispatch.backend_for(inputs.audio, options)
-    with torch.no_grad(), torch.autocast(inputs.audio.device.type, enabled=False):
-        return backend.forward(inputs, options, tuple(needs))
+    return _plainly(backend.forward, inputs, options, tuple(needs))
 
 
 def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*arguments[:7]), Options(*arguments[10:])
-    state, saved, needs = arguments[7:10]
     backend = dispatch.backend_for(inputs.audio, options)
-    with torch.no_grad(), torch.autocast(inputs.audio.device.type, enabled=False):
-        return backend.backward(upstream, inputs, state, saved, options, tuple(needs))
+    state, saved, needs = arguments[7:10]
+    return _plainly(backend.backward, inputs, options, tuple(needs), upstream, state, saved)
 
 
 for _device in ("CPU", "CUDA"):

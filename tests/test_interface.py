@@ -401,7 +401,7 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "changed", "count"), BAD_VALUES)
 def test_debug_finds_bad_values(name, changed, count, monkeypatch):
-    """SUPCLAP_DEBUG=1 names the tensor and counts; without it nothing is read and nothing raised."""
+    """SUPCLAP_DEBUG=1 names the tensor and counts; without it nothing is raised."""
     arguments = {"audio": A, "text": T, **changed}
     monkeypatch.setenv("SUPCLAP_DEBUG", "1")
     with pytest.raises(ValueError, match=f"SUPCLAP_DEBUG: {name} has {count} .*NaN or infinite"):

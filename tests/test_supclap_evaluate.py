@@ -2,7 +2,7 @@
 
 import itertools
 
-import pytest
+import numpy as np
 import torch
 from supclap.evaluate import (
     audio_to_text_ranks,
@@ -10,6 +10,12 @@ from supclap.evaluate import (
     retrieval_metrics,
     text_to_audio_ranks,
 )
+
+
+def near(found, expected, within=1e-6):
+    """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
+    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
+    return found.shape == expected.shape and np.abs(found - expected).max() <= within
 
 
 def from_scores(scores):
@@ -38,12 +44,12 @@ def test_by_hand_with_two_captions_each():
 
     metrics = retrieval_metrics(text, audio, clip_of)
     t2a, a2t = metrics["t2a"], metrics["a2t"]
-    assert t2a["R@1"] == pytest.approx(3 / 6)
+    assert near(t2a["R@1"], 3 / 6)
     assert t2a["R@5"] == 1 and t2a["R@10"] == 1
-    assert t2a["mAP@10"] == pytest.approx((1 + 1 / 3 + 1 + 1 / 3 + 1 / 2 + 1) / 6)
+    assert near(t2a["mAP@10"], (1 + 1 / 3 + 1 + 1 / 3 + 1 / 2 + 1) / 6)
     assert t2a["median_rank"] == 1  # 1 1 1 2 3 3: floor(0.5) + 1
     assert a2t["R@1"] == 1
-    assert a2t["mAP@10"] == pytest.approx(((1 + 2 / 5) / 2 * 2 + 1) / 3)
+    assert near(a2t["mAP@10"], ((1 + 2 / 5) / 2 * 2 + 1) / 3)
     assert a2t["median_rank"] == 1
 
 
@@ -54,9 +60,9 @@ def test_a_miss_beyond_ten_counts_zero_but_stays_in_the_divisor():
     scores[clips, 0] = 0.1  # second caption of clip 0, behind every other one
     clip_of = torch.tensor([*range(clips), 0])
     metrics = retrieval_metrics(scores, torch.eye(clips), clip_of)
-    assert metrics["a2t"]["mAP@10"] == pytest.approx((clips - 1 + 0.5) / clips)
-    assert metrics["t2a"]["mAP@10"] == pytest.approx(clips / (clips + 1))
-    assert metrics["t2a"]["R@10"] == pytest.approx(clips / (clips + 1))
+    assert near(metrics["a2t"]["mAP@10"], (clips - 1 + 0.5) / clips)
+    assert near(metrics["t2a"]["mAP@10"], clips / (clips + 1))
+    assert near(metrics["t2a"]["R@10"], clips / (clips + 1))
     assert metrics["a2t"]["R@1"] == 1
 
 
@@ -100,12 +106,10 @@ def test_against_loops_with_uneven_captions_in_any_order():
         precision.append(sum((i + 1) / p for i, p in enumerate(places) if p <= 10) / len(own))
     metrics = retrieval_metrics(text, audio, clip_of)
     assert text_to_audio_ranks(text, audio, clip_of, rows=7).tolist() == ranks
-    assert metrics["t2a"]["R@5"] == pytest.approx(sum(r <= 5 for r in ranks) / len(ranks))
-    assert metrics["a2t"]["R@5"] == pytest.approx(sum(r <= 5 for r in best) / 12)
-    assert metrics["a2t"]["mAP@10"] == pytest.approx(sum(precision) / 12)
-    assert metrics["t2a"]["mAP@10"] == pytest.approx(
-        sum(1 / r for r in ranks if r <= 10) / len(ranks)
-    )
+    assert near(metrics["t2a"]["R@5"], sum(r <= 5 for r in ranks) / len(ranks))
+    assert near(metrics["a2t"]["R@5"], sum(r <= 5 for r in best) / 12)
+    assert near(metrics["a2t"]["mAP@10"], sum(precision) / 12)
+    assert near(metrics["t2a"]["mAP@10"], sum(1 / r for r in ranks if r <= 10) / len(ranks))
 
 
 def test_chance_is_the_mean_over_all_rankings():
@@ -124,8 +128,8 @@ def test_chance_is_the_mean_over_all_rankings():
             )
     expected = (sums / (2 * len(orders))).tolist()
     found = chance(clip_of)["a2t"]
-    assert [found["R@1"], found["mAP@10"]] == pytest.approx(expected)
+    assert near([found["R@1"], found["mAP@10"]], expected)
     assert found["R@5"] == 1
     t2a = chance(torch.arange(40).repeat_interleave(5))["t2a"]
-    assert t2a["R@10"] == pytest.approx(0.25)
-    assert t2a["mAP@10"] == pytest.approx(sum(1 / r for r in range(1, 11)) / 40)
+    assert near(t2a["R@10"], 0.25)
+    assert near(t2a["mAP@10"], sum(1 / r for r in range(1, 11)) / 40)

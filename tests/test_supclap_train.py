@@ -14,6 +14,13 @@ from supclap.data import encode_captions, load_corpus, pad_features
 from supclap.evaluate import embed_corpus, evaluate_corpus, evaluate_run
 from supclap.model import SupclapModel, load_checkpoint, save_checkpoint
 
+
+def near(found, expected, within=1e-6):
+    """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
+    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
+    return found.shape == expected.shape and np.abs(found - expected).max() <= within
+
+
 SMALL = ModelConfig(width=32, heads=2, embed_dim=32)
 RATES = (8_000, 16_000, 22_050, 44_100)
 
@@ -66,7 +73,11 @@ def test_padding_does_not_change_an_embedding(manifest):
     together = model.audio(*pad_features(corpus.features))
     captions = [*corpus.captions, "a much longer caption " * 5]
     texts = model.text(encode_captions(captions, SMALL.max_bytes))
-    assert together.norm(dim=1).tolist() == pytest.approx([1.0] * len(together), rel=1e-5)
+    for row, clip in enumerate(corpus.features):  # what is beyond the end of a clip is not heard
+        mel, length = torch.full((1, 400, 64), 50.0), torch.tensor([len(clip)])
+        mel[0, : len(clip)] = clip
+        assert (model.audio(mel, length)[0] - together[row]).abs().max() < 1e-5
+    assert near(together.norm(dim=1).tolist(), [1.0] * len(together), within=1e-5)
     for number, clip in enumerate(corpus.features):
         alone = model.audio(*pad_features([clip]))[0]
         assert (alone - together[number]).abs().max() < 1e-5
@@ -88,9 +99,9 @@ def test_statistics_normalise_each_mel_bin(manifest):
     model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
     model.audio.set_statistics(corpus.features)
     frames = torch.cat(corpus.features).double()
-    assert model.audio.mel_mean.tolist() == pytest.approx(frames.mean(dim=0).tolist(), rel=1e-4)
+    assert near(model.audio.mel_mean.tolist(), frames.mean(dim=0).tolist(), within=1e-3)
     expected = frames.std(dim=0, correction=0).tolist()
-    assert model.audio.mel_std.tolist() == pytest.approx(expected, rel=1e-4)
+    assert near(model.audio.mel_std.tolist(), expected, within=1e-3)
 
 
 def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
@@ -108,6 +119,18 @@ def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
     assert seen != pairs  # shuffled
 
 
+def test_captions_of_one_clip_are_no_negatives_of_each_other(manifest, tmp_path):
+    torch.manual_seed(0)
+    model = SupclapModel(SMALL)
+    criterion = loop.build_loss(settings(manifest, tmp_path, loss="infonce"))
+    audio, text = torch.nn.functional.normalize(torch.randn(2, 4, 32), dim=2)
+    _, line = loop.compute_loss(model, criterion, audio, text, torch.tensor([7, 3, 7, 5]))
+    logits = text @ audio.T / 0.07
+    logits[0, 2] = logits[2, 0] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(4)).item()
+    assert near(line["l_t2a"], expected, within=1e-4)
+
+
 def test_the_log_has_one_object_per_step(manifest, tmp_path):
     run = loop.train(settings(manifest, tmp_path / "run", batch_size=4, epochs=2))
     log = log_of(run)
@@ -116,10 +139,10 @@ def test_the_log_has_one_object_per_step(manifest, tmp_path):
     for line in log:
         assert math.isfinite(line["loss"]) and line["norm"] > 0
         assert 0 <= line["recall_t2a"] <= 1 and 0 < line["gap"] < 2
-        assert line["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+        assert near(line["logit_scale"], 1 / 0.07, within=1e-5)
         parts = line["l_t2a"] + line["l_a2t"] + line["l_svr"]  # bi-StaticSVR: alpha 1, beta 0
-        assert line["loss"] == pytest.approx(parts, rel=1e-4)
-    assert log[0]["radius"] == pytest.approx(0.1)
+        assert near(line["loss"], parts, within=1e-4)
+    assert near(log[0]["radius"], 0.1)
     assert log[-1]["radius"] != log[0]["radius"]
     assert {path.name for path in run.iterdir()} >= {"model.safetensors", "config.json"}
 
@@ -134,8 +157,10 @@ def test_the_seed_decides_the_log(manifest, tmp_path):
 def test_learning_rate_rises_then_falls_to_zero(manifest, tmp_path):
     config = settings(manifest, tmp_path, lr=2.0)
     rates = [loop.learning_rate(config, step, 100) for step in range(101)]
-    assert rates[0] == pytest.approx(2.0 / 5) and max(rates) == rates[5] == pytest.approx(2.0)
-    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[100] == pytest.approx(0, abs=1e-9)
+    assert near(rates[0], 2.0 / 5)
+    assert max(rates) == rates[5] and near(rates[5], 2.0)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert near(rates[100], 0, within=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 3, 18])
@@ -160,15 +185,15 @@ def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, l
     whole, pieces = gradients
     assert whole.norm() > 1e-2
     assert (whole - pieces).norm() < 1e-4 * whole.norm()
-    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-5)
+    assert near(lines[0]["loss"], lines[1]["loss"], within=1e-4)
 
 
 def test_chunked_training_runs_and_agrees_at_the_first_step(manifest, tmp_path):
     whole = log_of(loop.train(settings(manifest, tmp_path / "a", batch_size=9)))
     pieces = log_of(loop.train(settings(manifest, tmp_path / "b", batch_size=9, chunk=4)))
     assert len(whole) == len(pieces)
-    assert pieces[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
-    assert pieces[0]["norm"] == pytest.approx(whole[0]["norm"], rel=1e-3)
+    assert near(pieces[0]["loss"], whole[0]["loss"], within=1e-4)
+    assert near(pieces[0]["norm"], whole[0]["norm"], within=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,13 @@ template <class Real>
 struct Rows {
   const Real *T, *A, *R;
   Real* base;
-  int64_t N;
+  int64_t N, step;
   explicit Rows(const Problem& p)
       : T(static_cast<const Real*>(p.T)), A(static_cast<const Real*>(p.A)),
-        R(static_cast<const Real*>(p.R)), base(static_cast<Real*>(p.rows)), N(p.N) {}
+        R(static_cast<const Real*>(p.R)), base(static_cast<Real*>(p.rows)), N(p.N),
+        step(p.per_row_radius) {}
   Real* operator[](int row) const { return base + row * N; }
+  double radius(int64_t i) const { return R[i * step]; }
 };
 
 // The blocks of one panel, each [ni, nj]; null where the mode has none.
@@ -73,6 +75,8 @@ SUPCLAP_HD Real logit(Real product, Real k, Real b) {
   return masked(product) ? Real(kMasked) : k * product + b;
 }
 
+// x and y of HalfLogits are written only where the mode has them, and read only there.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "rows.h"
 #include "statistics.h"
 #include "weights.h"
@@ -87,12 +91,12 @@ const Kernels& kernels() {
       [](const Problem& p) { return SUPCLAP_REAL(prepare_rows)(p); },
       [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(mask)(p, t, panel); },
       [](const Problem& p, const Tile& t, const void* panel) { SUPCLAP_REAL(statistics)(p, t, panel); },
-      [](const Problem& p, double* terms) { SUPCLAP_REAL(finish_statistics)(p, terms); },
+      [](const Problem& p, void* loss, double* terms) { SUPCLAP_REAL(finish_statistics)(p, loss, terms); },
       [](const Problem& p) { SUPCLAP_REAL(prepare_weights)(p); },
       [](const Problem& p, const Tile& t, const void* panel, void* out) {
         SUPCLAP_REAL(weights)(p, t, panel, out);
       },
-      [](const Problem& p, void* dT, void* dA, void* dR, double* scalars) {
+      [](const Problem& p, void* dT, void* dA, void* dR, void* scalars) {
         SUPCLAP_REAL(finish_gradients)(p, dT, dA, dR, scalars);
       }};
   return table;

@@ -26,7 +26,7 @@ int64_t prepare_rows(const Problem& p) {
         const double x = t[d], y = a[d], e = y - x;
         ee += e * e, et += e * x, ea += e * y, tt += x * x, aa += y * y;
       }
-      const double r = sqrt(ee + kEps * kEps), c = double(row.R[i]) / r;
+      const double r = sqrt(ee + kEps * kEps), c = row.radius(i) / r;
       const bool far = c > kFarC || c < -kFarC || r < kFarGap;
       row[kGap][i] = Real(r);
       row[kC][i] = Real(c);
@@ -39,6 +39,7 @@ int64_t prepare_rows(const Problem& p) {
       row[kAudioInverse][i] = p.renormalize ? Real(1 / sqrt(audio)) : Real(1);
     }
   });
+  for (int64_t n = 0; n < kDirections * p.N; ++n) p.running[n] = kMasked, p.running[kDirections * p.N + n] = 0;
   const Rows<Real> row(p);
   int64_t far = 0;
   for (int64_t i = 0; p.svr && i < p.N; ++i) far += row[kOffset][i] != Real(0);
@@ -58,8 +59,11 @@ struct Positive {
 };
 
 template <class Real>
-void finish_statistics(const Problem& p, double* terms) {
+void finish_statistics(const Problem& p, void* loss_out, double* terms) {
   Rows<Real> row(p);
+  const Real* weight = static_cast<const Real*>(p.w);
+  Real* out = static_cast<Real*>(loss_out);
+  double sum = 0;
   Real* state = static_cast<Real*>(p.state);
   for (int64_t i = 0; i < p.N; ++i) {
     const Positive<Real> positive(p, row, i);
@@ -86,22 +90,35 @@ void finish_statistics(const Problem& p, double* terms) {
       state[(kDirections + d) * p.N + i] = Real(total);
       state[(2 * kDirections + d) * p.N + i] = Real(others);
     }
+    const double R = p.R ? row.radius(i) : 0, r = p.R ? double(row[kGap][i]) : 0;
+    const double constraint = R != R ? R : (R > r ? R - r : 0) + (R < 0 ? -R : 0);
+    const double support = loss[kSupportRows] + loss[kOtherRows];
+    const double total = (weight ? double(weight[i]) : 1) *
+                         (loss[kTextRows] + loss[kAudioRows] + p.alpha * support + p.beta * constraint);
+    sum += total;
+    if (p.per_row) out[i] = Real(total);
+    if (!terms) continue;
     terms[i] = loss[kTextRows];
     terms[p.N + i] = loss[kAudioRows];
-    terms[2 * p.N + i] = loss[kSupportRows] + loss[kOtherRows];
-    const double R = p.R ? double(row.R[i]) : 0, r = p.R ? double(row[kGap][i]) : 0;
-    terms[3 * p.N + i] = (R > r ? R - r : 0) + (R < 0 ? -R : 0);
-    if (R != R) terms[3 * p.N + i] = R;
+    terms[2 * p.N + i] = support;
+    terms[3 * p.N + i] = constraint;
     terms[4 * p.N + i] = p.running[kTextRows * p.N + i] >= panel_logit;
     terms[5 * p.N + i] = p.running[kAudioRows * p.N + i] >= panel_logit;
   }
+  if (!p.per_row) out[0] = Real(p.mean ? sum / double(p.N) : sum);
 }
 
 template <class Real>
 void prepare_weights(const Problem& p) {
   const Real* state = static_cast<const Real*>(p.state);
-  const Real* omega = static_cast<const Real*>(p.omega);
+  const Real* weight = static_cast<const Real*>(p.w);
+  const Real* upstream = static_cast<const Real*>(p.upstream);
+  Real* omega = static_cast<Real*>(p.omega);
   Real* factors = static_cast<Real*>(p.factors);
+  for (int64_t i = 0; i < p.N; ++i) {
+    const double g = upstream ? double(upstream[p.per_row ? i : 0]) : 1;
+    omega[i] = Real(g * (weight ? double(weight[i]) : 1) / (p.mean ? double(p.N) : 1));
+  }
   for (int64_t n = 0; n < kSums * p.N; ++n) p.sums[n] = 0;
   for (int d = 0; d < kDirections; ++d) {
     const Real factor = d < kSupportRows ? Real(1) : Real(p.alpha);
@@ -126,11 +143,11 @@ void add_mix(const Mix& mix, const Real* t, const Real* a, Real* out, int64_t D)
 }
 
 template <class Real>
-void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, double* scalars) {
+void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, void* scalars) {
   Rows<Real> row(p);
   const Real* state = static_cast<const Real*>(p.state);
   const Real* omega = static_cast<const Real*>(p.omega);
-  double dk = 0, db = 0;
+  double dk = 0, db = 0, dR_sum = 0;
   const int64_t N = p.N, D = p.D;
   // Both passes are cheap; the scalars are summed in order, so the result does not depend on the threads.
   for (int64_t i = 0; i < N; ++i) {
@@ -153,7 +170,7 @@ void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, double* sc
     Mix text, audio;
     text.a = audio.t = p.k * g;
     if (p.R) {
-      const double r = row[kGap][i], c = row[kC][i], R = row.R[i];
+      const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
       const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
       const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
       const bool far = row[kOffset][i] != Real(0);  // then all of H and U is in sums[kSumRhoFar], dT and dA already
@@ -171,13 +188,16 @@ void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, double* sc
       audio.t += H + (1 - c) * U - c * sigma_t;
       audio.a += c * H - (1 - c) * sigma_a;
       audio.e += c * H - c * c * sigma_t + (1 - c) * c * sigma_a - along;
-      if (dR) static_cast<Real*>(dR)[i] = Real(rho + hinge - (R < 0 ? p.beta * w : 0));
+      const double slope_R = rho + hinge - (R < 0 ? p.beta * w : 0);
+      dR_sum += slope_R;
+      if (p.per_row_radius) static_cast<Real*>(dR)[i] = Real(slope_R);
     }
     const Real* t = row.T + i * D;
     const Real* a = row.A + i * D;
     if (dT) add_mix(text, t, a, static_cast<Real*>(dT) + i * D, D);
     if (dA) add_mix(audio, t, a, static_cast<Real*>(dA) + i * D, D);
   }
-  scalars[0] = dk;
-  scalars[1] = db;
+  if (p.R && !p.per_row_radius) static_cast<Real*>(dR)[0] = Real(dR_sum);
+  static_cast<Real*>(scalars)[0] = Real(dk);
+  static_cast<Real*>(scalars)[1] = Real(db);
 }

@@ -1,7 +1,7 @@
 """Two small transformers into one space of unit vectors, and their checkpoint.
 
-Padding never changes an embedding: padded positions are zero before every convolution, masked
-in attention and left out of the pooling.
+Padding never changes an embedding: padded positions are zero before the first layer, masked in
+attention and left out of the pooling.
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ class TextEncoder(nn.Module):
         """text: [B, L] int64, bytes plus 1, 0 where padded -> [B, D]."""
         text = F.pad(text, (0, -text.shape[1] % self.POOL))
         real = text > 0
-        hits = F.relu(self.runs(self.embed(text).transpose(1, 2))) * real[:, None, :]
+        hits = F.relu(self.runs(self.embed(text).transpose(1, 2)))
         return self.tower(F.max_pool1d(hits, self.POOL).transpose(1, 2), real[:, :: self.POOL])
 
 
 class SupclapModel(nn.Module):
-    """Both encoders, the logit scale 1 / tau and the bias of the sigmoid objective."""
+    """Both encoders, the logit scale 1 / tau and the bias that only the sigmoid objective trains."""
 
     def __init__(self, config: ModelConfig, tau: float = 0.07) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class SupclapModel(nn.Module):
         self.audio = AudioEncoder(config)
         self.text = TextEncoder(config)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0), requires_grad=False)
 
     @property
     def logit_scale(self) -> Tensor:

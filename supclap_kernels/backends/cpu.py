@@ -48,10 +48,12 @@ class Call:
         self.grams = self.svr + self.mirror
         self.layout = Layout.choose(N, self.grams, dtype.itemsize, options.workspace)
         self.products = self.choose_products()
-        directions = self.native.DIRECTIONS
-        self.rows = torch.empty(self.native.ROWS, N, dtype=dtype)
+        directions, rows, sums = self.native.DIRECTIONS, self.native.ROWS, self.native.SUMS
+        # All that is (., N): rows, factors and omega in the accumulator's dtype, running and sums.
+        self.narrow = torch.empty(rows + 2 * directions + 1, N, dtype=dtype)
+        self.wide = torch.empty(2 * directions + sums, N, dtype=torch.float64)
         self.state = torch.empty(3 * directions, N, dtype=dtype) if state is None else state
-        self.R = None if inputs.radius is None else inputs.radius.to(dtype).expand(N).contiguous()
+        self.R = None if inputs.radius is None else inputs.radius.to(dtype).contiguous()
         self.w = None if inputs.weight is None else inputs.weight.to(dtype).contiguous()
         self.code = None
         if inputs.ids is not None:
@@ -60,14 +62,24 @@ class Call:
         p.N, p.D, p.is_double = N, D, dtype == torch.float64
         p.infonce, p.svr, p.mirror, p.shared = options.infonce, self.svr, self.mirror, self.shared
         p.renormalize, p.threads = options.renormalize, torch.get_num_threads()
+        p.mean, p.per_row = options.reduction == "mean", options.reduction == "none"
+        p.per_row_radius = self.R is not None and self.R.ndim == 1
         p.k = inputs.scale.item()
         p.b = 0.0 if inputs.bias is None else inputs.bias.item()
         p.alpha, p.beta = options.alpha, options.beta
         p.T, p.A = native.address(self.T), native.address(self.A)
-        p.R, p.code = native.address(self.R), native.address(self.code)
-        p.rows, p.state = native.address(self.rows), native.address(self.state)
-        far = self.native.prepare_rows(p)
-        self.far = self.far_rows() if far else None
+        p.R, p.w, p.code = (native.address(x) for x in (self.R, self.w, self.code))
+        p.state = native.address(self.state)
+        p.rows, row = self.narrow.data_ptr(), N * dtype.itemsize
+        p.factors = p.rows + rows * row
+        p.omega = p.factors + 2 * directions * row
+        p.running = self.wide.data_ptr()
+        p.sums = p.running + 2 * directions * N * 8
+        self.far = self.far_rows() if self.native.prepare_rows(p) else None
+
+    def row(self, name: str) -> Tensor:
+        """One of the rows' quantities, (N,)."""
+        return self.narrow[self.native.ROW[name]]
 
     def operand(self, X: Tensor) -> Tensor:
         """The rows as the products see them: contiguous, wide, normalised if asked."""
@@ -87,10 +99,10 @@ class Call:
 
     def far_rows(self) -> FarRows:
         assert self.R is not None
-        index = self.rows[self.native.ROW["offset"]].nonzero()[:, 0]
-        k, b = self.problem.k, self.problem.b
+        index = self.row("offset").nonzero()[:, 0]
+        k, b, R = self.problem.k, self.problem.b, self.R.expand(self.N)
         modes = (self.mirror, self.shared)
-        return FarRows(self.T, self.A, index, self.R, k, b, self.code, self.options, *modes, EPS)
+        return FarRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes, EPS)
 
     # The epilogue of the panel engine.
     def mask(self, tile: Tile, panel: Tensor) -> None:
@@ -107,35 +119,23 @@ class Call:
     def scratch(self) -> Tensor:
         return torch.empty(self.layout.scratch_elements, dtype=self.dtype)
 
-    def start_statistics(self) -> None:
-        directions = self.native.DIRECTIONS
-        self.running = torch.zeros(2, directions, self.N, dtype=torch.float64)
-        self.running[0].fill_(self.native.MASKED)
-        self.problem.running = native.address(self.running)
-
-    def finish_statistics(self) -> Tensor:
-        """(6, N) float64: l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is
-        beaten, twice.
+    def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
+        """The loss; and, for the statistics, (6, N) float64: l_t2a, l_a2t, l_svr, l_cons of each
+        row, and whether its positive is beaten among audios and among texts.
         """
         if self.far is not None:
-            self.far.statistics(self.running, self.native.MASKED, self.dtype)
-        terms = torch.empty(6, self.N, dtype=torch.float64)
-        self.native.finish_statistics(self.problem, terms.data_ptr())
-        return terms
+            directions = self.native.DIRECTIONS
+            running = self.wide[: 2 * directions].view(2, directions, self.N)
+            self.far.statistics(running, self.native.MASKED, self.dtype)
+        loss = torch.empty(self.N if self.problem.per_row else (), dtype=self.dtype)
+        terms = torch.empty(6, self.N, dtype=torch.float64) if self.options.stats else None
+        self.native.finish_statistics(self.problem, loss.data_ptr(), native.address(terms))
+        return loss, terms
 
     def start_gradients(self, upstream: Tensor | None) -> None:
-        """omega_i: what multiplies row i's terms in the gradient."""
-        omega = torch.ones(self.N, dtype=self.dtype) if self.w is None else self.w
-        if upstream is not None:
-            omega = omega * upstream.to(self.dtype)
-        if self.options.reduction == "mean":
-            omega = omega / self.N
-        self.omega = omega
-        self.factors = torch.empty(2, self.native.DIRECTIONS, self.N, dtype=self.dtype)
-        self.sums = torch.empty(self.native.SUMS, self.N, dtype=torch.float64)
-        self.problem.omega = native.address(omega)
-        self.problem.factors = native.address(self.factors)
-        self.problem.sums = native.address(self.sums)
+        """Weights of the rows' terms in the gradient, from what arrives at the loss."""
+        self.upstream = None if upstream is None else upstream.to(self.dtype).contiguous()
+        self.problem.upstream = native.address(self.upstream)
         self.native.prepare_weights(self.problem)
 
     def gradients(
@@ -147,17 +147,20 @@ class Call:
     ) -> tuple[Tensor | None, Tensor]:
         """Add the gradients of the rows as given to dA, dT (N, D; None: frozen).
 
-        Returns dR (N,) or None, and dk, db (2,) float64.
+        Returns dR in the radius' shape or None, and dk, db (2,).
         """
         scratch = self.scratch()
         arguments = (self.layout, self.products, self, kept, scratch, with_statistics)
         sweep_gradients(dT, dA, *arguments)
         if self.far is not None:
-            state = self.state.view(3, self.native.DIRECTIONS, self.N)
-            self.far.gradients(state, self.factors, self.sums, self.native.SUM, dT, dA)
-        dR = None if self.R is None else torch.empty(self.N, dtype=self.dtype)
-        scalars = torch.empty(2, dtype=torch.float64)
-        pointers = (native.address(dT), native.address(dA), native.address(dR), scalars.data_ptr())
+            directions, rows = self.native.DIRECTIONS, self.native.ROWS
+            state = self.state.view(3, directions, self.N)
+            factors = self.narrow[rows : rows + 2 * directions].view(2, directions, self.N)
+            sums = self.wide[2 * directions :]
+            self.far.gradients(state, factors, sums, self.native.SUM, dT, dA)
+        dR = None if self.R is None else torch.empty_like(self.R)
+        scalars = torch.empty(2, dtype=self.dtype)
+        pointers = (native.address(x) for x in (dT, dA, dR, scalars))
         self.native.finish_gradients(self.problem, *pointers)
         if self.options.normalize:
             for X, dX in ((self.inputs.audio, dA), (self.inputs.text, dT)):
@@ -168,7 +171,7 @@ class Call:
     def stats(self, terms: Tensor) -> Tensor:
         """(11,): the values of SVRStats."""
         weighted = terms[:4] if self.w is None else terms[:4] * self.w
-        row, T, A = self.native.ROW, self.T, self.A
+        T, A = self.T, self.A
         positive = (T * A).sum(dim=1, dtype=torch.float64)
         # The sum over all pairs, less those that are no negatives: equal ids (the positive is one
         # of them).
@@ -187,8 +190,7 @@ class Call:
         if self.R is None:
             values += [torch.tensor(float("nan"))] * 3
         else:
-            r = self.rows[row["gap"]]
-            values += [self.R.mean(), r.mean(), (1.0 - self.rows[row["c"]]).mean()]
+            values += [self.R.mean(), self.row("gap").mean(), (1.0 - self.row("c")).mean()]
         return torch.stack([value.to(self.dtype) for value in values])
 
 
@@ -224,40 +226,32 @@ def forward(
     N, D, dtype, keep = call.N, call.D, call.dtype, any(needs)
     size = saved_elements(N, D, inputs.radius is not None, options, dtype.itemsize, keep)
     saved = torch.empty(size, dtype=dtype)
-    call.start_statistics()
     if keep and options.gradient_in_forward:
         dA, dT, dR, scalars = split_gradients(saved.zero_(), N, D)
         call.state.zero_()
         call.start_gradients(None)
-        dR_rows, dk_db = call.gradients(
-            dA if needs[0] else None, dT if needs[1] else None, with_statistics=True
-        )
+        towers = (dA if needs[0] else None, dT if needs[1] else None)
+        dR_given, dk_db = call.gradients(*towers, with_statistics=True)
         scalars.copy_(dk_db)
-        if dR_rows is not None:
-            dR.copy_(dR_rows)
+        if dR_given is not None:
+            dR[: dR_given.numel()].copy_(dR_given)
     else:
         kept = saved if saved.numel() > PLACEHOLDER else None
         saved[0 if kept is None else call.layout.panel_elements :].zero_()  # no output is undefined
         scratch = call.scratch() if kept is None else None
         sweep_statistics(call.layout, call.products, call, kept, scratch)
-    terms = call.finish_statistics()
-    rows = terms[0] + terms[1] + options.alpha * terms[2] + options.beta * terms[3]
-    rows = rows if call.w is None else rows * call.w
-    if options.reduction == "none":
-        loss = rows
-    else:
-        loss = rows.mean() if options.reduction == "mean" else rows.sum()
-    stats = call.stats(terms) if options.stats else torch.empty(0, dtype=dtype)
-    return loss.to(dtype), stats, call.state, saved
+    loss, terms = call.finish_statistics()
+    stats = torch.empty(0, dtype=dtype) if terms is None else call.stats(terms)
+    return loss, stats, call.state, saved
 
 
 def backward(
-    upstream: Tensor,
     inputs: Inputs,
-    state: Tensor,
-    saved: Tensor,
     options: Options,
     needs: tuple[bool, ...],
+    upstream: Tensor,
+    state: Tensor,
+    saved: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
     N, D = inputs.audio.shape
@@ -266,14 +260,14 @@ def backward(
     dR: Tensor | None
     if options.gradient_in_forward:
         dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, N, D))
+        if inputs.radius is not None:
+            dR = dR[: inputs.radius.numel()].view(inputs.radius.shape)
     else:
         call = Call(inputs, options, state)
         call.start_gradients(upstream)
         dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
         dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
         dR, scalars = call.gradients(dA, dT, saved if saved.numel() > PLACEHOLDER else None)
-    if dR is not None and inputs.radius is not None and inputs.radius.ndim == 0:
-        dR = dR.sum(dtype=torch.float64)
     values = (dA, dT, dR, scalars[0], scalars[1])
     like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
     return tuple(
@@ -294,7 +288,7 @@ def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Option
     rows = (
         module.ROWS + 3 * module.DIRECTIONS + 2 * module.DIRECTIONS + 3
     )  # rows, state, factors, R, dR, omega
-    total += N * (rows * size + module.SUMS * wide)
+    total += N * (rows * size + (2 * module.DIRECTIONS + module.SUMS) * wide)
     if dtype != accumulator or options.normalize:
         total += 2 * N * D * size  # operands
     if dtype != accumulator:
