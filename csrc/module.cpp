@@ -168,7 +168,8 @@ PYBIND11_MODULE(_native, m) {
   pointer(problem, "sums", &Problem::sums);
 
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.def("prepare_rows", [](const Problem& p) { return kernels().prepare_rows(p); }, Release());
+  m.def("prepare_rows", [](const Problem& p) { kernels().prepare_rows(p); }, Release());
+  m.def("count_far", [](const Problem& p) { return kernels().count_far(p); }, Release());
   m.def(
       "mask",
       [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {

@@ -1,12 +1,12 @@
 """The boundary to PyTorch: one forward operator, one backward operator, and the autograd.Function
 over them.
 
-    svr_loss           -> loss () or (N,), stats (11,) or (0,), state (12, N), saved (any,)
+    svr_loss           -> loss () or (N,), stats (11,) or (0,), state (22, N), saved (any,)
     svr_loss_backward  -> dA, dT, dR, dk, db; (0,) where `needs` says no
 
 Which backend runs is decided inside, on real tensors; all obey the shapes that the fake kernels
-state. `state` holds the softmax statistics of each row, `saved` what the backend wants to reuse
-(kept panels, or SigLIP's gradients).
+state. `state` holds the softmax statistics and the geometry of each row, `saved` what the backend
+wants to reuse (kept panels, or SigLIP's gradients).
 """
 
 from collections.abc import Callable
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .backends.cpu import Inputs, saved_elements
+from .backends.cpu import STATE_ROWS, Inputs, saved_elements
 from .options import Options
 from .reference import accumulator_dtype
 
-STATE_ROWS = 12
 STATS = 11
 
 _TENSORS = (

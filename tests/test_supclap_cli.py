@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import supclap
+import torch
 from supclap import synth
 from supclap.cli import main
 from supclap.data import read_manifest
@@ -33,6 +34,15 @@ def command(*arguments):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second one, and lose much on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,8 @@ SUPCLAP_HD Real logit(Real product, Real k, Real b) {
 
 const Kernels& kernels() {
   static const Kernels table = {
-      [](const Problem& p) { return SUPCLAP_REAL(prepare_rows)(p); },
+      [](const Problem& p) { SUPCLAP_REAL(prepare_rows)(p); },
+      [](const Problem& p) { return SUPCLAP_REAL(count_far)(p); },
       [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(mask)(p, t, panel); },
       [](const Problem& p, const Tile& t, const void* panel) { SUPCLAP_REAL(statistics)(p, t, panel); },
       [](const Problem& p, void* loss, double* terms) { SUPCLAP_REAL(finish_statistics)(p, loss, terms); },

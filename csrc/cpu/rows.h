@@ -11,7 +11,7 @@ double dot(const Real* x, const Real* y, int64_t D) {
 }
 
 template <class Real>
-int64_t prepare_rows(const Problem& p) {
+void prepare_rows(const Problem& p) {
   const int64_t chunks = (p.N + kRowChunk - 1) / kRowChunk;
   run(p, chunks, p.N * p.D, [&](int64_t chunk) {
     Rows<Real> row(p);
@@ -40,6 +40,10 @@ int64_t prepare_rows(const Problem& p) {
     }
   });
   for (int64_t n = 0; n < kDirections * p.N; ++n) p.running[n] = kMasked, p.running[kDirections * p.N + n] = 0;
+}
+
+template <class Real>
+int64_t count_far(const Problem& p) {
   const Rows<Real> row(p);
   int64_t far = 0;
   for (int64_t i = 0; p.svr && i < p.N; ++i) far += row[kOffset][i] != Real(0);

@@ -124,7 +124,7 @@ class TextEncoder(nn.Module):
 
 
 class SupclapModel(nn.Module):
-    """Both encoders, the logit scale 1 / tau and the bias that only the sigmoid objective trains."""
+    """Both encoders, the logit scale 1 / tau, and the bias of the sigmoid objective."""
 
     def __init__(self, config: ModelConfig, tau: float = 0.07) -> None:
         super().__init__()

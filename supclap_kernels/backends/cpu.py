@@ -19,6 +19,11 @@ from .far import FarRows
 from .panel import PLACEHOLDER, Layout, Tile, kept_elements, sweep_gradients, sweep_statistics
 from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 
+STATISTICS = 12
+"""Rows of `state` that hold (m, l, l without the positive) of four directions."""
+STATE_ROWS = STATISTICS + 10
+"""... and the geometry of the rows: Problem::state and Problem::rows of csrc/params.h."""
+
 
 class Inputs(NamedTuple):
     """The tensors of one call, detached, on the CPU."""
@@ -48,13 +53,13 @@ class Call:
         self.grams = self.svr + self.mirror
         self.layout = Layout.choose(N, self.grams, dtype.itemsize, options.workspace)
         self.products = self.choose_products()
-        directions, rows, sums = self.native.DIRECTIONS, self.native.ROWS, self.native.SUMS
-        # All that is (., N): rows, factors and omega in the accumulator's dtype, running and sums.
-        self.narrow = torch.empty(rows + 2 * directions + 1, N, dtype=dtype)
+        directions, sums = self.native.DIRECTIONS, self.native.SUMS
+        # All that is (., N): the statistics and the rows' geometry, which backward gets from
+        # forward; factors and omega; running and sums.
+        self.state = torch.empty(STATE_ROWS, N, dtype=dtype) if state is None else state
+        self.factors = torch.empty(2 * directions + 1, N, dtype=dtype)
         self.wide = torch.empty(2 * directions + sums, N, dtype=torch.float64)
-        self.state = torch.empty(3 * directions, N, dtype=dtype) if state is None else state
-        self.R = None if inputs.radius is None else inputs.radius.to(dtype).contiguous()
-        self.w = None if inputs.weight is None else inputs.weight.to(dtype).contiguous()
+        self.R, self.w = self.vector(inputs.radius), self.vector(inputs.weight)
         self.code = None
         if inputs.ids is not None:
             self.code = torch.unique(inputs.ids, return_inverse=True)[1].to(torch.int32)
@@ -69,17 +74,23 @@ class Call:
         p.alpha, p.beta = options.alpha, options.beta
         p.T, p.A = native.address(self.T), native.address(self.A)
         p.R, p.w, p.code = (native.address(x) for x in (self.R, self.w, self.code))
-        p.state = native.address(self.state)
-        p.rows, row = self.narrow.data_ptr(), N * dtype.itemsize
-        p.factors = p.rows + rows * row
+        p.state, row = self.state.data_ptr(), N * dtype.itemsize
+        p.rows = p.state + 3 * directions * row
+        p.factors = self.factors.data_ptr()
         p.omega = p.factors + 2 * directions * row
         p.running = self.wide.data_ptr()
         p.sums = p.running + 2 * directions * N * 8
-        self.far = self.far_rows() if self.native.prepare_rows(p) else None
+        if state is None:
+            self.native.prepare_rows(p)
+        self.far = self.far_rows() if self.native.count_far(p) else None
+
+    def vector(self, x: Tensor | None) -> Tensor | None:
+        """(N,) or 0-d values as the kernels read them."""
+        return None if x is None else x.to(self.dtype).contiguous()
 
     def row(self, name: str) -> Tensor:
         """One of the rows' quantities, (N,)."""
-        return self.narrow[self.native.ROW[name]]
+        return self.state[3 * self.native.DIRECTIONS + self.native.ROW[name]]
 
     def operand(self, X: Tensor) -> Tensor:
         """The rows as the products see them: contiguous, wide, normalised if asked."""
@@ -134,7 +145,7 @@ class Call:
 
     def start_gradients(self, upstream: Tensor | None) -> None:
         """Weights of the rows' terms in the gradient, from what arrives at the loss."""
-        self.upstream = None if upstream is None else upstream.to(self.dtype).contiguous()
+        self.upstream = self.vector(upstream)
         self.problem.upstream = native.address(self.upstream)
         self.native.prepare_weights(self.problem)
 
@@ -153,9 +164,9 @@ class Call:
         arguments = (self.layout, self.products, self, kept, scratch, with_statistics)
         sweep_gradients(dT, dA, *arguments)
         if self.far is not None:
-            directions, rows = self.native.DIRECTIONS, self.native.ROWS
-            state = self.state.view(3, directions, self.N)
-            factors = self.narrow[rows : rows + 2 * directions].view(2, directions, self.N)
+            directions = self.native.DIRECTIONS
+            state = self.state[: 3 * directions].view(3, directions, self.N)
+            factors = self.factors[: 2 * directions].view(2, directions, self.N)
             sums = self.wide[2 * directions :]
             self.far.gradients(state, factors, sums, self.native.SUM, dT, dA)
         dR = None if self.R is None else torch.empty_like(self.R)
@@ -218,7 +229,7 @@ def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tens
 def forward(
     inputs: Inputs, options: Options, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (or rows of it), the values of SVRStats (or empty), state (12, N), and `saved`.
+    """loss (or rows of it), the values of SVRStats (or empty), state (STATE_ROWS, N), and `saved`.
 
     `needs` says which of audio, text, radius, scale, bias will want a gradient.
     """
@@ -228,7 +239,7 @@ def forward(
     saved = torch.empty(size, dtype=dtype)
     if keep and options.gradient_in_forward:
         dA, dT, dR, scalars = split_gradients(saved.zero_(), N, D)
-        call.state.zero_()
+        call.state[:STATISTICS].zero_()
         call.start_gradients(None)
         towers = (dA if needs[0] else None, dT if needs[1] else None)
         dR_given, dk_db = call.gradients(*towers, with_statistics=True)

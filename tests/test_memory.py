@@ -1,0 +1,213 @@
+"""`memory_estimate` against what PyTorch really allocates, and what a small workspace rules out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import supclap_kernels as sk
+from supclap_kernels.testing import Case, make_inputs
+
+MIB = 2**20
+
+
+class Trace(NamedTuple):
+    """Bytes allocated through PyTorch, relative to the start."""
+
+    peak: int
+    held: int
+    """at the end"""
+    largest: int
+    """of one allocation"""
+
+
+def traced(step: Callable[[], Any]) -> tuple[Trace, Any]:
+    """Runs `step` and adds up the allocator's own events in order."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = largest = 0
+    for _, size in changes:
+        held += size
+        peak, largest = max(peak, held), max(largest, size)
+    return Trace(peak, held, largest), result
+
+
+def step_of(case: Case) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward; returns the gradients."""
+    inputs = make_inputs(case)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
+    fixed = {"ids": inputs.ids, "weight": inputs.weight}
+
+    def step() -> tuple[Tensor, ...]:
+        loss = sk.fused_svr_loss(**leaves, **fixed, **case.options)
+        return torch.autograd.grad(loss, list(leaves.values()), inputs.upstream.to(loss.dtype))
+
+    return step
+
+
+def extra(case: Case) -> tuple[int, Trace]:
+    """Bytes at the peak beyond the inputs and the returned gradients."""
+    step = step_of(case)
+    step()  # what the library sets up once
+    trace, gradients = traced(step)
+    return trace.peak - sum(g.numel() * g.element_size() for g in gradients), trace
+
+
+def estimate(case: Case) -> int:
+    options = {"radius": case.radius != "none", **case.options}
+    return sk.memory_estimate(case.N, case.D, case.dtype, **options)
+
+
+def test_the_measurement():
+    def step() -> Tensor:
+        x = torch.empty(1000)
+        y = torch.empty(500)
+        del y
+        z = torch.empty(200)
+        del z
+        return x
+
+    trace, x = traced(step)
+    assert trace == (6000, 4000, 4000) and x.numel() == 1000
+
+
+BASE = Case(N=1200, D=256, options={"workspace": MIB})
+ESTIMATED: dict[str, Case] = {
+    "kept": Case(N=600, D=64),
+    "kept, one tile": Case(N=300, D=64),
+    "kept, plain": Case(N=1024, D=64, radius="none"),
+    "kept, float64": Case(N=600, D=128, dtype=torch.float64, radius="scalar"),
+    "kept, bfloat16": Case(N=600, D=64, dtype=torch.bfloat16),
+    "recomputed": BASE,
+    "recomputed, wide": replace(BASE, N=700, D=1024),
+    "recomputed, narrow": replace(BASE, N=3000, D=32),
+    "plain": replace(BASE, radius="none"),
+    "one-sided": replace(BASE, options={"bilateral": "none", "workspace": MIB}),
+    "shared": replace(BASE, options={"bilateral": "shared", "workspace": MIB}),
+    "renormalize": replace(BASE, options={"renormalize": True, "workspace": MIB}),
+    "per row": replace(BASE, options={"reduction": "none", "workspace": MIB}),
+    "alpha 0": replace(BASE, options={"alpha": 0.0, "workspace": MIB}),
+    "float64": replace(BASE, dtype=torch.float64),
+    "bfloat16": replace(BASE, dtype=torch.bfloat16),
+    "float16, plain": replace(BASE, dtype=torch.float16, radius="none"),
+    "bfloat16, wide": replace(BASE, N=700, D=1024, dtype=torch.bfloat16),
+    "normalize": replace(BASE, options={"normalize": True, "workspace": MIB}),
+    "bfloat16, normalize": replace(
+        BASE, dtype=torch.bfloat16, options={"normalize": True, "workspace": MIB}
+    ),
+    "siglip": replace(BASE, options={"objective": "siglip", "workspace": MIB}),
+    "siglip, large workspace": replace(BASE, options={"objective": "siglip"}),
+    "siglip, wide": replace(BASE, N=700, D=1024, options={"objective": "siglip", "workspace": MIB}),
+    "siglip, bfloat16": replace(
+        BASE, dtype=torch.bfloat16, options={"objective": "siglip", "workspace": MIB}
+    ),
+    "siglip, normalize": replace(
+        BASE, options={"objective": "siglip", "normalize": True, "workspace": MIB}
+    ),
+    "siglip, per row": replace(
+        BASE, options={"objective": "siglip", "reduction": "none", "workspace": MIB}
+    ),
+    "ids and weight": replace(BASE, duplicates=True, weighted=True),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_estimate_within_a_tenth(name):
+    case = ESTIMATED[name]
+    measured, _ = extra(case)
+    ratio = estimate(case) / measured
+    assert 0.9 <= ratio <= 1.1, f"{case}: estimate / measured = {ratio:.3f} of {measured} bytes"
+
+
+def test_the_workspace_decides_between_kept_and_recomputed():
+    """At the boundary: one byte less, and the panels are gone, from both numbers."""
+    case = Case(N=300, D=32, radius="none")
+    panels = 300 * 300 * 4
+    for difference, kept in ((1, True), (0, False)):
+        at = replace(case, options={"workspace": panels + difference})
+        measured, _ = extra(at)
+        tile = 304 * 304 * 4
+        assert (measured > panels + 0.9 * tile) == kept
+        assert (estimate(at) > panels + 0.9 * tile) == kept
+
+
+SWEEPS = [
+    Case(D=64, options={"workspace": MIB}),
+    Case(D=64, dtype=torch.bfloat16, options={"workspace": MIB}),
+    Case(D=64, options={"workspace": MIB, "objective": "siglip"}),
+    Case(D=64, radius="row", weighted=True, duplicates=True, options={"workspace": MIB}),
+    Case(D=64, options={"workspace": 0, "normalize": True}),
+]
+
+
+@pytest.mark.parametrize("case", SWEEPS, ids=str)
+def test_linear_in_N(case):
+    """Equal steps of N cost equal bytes: three points on a line, whose slope is a few rows."""
+    sizes = (1024, 2048, 3072)
+    measured = [extra(replace(case, N=N))[0] for N in sizes]
+    first, second = measured[1] - measured[0], measured[2] - measured[1]
+    assert abs(second - first) <= 0.05 * first + 4096, measured
+    per_row = second / 1024
+    assert per_row <= 14 * case.D * 4 + 1024, f"{per_row} bytes for each row"
+    guessed = [estimate(replace(case, N=N)) for N in sizes]
+    assert guessed[2] - guessed[1] == pytest.approx(guessed[1] - guessed[0], abs=4096)
+
+
+@pytest.mark.parametrize("case", SWEEPS, ids=str)
+def test_nothing_of_N_squared_with_a_small_workspace(case):
+    N = 3072
+    _, trace = extra(replace(case, N=N))
+    assert trace.largest < N * N  # bytes: a quarter of one float32 matrix
+
+
+def test_the_reference_would_be_noticed():
+    """The same measurement sees the N x N matrices of the specification."""
+    case = Case(N=700, D=16, options={"backend": "reference"})
+    measured, trace = extra(case)
+    assert trace.largest >= 4 * 700 * 700
+    assert measured >= 10 * 4 * 700 * 700
+
+
+def test_the_gradients_are_all_that_stays():
+    for options in ({}, {"objective": "siglip"}, {"normalize": True}):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = Case(N=300, D=32, dtype=dtype, options=options)
+            step = step_of(case)
+            step()
+            trace, gradients = traced(step)
+            assert trace.held <= sum(g.numel() * g.element_size() for g in gradients) + 64, case
+
+
+def test_a_frozen_tower_and_no_gradient_take_less():
+    inputs = make_inputs(Case(N=600, D=256))
+    audio, text = inputs.audio, inputs.text
+    peaks = []
+    for needed in ((True, True), (True, False), (False, False)):
+        leaves = [x.detach().requires_grad_(n) for x, n in zip((audio, text), needed, strict=True)]
+
+        def step(leaves: list[Tensor] = leaves, any_needed: bool = any(needed)) -> Tensor:
+            loss = sk.fused_svr_loss(*leaves, 0.1, workspace=MIB)
+            if any_needed:
+                loss.backward()
+            return loss
+
+        step()
+        for leaf in leaves:
+            leaf.grad = None
+        peaks.append(traced(step)[0].peak)
+    assert peaks[0] - peaks[1] >= 0.9 * 600 * 256 * 4
+    assert peaks[1] > peaks[2]
+
+
+def test_estimates_of_the_reference():
+    """An upper bound of the right order for a small batch."""
+    case = Case(N=500, D=16, options={"backend": "reference"})
+    measured, _ = extra(case)
+    assert 0.5 * measured <= estimate(case) <= 4 * measured

@@ -1,0 +1,21 @@
+"""The README: short, with snippets that run and the two set-up commands as promised."""
+
+import re
+from pathlib import Path
+
+TEXT = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_short():
+    assert len(TEXT.splitlines()) < 150
+
+
+def test_setup_commands():
+    assert 'pip install -c constraints.txt -e ".[train]" && supclap demo' in TEXT
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in TEXT
+
+
+def test_snippets_run():
+    snippets = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(snippets) >= 3
+    exec(compile("\n".join(snippets), "README.md", "exec"), {})
