@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .products import AUDIO, TEXT, Products
+from .products import AUDIO, TEXT, Products, rows
 from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 
@@ -128,14 +128,17 @@ class Blocks(NamedTuple):
     K: Tensor | None
 
 
-def blocks(tile: Tile, grams: int, panel: Tensor) -> Blocks:
-    size = tile.ni * tile.nj
-    views = iter(panel[n * size : (n + 1) * size].view(tile.ni, tile.nj) for n in range(2 + grams))
+def blocks(tile: Tile, grams: int, panel: Tensor, start: int = 0) -> Blocks:
+    """Views of the blocks of the panel that begins `start` elements into `panel`."""
+    shape, strides, size = (tile.ni, tile.nj), (tile.nj, 1), tile.ni * tile.nj
+    begin = start + int(panel.storage_offset())
+    count = 2 - tile.diagonal + grams
+    views = [panel.as_strided(shape, strides, begin + n * size) for n in range(count)]
     return Blocks(
-        next(views),
-        None if tile.diagonal else next(views),
-        next(views) if grams > 0 else None,
-        next(views) if grams > 1 else None,
+        views.pop(0),
+        None if tile.diagonal else views.pop(0),
+        views.pop(0) if grams > 0 else None,
+        views.pop(0) if grams > 1 else None,
     )
 
 
@@ -161,7 +164,7 @@ def sweep_statistics(
 ) -> None:
     """Sweep 1: fills `kept` with every tile's logits; or, where it is None, works in `scratch`."""
     for tile in layout.tiles():
-        panel = scratch if kept is None else kept[tile.offset :]
+        panel = scratch if kept is None else rows(kept, slice(tile.offset, kept.shape[0]))
         assert panel is not None
         multiply_tile(tile, layout.grams, panel, products)
         epilogue.mask(tile, panel)
@@ -180,7 +183,7 @@ def sweep_gradients(
 ) -> None:
     """Sweep 2. Kept logits are only read, so it may run again; `with_statistics` adds sweep 1."""
     for tile in layout.tiles():
-        panel = scratch if kept is None else kept[tile.offset :]
+        panel = scratch if kept is None else rows(kept, slice(tile.offset, kept.shape[0]))
         if kept is None:
             multiply_tile(tile, layout.grams, panel, products)
             epilogue.mask(tile, panel)
@@ -197,18 +200,18 @@ def add_products(
     I, J = tile.I, tile.J
     W, W_swap, V_A, V_T = weight
     if dT is not None:
-        products.accumulate(dT[I], W, AUDIO, J)
+        products.accumulate(rows(dT, I), W, AUDIO, J)
         if W_swap is not None:
-            products.accumulate(dT[J], W_swap.t(), AUDIO, I)
+            products.accumulate(rows(dT, J), W_swap.t(), AUDIO, I)
         if V_T is not None:
-            products.accumulate(dT[I], V_T, TEXT, J)
+            products.accumulate(rows(dT, I), V_T, TEXT, J)
             if not tile.diagonal:
-                products.accumulate(dT[J], V_T.t(), TEXT, I)
+                products.accumulate(rows(dT, J), V_T.t(), TEXT, I)
     if dA is not None:
-        products.accumulate(dA[J], W.t(), TEXT, I)
+        products.accumulate(rows(dA, J), W.t(), TEXT, I)
         if W_swap is not None:
-            products.accumulate(dA[I], W_swap, TEXT, J)
+            products.accumulate(rows(dA, I), W_swap, TEXT, J)
         if V_A is not None:
-            products.accumulate(dA[I], V_A, AUDIO, J)
+            products.accumulate(rows(dA, I), V_A, AUDIO, J)
             if not tile.diagonal:
-                products.accumulate(dA[J], V_A.t(), AUDIO, I)
+                products.accumulate(rows(dA, J), V_A.t(), AUDIO, I)

@@ -14,6 +14,11 @@ from .. import native
 TEXT, AUDIO = 0, 1
 
 
+def rows(X: Tensor, part: slice) -> Tensor:
+    """X[part], without a view where that is all of X."""
+    return X if part.stop - part.start == X.shape[0] else X[part]
+
+
 class Products(Protocol):
     """What the engine multiplies with."""
 
@@ -31,10 +36,10 @@ class LibraryProducts:
         self.sides = (T, A)
 
     def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
-        torch.mm(self.sides[x][I], self.sides[y][J].t(), out=out)  # [I, D] @ [D, J]
+        torch.mm(rows(self.sides[x], I), rows(self.sides[y], J).t(), out=out)  # [I, D] @ [D, J]
 
     def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
-        out.addmm_(W, self.sides[y][J])  # [., J] @ [J, D]
+        out.addmm_(W, rows(self.sides[y], J))  # [., J] @ [J, D]
 
 
 class Bfloat16Products:
