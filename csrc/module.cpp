@@ -27,7 +27,8 @@ const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> found{{"baseline", true, &baseline::kernels()}};
 #if SUPCLAP_HAVE_AVX2
-    found.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kernels()});
+    found.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+                     &avx2::kernels()});
 #endif
 #if SUPCLAP_HAVE_AVX512
     found.push_back({"avx512",
@@ -60,7 +61,8 @@ void set_isa(const std::string& name) {
       active() = &isa;
       return;
     }
-  throw std::invalid_argument("instruction set '" + name + "' is not compiled in, or not of this processor");
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not compiled in, or not of this processor");
 }
 
 py::list isa_names(bool only_running) {
@@ -86,13 +88,15 @@ Type* at(uintptr_t address) {
 // The bfloat16 products; `bf16_products` says whether they are compiled in and of this processor.
 void bind_bf16(py::module_& m) {
 #if SUPCLAP_HAVE_AVX512BF16
-  m.attr("bf16_products") = bool(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+  m.attr("bf16_products") =
+      bool(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def(
       "bf16_pack",
       [](uintptr_t Y, int64_t N, int64_t D, bool transposed, uintptr_t out, int threads) {
-        (transposed ? bf16::pack_transposed : bf16::pack)(at<uint16_t>(Y), N, D, at<uint16_t>(out), threads);
+        (transposed ? bf16::pack_transposed : bf16::pack)(at<uint16_t>(Y), N, D, at<uint16_t>(out),
+                                                          threads);
       },
       Release());
   m.def(
@@ -103,10 +107,10 @@ void bind_bf16(py::module_& m) {
       Release());
   m.def(
       "bf16_multiply",
-      [](uintptr_t X, int64_t ldx, uintptr_t Y, int64_t group_stride, uintptr_t C, int64_t ldc, int64_t M, int64_t N,
-         int64_t K, bool accumulate, int threads) {
-        bf16::multiply(at<uint16_t>(X), ldx, at<uint16_t>(Y), group_stride, at<float>(C), ldc, M, N, K, accumulate,
-                       threads);
+      [](uintptr_t X, int64_t ldx, uintptr_t Y, int64_t group_stride, uintptr_t C, int64_t ldc,
+         int64_t M, int64_t N, int64_t K, bool accumulate, int threads) {
+        bf16::multiply(at<uint16_t>(X), ldx, at<uint16_t>(Y), group_stride, at<float>(C), ldc, M, N,
+                       K, accumulate, threads);
       },
       Release());
 #else
@@ -191,7 +195,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("prepare_weights", [](const Problem& p) { kernels().prepare_weights(p); }, Release());
   m.def(
       "weights",
-      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel, uintptr_t out) {
+      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel,
+         uintptr_t out) {
         kernels().weights(p, Tile{i0, ni, j0, nj}, at<void>(panel), at<void>(out));
       },
       Release());

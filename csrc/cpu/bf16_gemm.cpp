@@ -9,8 +9,9 @@ namespace supclap {
 namespace bf16 {
 namespace {
 
-constexpr int kRows = 6, kGroups = 4;          // register tile: 6 x 64 sums in 24 of 32 registers
-constexpr int64_t kRowBlock = 8 * kRows;       // one unit of work: rows whose X stays in the first-level cache
+constexpr int kRows = 6, kGroups = 4;  // register tile: 6 x 64 sums in 24 of 32 registers
+constexpr int64_t kRowBlock =
+    8 * kRows;  // one unit of work: rows whose X stays in the first-level cache
 constexpr int64_t kColumnBlock = 4 * kGroups * kGroup;
 
 template <class Body>
@@ -29,8 +30,8 @@ inline __m512bh pairs(__m512i value) {
 
 // C [R, 16 G] (+)= X [R, K] Y [K, 16 G]; the last group stores the columns of `last` only.
 template <int R, int G>
-void tile(const uint16_t* X, int64_t ldx, const uint16_t* Y, int64_t group_stride, float* C, int64_t ldc, int64_t K,
-          __mmask16 last, bool accumulate) {
+void tile(const uint16_t* X, int64_t ldx, const uint16_t* Y, int64_t group_stride, float* C,
+          int64_t ldc, int64_t K, __mmask16 last, bool accumulate) {
   __m512 sum[R][G];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -60,7 +61,8 @@ void tile(const uint16_t* X, int64_t ldx, const uint16_t* Y, int64_t group_strid
     }
 }
 
-using Kernel = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, int64_t, int64_t, __mmask16, bool);
+using Kernel = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, int64_t,
+                        int64_t, __mmask16, bool);
 
 #define SUPCLAP_ROW(R) {tile<R, 1>, tile<R, 2>, tile<R, 3>, tile<R, 4>}
 constexpr Kernel kKernels[kRows][kGroups] = {SUPCLAP_ROW(1), SUPCLAP_ROW(2), SUPCLAP_ROW(3),
@@ -100,7 +102,8 @@ void pack(const uint16_t* Y, int64_t N, int64_t D, uint16_t* out, int threads) {
   });
 }
 
-void convert(const float* W, int64_t rows, int64_t columns, bool transposed, uint16_t* out, int threads) {
+void convert(const float* W, int64_t rows, int64_t columns, bool transposed, uint16_t* out,
+             int threads) {
   const int64_t width = transposed ? rows + rows % 2 : columns + columns % 2;
   if (!transposed) {
     run(rows, threads, [&](int64_t i) {
@@ -112,13 +115,14 @@ void convert(const float* W, int64_t rows, int64_t columns, bool transposed, uin
   run(ceil_div(columns, kGroup), threads, [&](int64_t block) {
     const int64_t end = smaller(columns, (block + 1) * kGroup);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = block * kGroup; j < end; ++j) out[j * width + i] = round_to_bf16(W[i * columns + j]);
+      for (int64_t j = block * kGroup; j < end; ++j)
+        out[j * width + i] = round_to_bf16(W[i * columns + j]);
     for (int64_t j = block * kGroup; rows % 2 && j < end; ++j) out[j * width + rows] = 0;
   });
 }
 
-void multiply(const uint16_t* X, int64_t ldx, const uint16_t* Y, int64_t group_stride, float* C, int64_t ldc, int64_t M,
-              int64_t N, int64_t K, bool accumulate, int threads) {
+void multiply(const uint16_t* X, int64_t ldx, const uint16_t* Y, int64_t group_stride, float* C,
+              int64_t ldc, int64_t M, int64_t N, int64_t K, bool accumulate, int threads) {
   const int64_t row_blocks = ceil_div(M, kRowBlock), column_blocks = ceil_div(N, kColumnBlock);
   run(row_blocks * column_blocks, threads, [&](int64_t unit) {
     const int64_t m0 = unit / column_blocks * kRowBlock, m1 = smaller(M, m0 + kRowBlock);
@@ -127,8 +131,9 @@ void multiply(const uint16_t* X, int64_t ldx, const uint16_t* Y, int64_t group_s
       const int64_t width = smaller(n1 - n, kGroups * kGroup), groups = ceil_div(width, kGroup);
       const __mmask16 last = __mmask16((1u << (width - (groups - 1) * kGroup)) - 1);
       for (int64_t m = m0; m < m1; m += kRows)
-        kKernels[smaller(m1 - m, kRows) - 1][groups - 1](X + m * ldx, ldx, Y + n / kGroup * group_stride,
-                                                         group_stride, C + m * ldc + n, ldc, K, last, accumulate);
+        kKernels[smaller(m1 - m, kRows) - 1][groups - 1](
+            X + m * ldx, ldx, Y + n / kGroup * group_stride, group_stride, C + m * ldc + n, ldc, K,
+            last, accumulate);
     }
   });
 }

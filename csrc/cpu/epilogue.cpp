@@ -1,17 +1,19 @@
-// The epilogues of the panel engine: what happens to a tile of inner products between two library products.
+// The epilogues of the panel engine: what happens to a tile of inner products between two library
+// products.
 //
-// `statistics` turns one tile's logits into partial log-sum-exps, `weights` turns them into the gradient's weights;
-// each reads the tile once. A tile of the Gram matrix serves two half tiles: S between texts of I and audios of J, and,
-// stored transposed, S between texts of J and audios of I. `half<kSwap>` code covers both: in the first a row of the
-// block is a text and a column an audio, in the second (kSwap) the other way round.
+// `statistics` turns one tile's logits into partial log-sum-exps, `weights` turns them into the
+// gradient's weights; each reads the tile once. A tile of the Gram matrix serves two half tiles: S
+// between texts of I and audios of J, and, stored transposed, S between texts of J and audios of I.
+// `half<kSwap>` code covers both: in the first a row of the block is a text and a column an audio,
+// in the second (kSwap) the other way round.
 //
-// Compiled once for each instruction set (SUPCLAP_ISA names it), with nothing from the standard library that the
-// linker could merge across them. Results do not depend on the number of threads: a chunk of kRowChunk rows is one
-// unit of work, and its sums over columns are merged in the chunks' order.
-#include "kernels.h"
-
+// Compiled once for each instruction set (SUPCLAP_ISA names it), with nothing from the standard
+// library that the linker could merge across them. Results do not depend on the number of threads:
+// a chunk of kRowChunk rows is one unit of work, and its sums over columns are merged in the
+// chunks' order.
 #include <math.h>
 
+#include "kernels.h"
 #include "parallel.h"
 #include "vector_math.h"
 
@@ -19,11 +21,11 @@ namespace supclap {
 namespace SUPCLAP_ISA {
 namespace {
 
-constexpr double kEps = 1e-4;              // smoothing of the gap
-constexpr double kFarC = 2.0;              // is_far of gradients.py
+constexpr double kEps = 1e-4;  // smoothing of the gap
+constexpr double kFarC = 2.0;  // is_far of gradients.py
 constexpr double kFarGap = 1.0 / 8;
 constexpr int64_t kRowChunk = 16;
-constexpr int64_t kSerialWork = 1 << 14;   // elements below which threads cost more than they bring
+constexpr int64_t kSerialWork = 1 << 14;  // elements below which threads cost more than they bring
 
 template <class Body>
 void run(const Problem& p, int64_t chunks, int64_t work, Body body) {
@@ -38,8 +40,11 @@ struct Rows {
   Real* base;
   int64_t N, step;
   explicit Rows(const Problem& p)
-      : T(static_cast<const Real*>(p.T)), A(static_cast<const Real*>(p.A)),
-        R(static_cast<const Real*>(p.R)), base(static_cast<Real*>(p.rows)), N(p.N),
+      : T(static_cast<const Real*>(p.T)),
+        A(static_cast<const Real*>(p.A)),
+        R(static_cast<const Real*>(p.R)),
+        base(static_cast<Real*>(p.rows)),
+        N(p.N),
         step(p.per_row_radius) {}
   Real* operator[](int row) const { return base + row * N; }
   double radius(int64_t i) const { return R[i * step]; }
@@ -91,8 +96,12 @@ const Kernels& kernels() {
       [](const Problem& p) { SUPCLAP_REAL(prepare_rows)(p); },
       [](const Problem& p) { return SUPCLAP_REAL(count_far)(p); },
       [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(mask)(p, t, panel); },
-      [](const Problem& p, const Tile& t, const void* panel) { SUPCLAP_REAL(statistics)(p, t, panel); },
-      [](const Problem& p, void* loss, double* terms) { SUPCLAP_REAL(finish_statistics)(p, loss, terms); },
+      [](const Problem& p, const Tile& t, const void* panel) {
+        SUPCLAP_REAL(statistics)(p, t, panel);
+      },
+      [](const Problem& p, void* loss, double* terms) {
+        SUPCLAP_REAL(finish_statistics)(p, loss, terms);
+      },
       [](const Problem& p) { SUPCLAP_REAL(prepare_weights)(p); },
       [](const Problem& p, const Tile& t, const void* panel, void* out) {
         SUPCLAP_REAL(weights)(p, t, panel, out);

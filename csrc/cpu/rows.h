@@ -1,5 +1,5 @@
-// Work that is O(N D): the geometry of the rows before the tiles, and what belongs to the rows alone after them.
-// Included by epilogue.cpp inside its namespace.
+// Work that is O(N D): the geometry of the rows before the tiles, and what belongs to the rows
+// alone after them. Included by epilogue.cpp inside its namespace.
 
 // <x, y> in double, for the small differences that c = R / r multiplies.
 template <class Real>
@@ -39,7 +39,8 @@ void prepare_rows(const Problem& p) {
       row[kAudioInverse][i] = p.renormalize ? Real(1 / sqrt(audio)) : Real(1);
     }
   });
-  for (int64_t n = 0; n < kDirections * p.N; ++n) p.running[n] = kMasked, p.running[kDirections * p.N + n] = 0;
+  for (int64_t n = 0; n < kDirections * p.N; ++n)
+    p.running[n] = kMasked, p.running[kDirections * p.N + n] = 0;
 }
 
 template <class Real>
@@ -97,8 +98,9 @@ void finish_statistics(const Problem& p, void* loss_out, double* terms) {
     const double R = p.R ? row.radius(i) : 0, r = p.R ? double(row[kGap][i]) : 0;
     const double constraint = R != R ? R : (R > r ? R - r : 0) + (R < 0 ? -R : 0);
     const double support = loss[kSupportRows] + loss[kOtherRows];
-    const double total = (weight ? double(weight[i]) : 1) *
-                         (loss[kTextRows] + loss[kAudioRows] + p.alpha * support + p.beta * constraint);
+    const double total =
+        (weight ? double(weight[i]) : 1) *
+        (loss[kTextRows] + loss[kAudioRows] + p.alpha * support + p.beta * constraint);
     sum += total;
     if (p.per_row) out[i] = Real(total);
     if (!terms) continue;
@@ -153,22 +155,29 @@ void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, void* scal
   const Real* omega = static_cast<const Real*>(p.omega);
   double dk = 0, db = 0, dR_sum = 0;
   const int64_t N = p.N, D = p.D;
-  // Both passes are cheap; the scalars are summed in order, so the result does not depend on the threads.
+  // Both passes are cheap; the scalars are summed in order, so the result does not depend on the
+  // threads.
   for (int64_t i = 0; i < N; ++i) {
     const Positive<Real> positive(p, row, i);
-    const auto slope = [&](Direction d, double product) {  // gradient of direction d with respect to its positive
-      if (p.infonce)
-        return -double(state[(2 * kDirections + d) * N + i]) / double(state[(kDirections + d) * N + i]);
-      const double z = p.k * product + p.b;
-      return z > 0 ? -exp(-z) / (1 + exp(-z)) : -1 / (1 + exp(z));
-    };
+    const auto slope =
+        [&](Direction d, double product) {  // gradient of direction d with respect to its positive
+          if (p.infonce)
+            return -double(state[(2 * kDirections + d) * N + i]) /
+                   double(state[(kDirections + d) * N + i]);
+          const double z = p.k * product + p.b;
+          return z > 0 ? -exp(-z) / (1 + exp(-z)) : -1 / (1 + exp(z));
+        };
     const double w = omega[i];
-    const double g = w * (slope(kTextRows, positive.s) + (p.infonce ? slope(kAudioRows, positive.s) : 0));
+    const double g =
+        w * (slope(kTextRows, positive.s) + (p.infonce ? slope(kAudioRows, positive.s) : 0));
     double h = 0, u = 0;
-    if (p.svr) h = p.alpha * w * (slope(kSupportRows, positive.x) + (p.shared ? slope(kOtherRows, positive.x) : 0));
+    if (p.svr)
+      h = p.alpha * w *
+          (slope(kSupportRows, positive.x) + (p.shared ? slope(kOtherRows, positive.x) : 0));
     if (p.svr && p.mirror) u = p.alpha * w * slope(kOtherRows, positive.y);
     const auto sum = [&](Sum which) { return p.sums[which * N + i]; };
-    dk += sum(kSumBase) + sum(kSumSupportText) + sum(kSumSupportAudio) + g * positive.s + h * positive.x + u * positive.y;
+    dk += sum(kSumBase) + sum(kSumSupportText) + sum(kSumSupportAudio) + g * positive.s +
+          h * positive.x + u * positive.y;
     db += sum(kSumBias) + g + h + u;
 
     Mix text, audio;
@@ -177,13 +186,16 @@ void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, void* scal
       const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
       const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
       const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
-      const bool far = row[kOffset][i] != Real(0);  // then all of H and U is in sums[kSumRhoFar], dT and dA already
+      const bool far = row[kOffset][i] !=
+                       Real(0);  // then all of H and U is in sums[kSumRhoFar], dT and dA already
       const double H = far ? 0 : p.k * h * nt, U = far ? 0 : p.k * u * na;
       const bool tangent = p.renormalize && !far;
       const double sigma_t = tangent ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
       const double sigma_a = tangent ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
-      double rho = (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r + sum(kSumRhoFar);
-      if (p.mirror) rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
+      double rho = (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r +
+                   sum(kSumRhoFar);
+      if (p.mirror)
+        rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
       const double hinge = R > r ? p.beta * w : 0;
       const double along = (c * rho + hinge) / r;
       text.a += (1 - c) * H + U - c * sigma_a;

@@ -1,15 +1,16 @@
-// Sweep 1: partial log-sum-exps (InfoNCE) or sums of softplus (SigLIP) of the negatives of one tile.
-// Included by epilogue.cpp inside its namespace.
+// Sweep 1: partial log-sum-exps (InfoNCE) or sums of softplus (SigLIP) of the negatives of one
+// tile. Included by epilogue.cpp inside its namespace.
 
-// Logits of kRowChunk rows of one half tile: of S, of X = <t_sup, a> and of Y = <a_sup, t>, each [rows, nj].
+// Logits of kRowChunk rows of one half tile: of S, of X = <t_sup, a> and of Y = <a_sup, t>, each
+// [rows, nj].
 template <class Real>
 struct HalfLogits {
   Real s[kRowChunk * kMaxTile], x[kRowChunk * kMaxTile], y[kRowChunk * kMaxTile];
 };
 
 template <class Real, bool kSwap>
-void half_logits(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i, HalfLogits<Real>& out,
-                 int64_t at) {
+void half_logits(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i,
+                 HalfLogits<Real>& out, int64_t at) {
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(p.infonce ? 0 : p.b);
   const Real* S = kSwap ? row.S_swap : row.S;
@@ -63,7 +64,8 @@ void reduce_row(const Problem& p, Direction direction, int64_t i, const Real* z,
 #pragma omp simd reduction(+ : l)
     for (int64_t j = 0; j < nj; ++j) l += softplus_of(z[j]);
   }
-  merge(p.running[direction * p.N + i], p.running[(kDirections + direction) * p.N + i], m, l, p.infonce);
+  merge(p.running[direction * p.N + i], p.running[(kDirections + direction) * p.N + i], m, l,
+        p.infonce);
 }
 
 // The columns of a chunk's logits z [rows, nj] as pairs m, l [nj].
@@ -84,10 +86,11 @@ void reduce_columns(const Problem& p, const Real* z, int64_t rows, int64_t nj, R
   }
 }
 
-// Merges the chunks' pairs [chunks, 2, nj] of one direction into the running pairs of rows j0 .. j0 + nj.
+// Merges the chunks' pairs [chunks, 2, nj] of one direction into the running pairs of rows j0 .. j0
+// + nj.
 template <class Real>
-void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj, const Real* partial,
-                   int64_t chunks) {
+void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj,
+                   const Real* partial, int64_t chunks) {
   Real top[kMaxTile], l[kMaxTile];
   for (int64_t j = 0; j < nj; ++j) top[j] = Real(kMasked), l[j] = 0;
   for (int64_t n = 0; n < chunks; ++n) {
@@ -102,11 +105,12 @@ void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj
       l[j] += p.infonce ? part[j] * exp_nonpositive(m[j] - top[j]) : part[j];
   }
   for (int64_t j = 0; j < nj; ++j)
-    merge(p.running[direction * p.N + j0 + j], p.running[(kDirections + direction) * p.N + j0 + j], top[j], l[j],
-          p.infonce);
+    merge(p.running[direction * p.N + j0 + j], p.running[(kDirections + direction) * p.N + j0 + j],
+          top[j], l[j], p.infonce);
 }
 
-// Takes the pairs that do not take part out of a panel; keeps what the product gave for the positives.
+// Takes the pairs that do not take part out of a panel; keeps what the product gave for the
+// positives.
 template <class Real>
 void mask(const Problem& p, const Tile& tile, void* panel) {
   const Rows<Real> rows(p);
@@ -133,13 +137,16 @@ void statistics(const Problem& p, const Tile& tile, const void* panel) {
   const int64_t chunks = (tile.ni + kRowChunk - 1) / kRowChunk, nj = tile.nj;
   const bool both = block.S_swap != nullptr, other = p.mirror || p.shared;
   Real* partial = new Real[kDirections * chunks * 2 * nj];
-  const auto columns = [&](Direction d, int64_t chunk) { return partial + (d * chunks + chunk) * 2 * nj; };
+  const auto columns = [&](Direction d, int64_t chunk) {
+    return partial + (d * chunks + chunk) * 2 * nj;
+  };
   run(p, chunks, tile.ni * nj, [&](int64_t chunk) {
     HalfLogits<Real> z;
     const int64_t start = chunk * kRowChunk;
     const int64_t count = tile.ni - start < kRowChunk ? tile.ni - start : kRowChunk;
     const auto row_pass = [&](Direction d, const Real* logits) {
-      for (int64_t n = 0; n < count; ++n) reduce_row(p, d, tile.i0 + start + n, logits + n * nj, nj);
+      for (int64_t n = 0; n < count; ++n)
+        reduce_row(p, d, tile.i0 + start + n, logits + n * nj, nj);
     };
     const auto column_pass = [&](Direction d, const Real* logits) {
       Real* out = columns(d, chunk);

@@ -36,10 +36,12 @@ SUPCLAP_HD To bits(From from) {
   return to;
 }
 
-static constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+static constexpr double inverse_factorial(int n) {
+  return n < 2 ? 1.0 : inverse_factorial(n - 1) / n;
+}
 
-// exp(x) for x <= 0, exactly 0 below the smallest normal number. x = n ln 2 + r, |r| <= ln(2) / 2; exp(r) by its
-// Taylor polynomial (truncation below 0.1 ulp), 2^n by adding n to the exponent.
+// exp(x) for x <= 0, exactly 0 below the smallest normal number. x = n ln 2 + r, |r| <= ln(2) / 2;
+// exp(r) by its Taylor polynomial (truncation below 0.1 ulp), 2^n by adding n to the exponent.
 template <class Real>
 SUPCLAP_HD Real exp_nonpositive(Real x) {
   using F = Format<Real>;
@@ -54,7 +56,8 @@ SUPCLAP_HD Real exp_nonpositive(Real x) {
   return x < F::kLowest ? Real(0) : result;
 }
 
-// log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)); the series in s^2 <= 1/9 is cut below half an ulp.
+// log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)); the series in s^2 <= 1/9 is cut below half
+// an ulp.
 template <class Real>
 SUPCLAP_HD Real log1p_unit(Real y) {
   const Real s = y / (Real(2) + y), s2 = s * s;

@@ -4,7 +4,8 @@
 // How the tile's support vectors work; a template argument, so that the inner loop has no branch.
 enum class Mode { kNone, kOneSided, kShared, kMirror };
 
-// Where the sums of a half tile go: one value for each column, [kSums, nj], and one for the row at hand.
+// Where the sums of a half tile go: one value for each column, [kSums, nj], and one for the row at
+// hand.
 template <class Real>
 struct ColumnSums {
   Real value[kSums][kMaxTile];
@@ -12,9 +13,10 @@ struct ColumnSums {
 
 // One row of one half tile. Writes the weights of S to `W`, and adds c H to `V_A` and c U to `V_T`.
 template <class Real, bool kInfonce, Mode kMode, bool kSwap>
-void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i, Real* W, Real* V_A,
-                  Real* V_T, ColumnSums<Real>& columns) {
-  constexpr bool kSvr = kMode != Mode::kNone, kMirror = kMode == Mode::kMirror, kShared = kMode == Mode::kShared;
+void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i, Real* W,
+                  Real* V_A, Real* V_T, ColumnSums<Real>& columns) {
+  constexpr bool kSvr = kMode != Mode::kNone, kMirror = kMode == Mode::kMirror,
+                 kShared = kMode == Mode::kShared;
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
   const Real* S = kSwap ? row.S_swap : row.S;
@@ -99,10 +101,13 @@ void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* o
       for (int64_t j = 0; j < nj; ++j) sum[j] = 0;
     for (int64_t i = chunk * kRowChunk; i < tile.ni && i < (chunk + 1) * kRowChunk; ++i) {
       const Blocks<Real> row = block.row(i, nj), out_row = out.row(i, nj);
-      Real V_A[kMaxTile], V_T[kMaxTile];  // Q and K are read by both halves: written when both are done
+      Real V_A[kMaxTile],
+          V_T[kMaxTile];  // Q and K are read by both halves: written when both are done
       for (int64_t j = 0; j < nj; ++j) V_A[j] = V_T[j] = 0;
       half_weights<Real, kInfonce, kMode, false>(p, tile, row, i, out_row.S, V_A, V_T, columns);
-      if (row.S_swap) half_weights<Real, kInfonce, kMode, true>(p, tile, row, i, out_row.S_swap, V_A, V_T, columns);
+      if (row.S_swap)
+        half_weights<Real, kInfonce, kMode, true>(p, tile, row, i, out_row.S_swap, V_A, V_T,
+                                                  columns);
       if (out_row.Q)
         for (int64_t j = 0; j < nj; ++j) out_row.Q[j] = V_A[j];
       if (out_row.K)
@@ -111,7 +116,8 @@ void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* o
   });
   for (int sum = kSumRhoText; sum <= kSumSupportAudio; ++sum)
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t j = 0; j < nj; ++j) p.sums[sum * p.N + tile.j0 + j] += partial[chunk].value[sum][j];
+      for (int64_t j = 0; j < nj; ++j)
+        p.sums[sum * p.N + tile.j0 + j] += partial[chunk].value[sum][j];
   delete[] partial;
   if (tile.i0 == tile.j0 && out.Q) symmetrize(p, out.Q, tile.ni);
   if (tile.i0 == tile.j0 && out.K) symmetrize(p, out.K, tile.ni);
