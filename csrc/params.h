@@ -39,14 +39,15 @@ enum Row {
   kRows
 };
 
-// Rows of Problem::sums, each [N] double.
+// Rows of Problem::sums, each [N] double. g, h, u are the slopes towards the logits, without k and
+// 1 / |s|; x and y the products with the support vectors, with 1 / |s|.
 enum Sum {
-  kSumBase = 0,      // sum_j G_ij S_ij over what row i of a tile saw
-  kSumBias,          // sum_j G + H + U over what row i of a tile saw
-  kSumRhoText,       // sum_j H_ij (Q_ij - S_ij)
-  kSumRhoAudio,      // sum_j U_ij (K_ij - S_ji)
-  kSumSupportText,   // sum_j H_ij X_ij
-  kSumSupportAudio,  // sum_j U_ij Y_ij
+  kSumBase = 0,      // sum_j g_ij S_ij over what row i of a tile saw
+  kSumBias,          // sum_j g + h + u over what row i of a tile saw
+  kSumRhoText,       // sum_j h_ij (Q_ij - S_ij)
+  kSumRhoAudio,      // sum_j u_ij (K_ij - S_ji)
+  kSumSupportText,   // sum_j h_ij x_ij
+  kSumSupportAudio,  // sum_j u_ij y_ij
   kSumRhoFar,        // rho_i of rows treated literally, positive included
   kSums
 };

@@ -24,6 +24,8 @@ from .reference import accumulator_dtype, gap_and_direction, kept_pairs
 
 FAR_C = 2.0
 FAR_GAP = 1 / 8
+MIN_LENGTH = 1e-7
+"""Support vectors shorter than this are divided by it when put back on the sphere."""
 
 
 class Gradients(NamedTuple):
@@ -36,9 +38,10 @@ class Gradients(NamedTuple):
     logit_bias: Tensor
 
 
-def is_far(c: Tensor, r: Tensor) -> Tensor:
+def is_far(c: Tensor, r: Tensor, T: Tensor, A: Tensor) -> Tensor:
     """(N,) bool: rows whose Q - S cancels so much that the support vector is taken literally."""
-    return (c.abs() > FAR_C) | (r < FAR_GAP)
+    length = torch.maximum(T.norm(dim=1), A.norm(dim=1))
+    return (c.abs() > FAR_C) | (r < FAR_GAP * length)
 
 
 def normalize_gradient(X: Tensor, dX: Tensor) -> Tensor:
@@ -143,7 +146,9 @@ def loss_and_gradients(
         nonlocal dk, db, rho
         step = Y - X
         s = X + c[:, None] * step
-        norm = s.square().sum(dim=1).sqrt() if renormalize else torch.ones_like(c)
+        norm = torch.ones_like(c)
+        if renormalize:
+            norm = torch.linalg.vector_norm(s, dim=1).clamp_min(MIN_LENGTH)
         diff = gram - cross
         diff.diagonal().copy_((step * Y).sum(dim=1))
         Ss = cross + c[:, None] * diff
@@ -173,7 +178,7 @@ def loss_and_gradients(
         R = torch.as_tensor(radius, **number).detach().expand(N)
         r, u = gap_and_direction(T, A)
         c = R / r
-        far = is_far(c, r)
+        far = is_far(c, r, T, A)
         Q = A @ A.t()
         svr, H, dX, dY = support_term(T, A, Q, S, bilateral == "shared" and infonce)
         W = W + (1.0 - c)[:, None] * H

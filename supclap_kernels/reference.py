@@ -139,4 +139,4 @@ def svr_loss_reference(
     if not return_stats:
         return loss
     terms = [(w * term).mean() for term in (l_t2a, l_a2t, l_svr, l_cons)]
-    return loss, SVRStats.from_matrix(terms, T @ A.t(), k, keep, R, r)
+    return loss, SVRStats.from_matrix(terms, T @ A.t(), k, b, keep, R, r)

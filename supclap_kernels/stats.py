@@ -39,6 +39,7 @@ class SVRStats(NamedTuple):
         terms: list[Tensor],
         S: Tensor,
         k: Tensor,
+        b: Tensor,
         keep: Tensor,
         R: Tensor | None,
         r: Tensor | None,
@@ -49,8 +50,9 @@ class SVRStats(NamedTuple):
         S = S.detach()
         others = keep & ~torch.eye(len(S), dtype=torch.bool, device=S.device)
         positive = S.diagonal()
-        beats = (k.detach() * S).ge((k.detach() * positive)[:, None]) & others
-        beats_column = (k.detach() * S).ge((k.detach() * positive)[None, :]) & others
+        logits = k.detach() * S + b.detach()
+        beats = logits.ge(logits.diagonal()[:, None]) & others
+        beats_column = logits.ge(logits.diagonal()[None, :]) & others
         nan = torch.full((), float("nan"), dtype=S.dtype, device=S.device)
         values = [
             *terms,

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from supclap_kernels import fused_svr_loss, native
 from supclap_kernels.backends import products, tiles
-from supclap_kernels.testing import Case, check, evaluate, make_inputs
+from supclap_kernels.testing import (
+    Case,
+    baseline,
+    check,
+    evaluate,
+    floors,
+    make_inputs,
+    truth,
+    violations,
+)
 
 FLOAT32 = torch.float32
 DTYPES = {
@@ -202,3 +211,44 @@ def test_threads_come_from_torch():
     assert (
         "gomp" in native.module().parallel_runtime() or "omp" in native.module().parallel_runtime()
     )
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, 2.0])
+@pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
+def test_masks_hold_on_long_rows(scale, bilateral):
+    """Dividing by a long support vector must not lift a masked pair over the mask's threshold."""
+    inputs = make_inputs(Case(N=40, D=16, radius="row", dtype=torch.float64))
+    arguments = (10 * inputs.audio, 10 * inputs.text, inputs.radius, scale)
+    options = {"bilateral": bilateral, "renormalize": True, "reduction": "none"}
+    value = fused_svr_loss(*arguments, backend="cpu", **options)
+    wanted = fused_svr_loss(*arguments, backend="reference", **options)
+    assert float((value - wanted).norm()) < 1e-12 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("length", [0.01, 10.0, 100.0])
+def test_rows_of_any_length(length):
+    """Which gaps are tiny is relative to the rows."""
+    case = Case(N=60, D=24, gap=0.02, radius="row", scale=14.0 / length**2)
+    inputs = make_inputs(case)
+    inputs = type(inputs)(
+        **{**vars(inputs), "audio": length * inputs.audio, "text": length * inputs.text}
+    )
+    exact = truth(case, inputs)
+    found = violations(
+        evaluate(fused_svr_loss, inputs),
+        exact,
+        baseline(case, inputs),
+        floors(case, inputs, exact),
+    )
+    assert not found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
+def test_support_vector_of_length_zero(dtype, bilateral):
+    """a = -t and R = r / 2: t_sup = 0, which has no direction."""
+    inputs = make_inputs(Case(N=20, D=8, dtype=DTYPES[dtype], radius="row"))
+    inputs.audio[3] = -inputs.text[3]
+    inputs.radius[3] = 1.0
+    result = evaluate(fused_svr_loss, inputs, renormalize=True, bilateral=bilateral)
+    assert all(bool(torch.isfinite(value).all()) for value in result.values())

@@ -24,6 +24,7 @@ namespace {
 constexpr double kEps = 1e-4;  // smoothing of the gap
 constexpr double kFarC = 2.0;  // is_far of gradients.py
 constexpr double kFarGap = 1.0 / 8;
+constexpr double kFarLength = 0.1;
 constexpr int64_t kRowChunk = 16;
 constexpr int64_t kSerialWork = 1 << 14;  // elements below which threads cost more than they bring
 
@@ -78,6 +79,13 @@ SUPCLAP_HD bool masked(Real product) {
 template <class Real>
 SUPCLAP_HD Real logit(Real product, Real k, Real b) {
   return masked(product) ? Real(kMasked) : k * product + b;
+}
+
+// The logit of a support vector: product <s, y>, inverse 1 / |s|, offset kMasked where the tiles
+// skip it. Looks for the mask before dividing by |s|, which could lift kMasked over the threshold.
+template <class Real>
+SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, Real b) {
+  return masked(product + offset) ? Real(kMasked) : k * (product * inverse) + b;
 }
 
 // x and y of HalfLogits are written only where the mode has them, and read only there.

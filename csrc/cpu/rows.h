@@ -10,6 +10,9 @@ double dot(const Real* x, const Real* y, int64_t D) {
   return sum;
 }
 
+// 1 / |s| from |s|^2; shorter vectors than 1e-7 are divided by that, so that nothing overflows.
+inline double inverse_length(double square) { return 1 / sqrt(square > 1e-14 ? square : 1e-14); }
+
 template <class Real>
 void prepare_rows(const Problem& p) {
   const int64_t chunks = (p.N + kRowChunk - 1) / kRowChunk;
@@ -19,7 +22,11 @@ void prepare_rows(const Problem& p) {
       const Real* t = row.T + i * p.D;
       const Real* a = row.A + i * p.D;
       row[kPositive][i] = Real(dot(t, a, p.D));
-      if (!p.R) continue;
+      if (!p.R) {
+        for (int n = kGap; n < kRows; ++n)
+          if (n != kPositive) row[n][i] = 0;
+        continue;
+      }
       double ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
 #pragma omp simd reduction(+ : ee, et, ea, tt, aa)
       for (int64_t d = 0; d < p.D; ++d) {
@@ -27,16 +34,20 @@ void prepare_rows(const Problem& p) {
         ee += e * e, et += e * x, ea += e * y, tt += x * x, aa += y * y;
       }
       const double r = sqrt(ee + kEps * kEps), c = row.radius(i) / r;
-      const bool far = c > kFarC || c < -kFarC || r < kFarGap;
+      const double text = tt + 2 * c * et + c * c * ee, audio = aa - 2 * c * ea + c * c * ee;
+      const double length = tt > aa ? tt : aa;  // squared, like text and audio: of the vectors
+      const bool short_support = p.renormalize && (text < kFarLength * kFarLength * length ||
+                                                   audio < kFarLength * kFarLength * length);
+      const bool far =
+          c > kFarC || c < -kFarC || r * r < kFarGap * kFarGap * length || short_support;
       row[kGap][i] = Real(r);
       row[kC][i] = Real(c);
       row[kTileC][i] = far ? Real(0) : Real(c);
       row[kOffset][i] = far ? Real(kMasked) : Real(0);
       row[kStepText][i] = Real(et);
       row[kStepAudio][i] = Real(ea);
-      const double text = tt + 2 * c * et + c * c * ee, audio = aa - 2 * c * ea + c * c * ee;
-      row[kTextInverse][i] = p.renormalize ? Real(1 / sqrt(text)) : Real(1);
-      row[kAudioInverse][i] = p.renormalize ? Real(1 / sqrt(audio)) : Real(1);
+      row[kTextInverse][i] = p.renormalize ? Real(inverse_length(text)) : Real(1);
+      row[kAudioInverse][i] = p.renormalize ? Real(inverse_length(audio)) : Real(1);
     }
   });
   for (int64_t n = 0; n < kDirections * p.N; ++n)
@@ -82,7 +93,7 @@ void finish_statistics(const Problem& p, void* loss_out, double* terms) {
       double top = m, total = l, others = l;
       if (used[d] && p.infonce) {
         const double z = p.k * logits[d];
-        top = m > z ? m : z;
+        top = Real(m > z ? m : z);  // as stored: l belongs to this m
         others = l * exp(m - top);
         total = others + exp(z - top);
         loss[d] = log(total) + (top - z);
@@ -155,7 +166,7 @@ void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, void* scal
   const Real* omega = static_cast<const Real*>(p.omega);
   double dk = 0, db = 0, dR_sum = 0;
   const int64_t N = p.N, D = p.D;
-  // Both passes are cheap; the scalars are summed in order, so the result does not depend on the
+  // One thread: the scalars are summed in order, so the result does not depend on the
   // threads.
   for (int64_t i = 0; i < N; ++i) {
     const Positive<Real> positive(p, row, i);

@@ -23,13 +23,13 @@ void half_logits(const Problem& p, const Tile& tile, const Blocks<Real>& row, in
 #pragma omp simd
   for (int64_t j = 0; j < nj; ++j) {
     const int64_t t = kSwap ? column + j : row_index;
-    out.x[at + j] = logit(support_product(S[j], row.Q[j], c[t]) * nt[t] + offset[t], k, b);
+    out.x[at + j] = support_logit(support_product(S[j], row.Q[j], c[t]), nt[t], offset[t], k, b);
   }
   if (!p.mirror) return;
 #pragma omp simd
   for (int64_t j = 0; j < nj; ++j) {
     const int64_t a = kSwap ? row_index : column + j;
-    out.y[at + j] = logit(support_product(S[j], row.K[j], c[a]) * na[a] + offset[a], k, b);
+    out.y[at + j] = support_logit(support_product(S[j], row.K[j], c[a]), na[a], offset[a], k, b);
   }
 }
 

@@ -46,7 +46,8 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
     base += g * s;
     bias += g;
     if (kSvr) {
-      const Real diff = Q[j] - s, x = (s + c[t] * diff) * nt[t], zx = logit(x + offset[t], k, b);
+      const Real diff = Q[j] - s, product = support_product(s, Q[j], c[t]), x = product * nt[t];
+      const Real zx = support_logit(product, nt[t], offset[t], k, b);
       Real h = slope(kSupportRows, t, zx);
       if (kShared) h += slope(kOtherRows, a, zx);
       const Real rho = h * diff, support = h * x, raw = h * nt[t];
@@ -60,7 +61,8 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
       }
     }
     if (kMirror) {
-      const Real diff = K[j] - s, y = (s + c[a] * diff) * na[a], zy = logit(y + offset[a], k, b);
+      const Real diff = K[j] - s, product = support_product(s, K[j], c[a]), y = product * na[a];
+      const Real zy = support_logit(product, na[a], offset[a], k, b);
       const Real u = slope(kOtherRows, a, zy), rho = u * diff, support = u * y, raw = u * na[a];
       w += (Real(1) - c[a]) * raw;
       V_T[j] += k * c[a] * raw;

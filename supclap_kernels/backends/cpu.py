@@ -54,6 +54,7 @@ class Call:
         self.layout = Layout.choose(N, self.grams, dtype.itemsize, options.workspace)
         self.products = self.choose_products()
         directions, sums = self.native.DIRECTIONS, self.native.SUMS
+        assert STATE_ROWS == 3 * directions + self.native.ROWS
         # All that is (., N): the statistics and the rows' geometry, which backward gets from
         # forward; factors and omega; running and sums.
         self.state = torch.empty(STATE_ROWS, N, dtype=dtype) if state is None else state
@@ -69,8 +70,8 @@ class Call:
         p.renormalize, p.threads = options.renormalize, torch.get_num_threads()
         p.mean, p.per_row = options.reduction == "mean", options.reduction == "none"
         p.per_row_radius = self.R is not None and self.R.ndim == 1
-        p.k = inputs.scale.item()
-        p.b = 0.0 if inputs.bias is None else inputs.bias.item()
+        p.k = inputs.scale.to(dtype).item()
+        p.b = 0.0 if inputs.bias is None else inputs.bias.to(dtype).item()
         p.alpha, p.beta = options.alpha, options.beta
         p.T, p.A = native.address(self.T), native.address(self.A)
         p.R, p.w, p.code = (native.address(x) for x in (self.R, self.w, self.code))

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gradients import MIN_LENGTH
 from ..options import Options
 
 CHUNK_ELEMENTS = 1 << 19
 """Elements of one chunk's logits."""
+CHUNK_ROWS = 64
+"""At least this many far rows at a time, as raising the embeddings to float64 costs about as much."""
 BLOCK_ROWS = 4096
 """Rows of the embeddings that are raised to float64 at a time."""
 
@@ -53,8 +56,9 @@ class FarRows:
         # (support vectors, the rows they are compared with, the sign of their direction, 1 /
         # length)
         sides = [(t + moved, A, 1.0), (a - moved, T, -1.0)][: 2 if mirror else 1]
+        ones = torch.ones_like(self.c)
         self.sides = [
-            (s, Y, sign, 1.0 / s.norm(dim=1) if options.renormalize else torch.ones_like(self.c))
+            (s, Y, sign, 1.0 / s.norm(dim=1).clamp_min(MIN_LENGTH) if options.renormalize else ones)
             for s, Y, sign in sides
         ]
 
@@ -64,7 +68,7 @@ class FarRows:
         """Rows, products <s, y> / |s| and logits (n, N) of the support vectors s; pairs left out
         are -inf.
         """
-        size = max(1, CHUNK_ELEMENTS // len(Y))
+        size = max(CHUNK_ROWS, CHUNK_ELEMENTS // len(Y))
         for start in range(0, len(s), size):
             rows = slice(start, min(start + size, len(s)))
             own = self.index[rows]
