@@ -121,7 +121,11 @@ void bind_bf16(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.attr("isa_compiled") = isa_names(false);
+  py::list compiled = isa_names(false);
+#if SUPCLAP_HAVE_AVX512BF16
+  compiled.append("avx512bf16");  // the bfloat16 products only: not a name for set_isa
+#endif
+  m.attr("isa_compiled") = compiled;
   m.attr("isa_running") = isa_names(true);
   m.def("isa", [] { return active()->name; }, "Instruction set in use.");
   m.def("set_isa", &set_isa, "Chooses an instruction set by hand.");

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .backends.cpu import STATE_ROWS, Inputs, saved_elements
@@ -134,8 +135,20 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
+def refuse_tangents(inputs: Inputs) -> None:
+    """Forward-mode differentiation would lose the tangents without a word."""
+    for x in inputs[:5]:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "the kernels of fused_svr_loss have no forward-mode derivative; "
+                "use backend='reference'"
+            )
+
+
 def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """The loss and the values of SVRStats (empty unless `options.stats`), with autograd."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        refuse_tangents(inputs)
     recording = torch.is_grad_enabled()
     needs = tuple(recording and x is not None and x.requires_grad for x in inputs[:5])
     if any(needs):

@@ -727,3 +727,24 @@ def test_the_operators_take_plain_inputs():
     tensors = OpInputs(inputs.audio, inputs.text, None, inputs.logit_scale, None, None, None)
     loss, stats = ops.svr_loss(tensors, Options())
     assert loss.shape == () and stats.shape == (0,)
+
+
+def test_forward_mode_is_not_silently_zero():
+    """A tangent is the right one or an error, never dropped."""
+    inputs = make_inputs(Case(N=6, D=4, dtype=torch.float64))
+    spec, fused_loss = sk.svr_loss_reference, sk.fused_svr_loss
+    tangent = torch.ones_like(inputs.audio)
+
+    def slope(function: Callable[..., Tensor]) -> Tensor:
+        def loss(audio: Tensor) -> Tensor:
+            return function(audio, inputs.text, 0.1)
+
+        return torch.func.jvp(loss, (inputs.audio,), (tangent,))[1]
+
+    wanted = slope(spec)
+    assert wanted.abs() > 0
+    try:
+        found = slope(fused_loss)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert (found - wanted).abs() <= 1e-10 * wanted.abs()

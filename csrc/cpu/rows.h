@@ -96,7 +96,9 @@ void finish_statistics(const Problem& p, void* loss_out, double* terms) {
         top = Real(m > z ? m : z);  // as stored: l belongs to this m
         others = l * exp(m - top);
         total = others + exp(z - top);
-        loss[d] = log(total) + (top - z);
+        // log(total / exp(z - top)), exactly 0 without negatives; the other form where exp
+        // overflows
+        loss[d] = top - z < 600 ? log1p(others * exp(top - z)) : log(total) + (top - z);
         if (z != z) loss[d] = z;
       } else if (used[d]) {
         const double z = -(p.k * logits[d] + p.b);

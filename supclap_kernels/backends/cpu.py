@@ -273,14 +273,14 @@ def backward(
     if options.gradient_in_forward:
         dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, N, D))
         if inputs.radius is not None:
-            dR = dR[: inputs.radius.numel()].view(inputs.radius.shape)
+            dR = dR[: inputs.radius.numel()].view(inputs.radius.shape).clone()
     else:
         call = Call(inputs, options, state)
         call.start_gradients(upstream)
         dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
         dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
         dR, scalars = call.gradients(dA, dT, saved if saved.numel() > PLACEHOLDER else None)
-    values = (dA, dT, dR, scalars[0], scalars[1])
+    values = (dA, dT, dR, scalars[0].clone(), scalars[1].clone())  # outputs share no memory
     like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
     return tuple(
         value.to(x.dtype) if need and value is not None and x is not None else torch.empty(0)
@@ -290,21 +290,30 @@ def backward(
 
 def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
     """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients."""
-    accumulator = accumulator_dtype(dtype)
-    size, wide = accumulator.itemsize, 8
+    accumulator, module = accumulator_dtype(dtype), native.module()
+    size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
+    cast, matrix = dtype != accumulator, N * D
+    rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
     grams = options.support(has_radius) + options.mirror(has_radius)
     layout = Layout.choose(N, grams, size, options.workspace)
-    total = layout.scratch_elements * size
-    total += saved_elements(N, D, has_radius, options, size, True) * size
-    module = native.module()
-    rows = (
-        module.ROWS + 3 * module.DIRECTIONS + 2 * module.DIRECTIONS + 3
-    )  # rows, state, factors, R, dR, omega
-    total += N * (rows * size + (2 * module.DIRECTIONS + module.SUMS) * wide)
-    if dtype != accumulator or options.normalize:
-        total += 2 * N * D * size  # operands
-    if dtype != accumulator:
-        total += 2 * N * D * size  # gradients before they are cast
-    if options.normalize:
-        total += 3 * N * D * size  # the gradient through the normalisation
-    return total
+    saved = saved_elements(N, D, has_radius, options, size, True) * size
+    state, factors = STATE_ROWS * N * size, (2 * module.DIRECTIONS + 2) * N * size
+    rows = state + factors + (2 * module.DIRECTIONS + module.SUMS) * N * wide
+    scratch = layout.scratch_elements * size
+    kept = not options.gradient_in_forward and saved > PLACEHOLDER * size
+    operands = 2 * matrix * size if cast or options.normalize else 0
+    pack, tile = 2 * matrix * narrow, layout.side**2 * narrow  # both sides; one tile's weights
+    if rounded and options.normalize:
+        operands += 2 * matrix * narrow
+    tangent = 3 * matrix * size if options.normalize else 0  # of normalize_gradient
+    returned, wide_gradients = 2 * matrix * narrow, 2 * matrix * size
+    if options.gradient_in_forward:
+        packs = (2 * pack + tile) * rounded
+        forward_peak = saved + rows + operands + scratch + packs + tangent
+        backward_peak = state + saved + wide_gradients + N * size + returned * cast
+    else:
+        forward_peak = saved + rows + operands + scratch * (not kept) + pack * rounded
+        packs = (pack + pack * (not kept) + tile) * rounded
+        working = max(scratch + tangent, returned * cast)
+        backward_peak = saved + rows + operands + packs + wide_gradients + working
+    return max(forward_peak, backward_peak) - returned

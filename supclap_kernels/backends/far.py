@@ -17,7 +17,7 @@ from ..options import Options
 CHUNK_ELEMENTS = 1 << 19
 """Elements of one chunk's logits."""
 CHUNK_ROWS = 64
-"""At least this many far rows at a time, as raising the embeddings to float64 costs about as much."""
+"""Far rows at a time, at least: raising the embeddings to float64 costs about as much."""
 BLOCK_ROWS = 4096
 """Rows of the embeddings that are raised to float64 at a time."""
 

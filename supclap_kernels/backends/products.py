@@ -55,7 +55,8 @@ class Bfloat16Products:
         self.N, self.D = T.shape
         self.module, self.threads = native.module(), torch.get_num_threads()
         # Rows in pairs of elements: an odd D gets a column of zeros.
-        self.sides = tuple(F.pad(X, (0, self.D % 2)).contiguous() for X in (T, A))
+        odd = self.D % 2
+        self.sides = tuple((F.pad(X, (0, 1)) if odd else X).contiguous() for X in (T, A))
         self.width = self.D + self.D % 2
         self.transposed: list[Tensor | None] = [None, None]
         self.packed: list[Tensor | None] = [None, None]
