@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .options import check_choices
 from .reference import (
     accumulator_dtype,
     direction_pairs,
@@ -65,6 +66,7 @@ def force_decomposition(
 
     Arguments as in `fused_svr_loss`; with `normalize`, forces act on the normalised rows.
     """
+    check_choices(objective=objective, bilateral=bilateral)
     dtype = accumulator_dtype(audio.dtype)
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     infonce, N = objective == "infonce", len(text)

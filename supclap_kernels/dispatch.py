@@ -7,9 +7,7 @@ from torch import Tensor
 
 from . import native
 from .backends import cpu
-from .options import Options
-
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "panel")
+from .options import Options, check_choices
 
 
 def available_backends() -> dict[str, str]:
@@ -35,6 +33,7 @@ def choose(backend: str, device: str) -> tuple[str, str]:
     """The backend that runs on this type of device, and the reason. Raises where the one asked for
     cannot.
     """
+    check_choices(backend=backend)
     available = available_backends()
     if backend == "auto":
         if device == "cpu" and available["cpu"] == "ok":

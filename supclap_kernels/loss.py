@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import dispatch, ops
 from .backends.cpu import Inputs
-from .options import Options
+from .options import Options, check_choices
 from .radius import DynamicRadius, StaticRadius
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
@@ -59,7 +59,8 @@ def fused_svr_loss(
         bilateral: "none": support vectors of the texts only; "mirror": of the audios as well;
             "shared": both directions of the texts' support vectors (SigLIP has one direction: as
             "none").
-        alpha, beta: weights of the SVR term and of the radius constraint.
+        alpha, beta: weights of the SVR term and of the radius constraint; plain numbers, and
+            torch.compile compiles anew for each of their values.
         normalize: L2-normalise the rows first, with the gradient through it.
         renormalize: put the support vectors back on the sphere.
         ids: (N,) int64; different rows with equal ids are not negatives of each other.
@@ -81,11 +82,13 @@ def fused_svr_loss(
         TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend
             that cannot run.
     """
-    check_choice("objective", objective, ("infonce", "siglip"))
-    check_choice("bilateral", bilateral, ("none", "mirror", "shared"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_choice("exchange", exchange, ("gather", "ring"))
-    check_choice("backend", backend, dispatch.BACKENDS)
+    check_choices(
+        objective=objective,
+        bilateral=bilateral,
+        reduction=reduction,
+        exchange=exchange,
+        backend=backend,
+    )
     check_embeddings(audio, text)
     N = audio.shape[0]
     if group is not None:
@@ -145,12 +148,6 @@ def fused_svr_loss(
         )
     loss, stats = ops.svr_loss(Inputs(audio, text, R, scale, bias, ids, weight), options)
     return (loss, SVRStats(*stats.unbind())) if return_stats else loss
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
 
 
 def check_embeddings(audio: Tensor, text: Tensor) -> None:
@@ -283,11 +280,13 @@ class SVRLoss(nn.Module):
                 "such as StaticRadius(0.1); "
                 f"got {type(radius).__name__}"
             )
-        check_choice("objective", objective, ("infonce", "siglip"))
-        check_choice("bilateral", bilateral, ("none", "mirror", "shared"))
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        check_choice("exchange", exchange, ("gather", "ring"))
-        check_choice("backend", backend, dispatch.BACKENDS)
+        check_choices(
+            objective=objective,
+            bilateral=bilateral,
+            reduction=reduction,
+            exchange=exchange,
+            backend=backend,
+        )
         self.radius = radius
         self.options: dict[str, Any] = {
             "objective": objective,

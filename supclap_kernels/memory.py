@@ -6,7 +6,7 @@ import torch
 
 from .backends import cpu
 from .dispatch import choose
-from .options import Options
+from .options import Options, check_choices
 from .reference import accumulator_dtype
 
 
@@ -33,6 +33,11 @@ def memory_estimate(
         raise ValueError(f"N and D must be positive, got N={N}, D={D}")
     name, _ = choose(backend, torch.device(device).type)
     chosen = Options(**options)
+    check_choices(
+        objective=chosen.objective, bilateral=chosen.bilateral, reduction=chosen.reduction
+    )
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
     if name == "cpu":
         return cpu.memory(N, D, dtype, radius, chosen)
     # Eager autograd: about four matrices for each direction (product, logits, mask, softmax), and

@@ -2,6 +2,22 @@
 
 from typing import NamedTuple
 
+CHOICES = {
+    "objective": ("infonce", "siglip"),
+    "bilateral": ("none", "mirror", "shared"),
+    "reduction": ("mean", "sum", "none"),
+    "exchange": ("gather", "ring"),
+    "backend": ("auto", "reference", "cpu", "triton", "cuda", "panel"),
+}
+
+
+def check_choices(**given: str) -> None:
+    """Raise ValueError for an option that is none of its CHOICES."""
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            listed = ", ".join(repr(choice) for choice in CHOICES[name])
+            raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
 
 class Options(NamedTuple):
     """Plain values only: they cross the operator boundary one by one, in this order."""

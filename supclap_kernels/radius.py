@@ -85,7 +85,16 @@ class DynamicRadius(nn.Module):
         )
 
     def rows(self, text: Tensor, audio: Tensor, scale: Tensor, first: int) -> Tensor:
-        """Radius (n,) of rows first .. first + n of the batch: text (n, D) against audio (N, D)."""
+        """Radius (n,) of rows first .. first + n of the batch: text (n, D) against audio (N, D).
+
+        Under autocast the network alone is lowered, as any network is.
+        """
+        with torch.autocast(text.device.type, enabled=False):
+            s = self.features_of(text, audio, scale, first)
+        return self.network(s.to(next(self.network.parameters()).dtype))[:, 0]
+
+    def features_of(self, text: Tensor, audio: Tensor, scale: Tensor, first: int) -> Tensor:
+        """(n, width): what the network sees of each row."""
         s = scale * text @ audio.t()
         n, N = s.shape
         row = torch.arange(first, first + n, device=s.device)[:, None]
@@ -94,10 +103,7 @@ class DynamicRadius(nn.Module):
         # positive move up.
         order = torch.where(column == 0, row, torch.where(column <= row, column - 1, column))
         s = s.gather(1, order)
-        if self.features == "summary":
-            s = summary(s)
-        dtype = next(self.network.parameters()).dtype
-        return self.network(s.to(dtype))[:, 0]
+        return summary(s) if self.features == "summary" else s
 
     def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """R (N,) for audio, text (N, D)."""

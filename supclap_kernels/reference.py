@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .options import check_choices
 from .stats import SVRStats
 
 EPS = 1e-4
@@ -106,6 +107,7 @@ def svr_loss_reference(
     float16 and bfloat16 inputs are raised to float32 first, so the result is exact for the given
     values. `exchange`, `workspace` and `backend` steer the kernels only and change nothing here.
     """
+    check_choices(objective=objective, bilateral=bilateral, reduction=reduction)
     if group is not None:
         raise NotImplementedError("group: the loss over a process group is not implemented yet")
     dtype = accumulator_dtype(audio.dtype)

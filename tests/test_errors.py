@@ -334,3 +334,20 @@ def test_debug_reads_the_environment_at_the_call():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "found\n", run.stderr
+
+
+@pytest.mark.parametrize("name", ["objective", "bilateral", "reduction"])
+def test_the_specification_refuses_unknown_options_too(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .* got 'both'"):
+        sk.svr_loss_reference(A, T, 0.1, **{name: "both"})
+    with pytest.raises(ValueError, match=f"{name} must be one of"):
+        sk.memory_estimate(8, 8, **{name: "both"})
+
+
+def test_explain_and_diagnostics_refuse_unknown_names():
+    with pytest.raises(ValueError, match="backend must be one of .* got 'tpu'"):
+        sk.explain("cpu", "tpu")
+    with pytest.raises(ValueError, match="objective must be one of"):
+        sk.force_decomposition(A, T, objective="clip")
+    with pytest.raises(TypeError, match="float dtype"):
+        sk.memory_estimate(8, 8, torch.int64)

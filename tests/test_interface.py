@@ -10,7 +10,8 @@ import torch
 from interface_cases import META
 
 import supclap_kernels as sk
-from supclap_kernels import dispatch, native
+from supclap_kernels import native
+from supclap_kernels.options import CHOICES
 
 # ------------------------------------------------------------------------------------ the interface
 
@@ -94,7 +95,7 @@ def test_dynamic_radius_defaults():
 
 def test_available_backends():
     states = sk.available_backends()
-    assert set(states) == set(dispatch.BACKENDS) - {"auto"}
+    assert set(states) == set(CHOICES["backend"]) - {"auto"}
     assert states["reference"] == "ok"
     assert all(isinstance(state, str) and state for state in states.values())
 

@@ -1,9 +1,12 @@
 """The README: short, with snippets that run and the two set-up commands as promised."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-TEXT = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
 
 
 def test_short():
@@ -19,3 +22,9 @@ def test_snippets_run():
     snippets = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     assert len(snippets) >= 3
     exec(compile("\n".join(snippets), "README.md", "exec"), {})
+
+
+def test_table_is_the_committed_results():
+    command = [sys.executable, "-m", "bench.plot", "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

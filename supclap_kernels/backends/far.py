@@ -14,10 +14,10 @@ from torch import Tensor
 from ..gradients import MIN_LENGTH
 from ..options import Options
 
-CHUNK_ELEMENTS = 1 << 19
-"""Elements of one chunk's logits."""
+CHUNK_COPIES = 8
+"""float64 values alive for each logit of a chunk: product, logit, slope, and what makes them."""
 CHUNK_ROWS = 64
-"""Far rows at a time, at least: raising the embeddings to float64 costs about as much."""
+"""Far rows at a time, at least, whatever the workspace."""
 BLOCK_ROWS = 4096
 """Rows of the embeddings that are raised to float64 at a time."""
 
@@ -46,6 +46,8 @@ class FarRows:
         shared: bool,
         eps: float,
     ) -> None:
+        # Rows at a time: what the workspace holds, but enough to pay for raising the embeddings.
+        self.size = max(CHUNK_ROWS, options.workspace // (CHUNK_COPIES * 8 * len(T)))
         self.index, self.code, self.k, self.b = index, code, k, b if not options.infonce else 0.0
         self.infonce, self.shared, self.renormalize = options.infonce, shared, options.renormalize
         t, a = T[index].double(), A[index].double()
@@ -68,9 +70,8 @@ class FarRows:
         """Rows, products <s, y> / |s| and logits (n, N) of the support vectors s; pairs left out
         are -inf.
         """
-        size = max(CHUNK_ROWS, CHUNK_ELEMENTS // len(Y))
-        for start in range(0, len(s), size):
-            rows = slice(start, min(start + size, len(s)))
+        for start in range(0, len(s), self.size):
+            rows = slice(start, min(start + self.size, len(s)))
             own = self.index[rows]
             product = torch.cat([s[rows] @ block.t() for _, block in blocks(Y)], dim=1)
             product *= inverse[rows, None]
