@@ -1,5 +1,4 @@
-"""The closed form: loss and every gradient of the specification from dense matrices, without
-autograd.
+"""The closed form: loss and every gradient from dense matrices, without autograd.
 
 These are the identities the kernels implement, with the same symbols (derivation: MATH.md):
 
@@ -10,8 +9,7 @@ These are the identities the kernels implement, with the same symbols (derivatio
     W  = G + (1 - c) H + ((1 - c) U)^T,   V_A = c H,   V_T = c U
     rho_i = sum_j (H_ij (Q_ij - S_ij) + U_ij (K_ij - S_ji)) / r_i       dR = rho + hinge - ...
 
-Rows with a tiny gap (`is_far`) would lose digits in Q - S; they take their support vector
-literally.
+Rows with a tiny gap (`is_far`) would lose digits in Q - S: their support vector is taken literally.
 """
 
 from typing import Any, NamedTuple
@@ -137,8 +135,7 @@ def loss_and_gradients(
     def support_term(
         X: Tensor, Y: Tensor, gram: Tensor, cross: Tensor, both: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Support vectors s_i = x_i + c_i (y_i - x_i) against the rows of Y; gram = Y Y^T, cross =
-        X Y^T.
+        """Support vectors s_i = x_i + c_i (y_i - x_i) against Y; gram = Y Y^T, cross = X Y^T.
 
         Adds to dk, db and rho; returns the row losses, H = dL/d<s_i, y_j>, and the gradient of what
         does not pass through Y's products: dX and dY of the rows' own geometry.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import dispatch, ops
 from .backends.cpu import Inputs
-from .options import Options, check_choices
+from .options import CHOICES, Options, check_choices
 from .radius import DynamicRadius, StaticRadius
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
@@ -252,9 +252,8 @@ class SVRLoss(nn.Module):
 
     Args:
         radius: StaticRadius(), DynamicRadius(...), or None for the plain loss.
-        objective, bilateral, alpha, beta, normalize, renormalize, reduction, group, exchange,
-        workspace, backend,
-            return_stats: see `fused_svr_loss`.
+        objective, ..., return_stats: every option of `fused_svr_loss` but ids and weight, which are
+            the batch's.
     """
 
     def __init__(
@@ -280,13 +279,6 @@ class SVRLoss(nn.Module):
                 "such as StaticRadius(0.1); "
                 f"got {type(radius).__name__}"
             )
-        check_choices(
-            objective=objective,
-            bilateral=bilateral,
-            reduction=reduction,
-            exchange=exchange,
-            backend=backend,
-        )
         self.radius = radius
         self.options: dict[str, Any] = {
             "objective": objective,
@@ -302,6 +294,7 @@ class SVRLoss(nn.Module):
             "backend": backend,
             "return_stats": return_stats,
         }
+        check_choices(**{name: self.options[name] for name in CHOICES})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

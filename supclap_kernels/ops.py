@@ -1,5 +1,4 @@
-"""The boundary to PyTorch: one forward operator, one backward operator, and the autograd.Function
-over them.
+"""The boundary to PyTorch: a forward and a backward operator, and the Function over them.
 
     svr_loss           -> loss () or (N,), stats (11,) or (0,), state (22, N), saved (any,)
     svr_loss_backward  -> dA, dT, dR, dk, db; (0,) where `needs` says no
@@ -20,8 +19,7 @@ from . import dispatch
 from .backends.cpu import STATE_ROWS, Inputs, saved_elements
 from .options import Options
 from .reference import accumulator_dtype
-
-STATS = 11
+from .stats import SVRStats
 
 _TENSORS = (
     "Tensor audio, Tensor text, Tensor? radius, Tensor scale, Tensor? bias, "
@@ -82,7 +80,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     size = saved_elements(N, D, radius, options, dtype.itemsize, keep=any(needs))
     return (
         audio.new_empty((N,) if options.reduction == "none" else (), dtype=dtype),
-        audio.new_empty(STATS if options.stats else 0, dtype=dtype),
+        audio.new_empty(len(SVRStats._fields) if options.stats else 0, dtype=dtype),
         audio.new_empty((STATE_ROWS, N), dtype=dtype),
         audio.new_empty(size, dtype=dtype),
     )
@@ -112,8 +110,7 @@ class SVRFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (upstream, *ctx.saved_tensors, ctx.needs, *ctx.options)
-        with torch.no_grad():
-            gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
+        gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
         if torch.is_grad_enabled():  # create_graph=True
             sources = [x for x in (upstream, *ctx.saved_tensors[:5]) if x is not None]
             gradients = [OnceDifferentiable.apply(g, *sources) for g in gradients]

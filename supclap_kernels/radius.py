@@ -1,6 +1,4 @@
-"""The semantic radius R: one learnable number (StaticSVR), or a small network over similarities
-(DynamicSVR).
-"""
+"""The semantic radius R: one learnable number (StaticSVR), or a small network (DynamicSVR)."""
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +63,8 @@ class DynamicRadius(nn.Module):
                 f"features='similarities' needs the batch size, got batch_size={batch_size!r}; "
                 "features='summary' works at any"
             )
-        self.batch_size, self.features, self.detach_similarity = (
-            batch_size,
-            features,
-            detach_similarity,
-        )
+        self.batch_size, self.features = batch_size, features
+        self.detach_similarity = detach_similarity
         width = batch_size if features == "similarities" else TOP_NEGATIVES + 4
         assert width is not None
         first, last = nn.Linear(width, hidden[0]), nn.Linear(hidden[1], 1)
@@ -127,9 +122,7 @@ class DynamicRadius(nn.Module):
 
 
 def summary(s: Tensor) -> Tensor:
-    """(n, 20) from rows [positive, negatives]: positive, top negatives, mean, standard deviation,
-    log-sum-exp.
-    """
+    """(n, 20) from rows [positive, negatives]: see DynamicRadius."""
     positive, negatives = s[:, :1], s[:, 1:]
     count = negatives.shape[1]
     if count == 0:

@@ -11,6 +11,15 @@ def few_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread brings nothing, and costs much on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every `torch.empty` is filled with NaN, so a value that was never written shows."""

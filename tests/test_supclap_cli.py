@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import supclap
-import torch
 from supclap import synth
 from supclap.cli import main
 from supclap.data import read_manifest
@@ -36,13 +35,7 @@ def command(*arguments):
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second one, and lose much on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

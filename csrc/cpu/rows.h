@@ -96,8 +96,7 @@ void finish_statistics(const Problem& p, void* loss_out, double* terms) {
         top = Real(m > z ? m : z);  // as stored: l belongs to this m
         others = l * exp(m - top);
         total = others + exp(z - top);
-        // log(total / exp(z - top)), exactly 0 without negatives; the other form where exp
-        // overflows
+        // log(total / exp(z - top)): exactly 0 without negatives, if exp does not overflow.
         loss[d] = top - z < 600 ? log1p(others * exp(top - z)) : log(total) + (top - z);
         if (z != z) loss[d] = z;
       } else if (used[d]) {
@@ -161,72 +160,85 @@ void add_mix(const Mix& mix, const Real* t, const Real* a, Real* out, int64_t D)
   for (int64_t d = 0; d < D; ++d) out[d] += mt * t[d] + ma * a[d] + me * (a[d] - t[d]);
 }
 
+// What the scalars gather over rows.
+struct Scalars {
+  double dk = 0, db = 0, dR = 0;
+};
+
+template <class Real>
+void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scalars& scalars) {
+  const Rows<Real> row(p);
+  const Real* state = static_cast<const Real*>(p.state);
+  const int64_t N = p.N, D = p.D;
+  const Positive<Real> positive(p, row, i);
+  const auto sum = [&](Sum which) { return p.sums[which * N + i]; };
+  // Gradient of direction d with respect to the logit of its positive.
+  const auto slope = [&](Direction d, double product) {
+    if (p.infonce)
+      return -double(state[(2 * kDirections + d) * N + i]) /
+             double(state[(kDirections + d) * N + i]);
+    const double z = p.k * product + p.b;
+    return z > 0 ? -exp(-z) / (1 + exp(-z)) : -1 / (1 + exp(z));
+  };
+  const double w = static_cast<const Real*>(p.omega)[i];
+  double g = slope(kTextRows, positive.s), h = 0, u = 0;
+  if (p.infonce) g += slope(kAudioRows, positive.s);
+  if (p.svr) h = slope(kSupportRows, positive.x);
+  if (p.shared) h += slope(kOtherRows, positive.x);
+  if (p.mirror) u = slope(kOtherRows, positive.y);
+  g *= w, h *= p.alpha * w, u *= p.alpha * w;
+  scalars.dk += sum(kSumBase) + sum(kSumSupportText) + sum(kSumSupportAudio) + g * positive.s +
+                h * positive.x + u * positive.y;
+  scalars.db += sum(kSumBias) + g + h + u;
+
+  Mix text, audio;
+  text.a = audio.t = p.k * g;
+  if (p.R) {
+    const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
+    const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
+    const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
+    // Of a far row, all of H and U is in sums[kSumRhoFar], dT and dA already.
+    const bool far = row[kOffset][i] != Real(0), tangent = p.renormalize && !far;
+    const double H = far ? 0 : p.k * h * nt, U = far ? 0 : p.k * u * na;
+    const double sigma_t = tangent ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
+    const double sigma_a = tangent ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
+    double rho =
+        (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r + sum(kSumRhoFar);
+    if (p.mirror) rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
+    const double hinge = R > r ? p.beta * w : 0;
+    const double along = (c * rho + hinge) / r;
+    text.a += (1 - c) * H + U - c * sigma_a;
+    text.t += c * U - (1 - c) * sigma_t;
+    text.e += c * c * sigma_a - c * U - (1 - c) * c * sigma_t + along;
+    audio.t += H + (1 - c) * U - c * sigma_t;
+    audio.a += c * H - (1 - c) * sigma_a;
+    audio.e += c * H - c * c * sigma_t + (1 - c) * c * sigma_a - along;
+    const double slope_R = rho + hinge - (R < 0 ? p.beta * w : 0);
+    scalars.dR += slope_R;
+    if (p.per_row_radius) dR[i] = Real(slope_R);
+  }
+  const Real *t = row.T + i * D, *a = row.A + i * D;
+  if (dT) add_mix(text, t, a, dT + i * D, D);
+  if (dA) add_mix(audio, t, a, dA + i * D, D);
+}
+
 template <class Real>
 void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, void* scalars) {
-  Rows<Real> row(p);
-  const Real* state = static_cast<const Real*>(p.state);
-  const Real* omega = static_cast<const Real*>(p.omega);
-  double dk = 0, db = 0, dR_sum = 0;
-  const int64_t N = p.N, D = p.D;
-  // One thread: the scalars are summed in order, so the result does not depend on the
-  // threads.
-  for (int64_t i = 0; i < N; ++i) {
-    const Positive<Real> positive(p, row, i);
-    const auto slope =
-        [&](Direction d, double product) {  // gradient of direction d with respect to its positive
-          if (p.infonce)
-            return -double(state[(2 * kDirections + d) * N + i]) /
-                   double(state[(kDirections + d) * N + i]);
-          const double z = p.k * product + p.b;
-          return z > 0 ? -exp(-z) / (1 + exp(-z)) : -1 / (1 + exp(z));
-        };
-    const double w = omega[i];
-    const double g =
-        w * (slope(kTextRows, positive.s) + (p.infonce ? slope(kAudioRows, positive.s) : 0));
-    double h = 0, u = 0;
-    if (p.svr)
-      h = p.alpha * w *
-          (slope(kSupportRows, positive.x) + (p.shared ? slope(kOtherRows, positive.x) : 0));
-    if (p.svr && p.mirror) u = p.alpha * w * slope(kOtherRows, positive.y);
-    const auto sum = [&](Sum which) { return p.sums[which * N + i]; };
-    dk += sum(kSumBase) + sum(kSumSupportText) + sum(kSumSupportAudio) + g * positive.s +
-          h * positive.x + u * positive.y;
-    db += sum(kSumBias) + g + h + u;
-
-    Mix text, audio;
-    text.a = audio.t = p.k * g;
-    if (p.R) {
-      const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
-      const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
-      const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
-      const bool far = row[kOffset][i] !=
-                       Real(0);  // then all of H and U is in sums[kSumRhoFar], dT and dA already
-      const double H = far ? 0 : p.k * h * nt, U = far ? 0 : p.k * u * na;
-      const bool tangent = p.renormalize && !far;
-      const double sigma_t = tangent ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
-      const double sigma_a = tangent ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
-      double rho = (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r +
-                   sum(kSumRhoFar);
-      if (p.mirror)
-        rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
-      const double hinge = R > r ? p.beta * w : 0;
-      const double along = (c * rho + hinge) / r;
-      text.a += (1 - c) * H + U - c * sigma_a;
-      text.t += c * U - (1 - c) * sigma_t;
-      text.e += c * c * sigma_a - c * U - (1 - c) * c * sigma_t + along;
-      audio.t += H + (1 - c) * U - c * sigma_t;
-      audio.a += c * H - (1 - c) * sigma_a;
-      audio.e += c * H - c * c * sigma_t + (1 - c) * c * sigma_a - along;
-      const double slope_R = rho + hinge - (R < 0 ? p.beta * w : 0);
-      dR_sum += slope_R;
-      if (p.per_row_radius) static_cast<Real*>(dR)[i] = Real(slope_R);
-    }
-    const Real* t = row.T + i * D;
-    const Real* a = row.A + i * D;
-    if (dT) add_mix(text, t, a, static_cast<Real*>(dT) + i * D, D);
-    if (dA) add_mix(audio, t, a, static_cast<Real*>(dA) + i * D, D);
+  const int64_t chunks = (p.N + kRowChunk - 1) / kRowChunk;
+  auto* partial = new Scalars[chunks];
+  run(p, chunks, p.N * p.D, [&](int64_t chunk) {
+    for (int64_t i = chunk * kRowChunk; i < p.N && i < (chunk + 1) * kRowChunk; ++i)
+      finish_row(p, i, static_cast<Real*>(dT), static_cast<Real*>(dA), static_cast<Real*>(dR),
+                 partial[chunk]);
+  });
+  Scalars total;  // in the chunks' order
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    total.dk += partial[chunk].dk;
+    total.db += partial[chunk].db;
+    total.dR += partial[chunk].dR;
   }
-  if (p.R && !p.per_row_radius) static_cast<Real*>(dR)[0] = Real(dR_sum);
-  static_cast<Real*>(scalars)[0] = Real(dk);
-  static_cast<Real*>(scalars)[1] = Real(db);
+  delete[] partial;
+  if (p.R && !p.per_row_radius) static_cast<Real*>(dR)[0] = Real(total.dR);
+  static_cast<Real*>(scalars)[0] = Real(total.dk);
+  static_cast<Real*>(scalars)[1] = Real(total.db);
 }

@@ -4,8 +4,7 @@
 // How the tile's support vectors work; a template argument, so that the inner loop has no branch.
 enum class Mode { kNone, kOneSided, kShared, kMirror };
 
-// Where the sums of a half tile go: one value for each column, [kSums, nj], and one for the row at
-// hand.
+// What one chunk adds to the sums of the tile's columns: [kSums, nj], from kSumRhoText on.
 template <class Real>
 struct ColumnSums {
   Real value[kSums][kMaxTile];
@@ -103,8 +102,8 @@ void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* o
       for (int64_t j = 0; j < nj; ++j) sum[j] = 0;
     for (int64_t i = chunk * kRowChunk; i < tile.ni && i < (chunk + 1) * kRowChunk; ++i) {
       const Blocks<Real> row = block.row(i, nj), out_row = out.row(i, nj);
-      Real V_A[kMaxTile],
-          V_T[kMaxTile];  // Q and K are read by both halves: written when both are done
+      // Both halves read Q and K, so these are written when both are done.
+      Real V_A[kMaxTile], V_T[kMaxTile];
       for (int64_t j = 0; j < nj; ++j) V_A[j] = V_T[j] = 0;
       half_weights<Real, kInfonce, kMode, false>(p, tile, row, i, out_row.S, V_A, V_T, columns);
       if (row.S_swap)

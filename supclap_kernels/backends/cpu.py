@@ -1,8 +1,8 @@
-"""The CPU backend: the panel engine with PyTorch's products (bfloat16: our own) and the
-C++ epilogues of csrc/cpu.
+"""The CPU backend: the panel engine with PyTorch's products (bfloat16: our own) and the C++
+epilogues of csrc/cpu.
 
-Deterministic: the epilogues' results do not depend on the number of threads, the library's products
-are repeatable.
+Deterministic: the epilogues' results do not depend on the number of threads, and the library's
+products are repeatable.
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +14,17 @@ from torch import Tensor
 from .. import native
 from ..gradients import normalize_gradient
 from ..options import Options
-from ..reference import EPS, accumulator_dtype
+from ..reference import accumulator_dtype
 from .far import FarRows
-from .panel import PLACEHOLDER, Layout, Tile, kept_elements, sweep_gradients, sweep_statistics
+from .panel import (
+    PLACEHOLDER,
+    Layout,
+    Tile,
+    kept_elements,
+    kept_panels,
+    sweep_gradients,
+    sweep_statistics,
+)
 from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 
 STATISTICS = 12
@@ -114,7 +122,7 @@ class Call:
         index = self.row("offset").nonzero()[:, 0]
         k, b, R = self.problem.k, self.problem.b, self.R.expand(self.N)
         modes = (self.mirror, self.shared)
-        return FarRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes, EPS)
+        return FarRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
 
     # The epilogue of the panel engine.
     def mask(self, tile: Tile, panel: Tensor) -> None:
@@ -132,8 +140,10 @@ class Call:
         return torch.empty(self.layout.scratch_elements, dtype=self.dtype)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
-        """The loss; and, for the statistics, (6, N) float64: l_t2a, l_a2t, l_svr, l_cons of each
-        row, and whether its positive is beaten among audios and among texts.
+        """The loss; and, for the statistics, (6, N) float64.
+
+        They are l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is beaten among
+        the audios and among the texts.
         """
         if self.far is not None:
             directions = self.native.DIRECTIONS
@@ -161,8 +171,7 @@ class Call:
 
         Returns dR in the radius' shape or None, and dk, db (2,).
         """
-        scratch = self.scratch()
-        arguments = (self.layout, self.products, self, kept, scratch, with_statistics)
+        arguments = (self.layout, self.products, self, kept, self.scratch(), with_statistics)
         sweep_gradients(dT, dA, *arguments)
         if self.far is not None:
             directions = self.native.DIRECTIONS
@@ -185,8 +194,7 @@ class Call:
         weighted = terms[:4] if self.w is None else terms[:4] * self.w
         T, A = self.T, self.A
         positive = (T * A).sum(dim=1, dtype=torch.float64)
-        # The sum over all pairs, less those that are no negatives: equal ids (the positive is one
-        # of them).
+        # The sum over all pairs, less those of equal ids (the positive is one of them).
         similarity = T.sum(0, dtype=torch.float64) @ A.sum(0, dtype=torch.float64)
         count = self.N * self.N
         if self.code is None:
@@ -248,7 +256,7 @@ def forward(
         if dR_given is not None:
             dR[: dR_given.numel()].copy_(dR_given)
     else:
-        kept = saved if saved.numel() > PLACEHOLDER else None
+        kept = kept_panels(saved)
         saved[0 if kept is None else call.layout.panel_elements :].zero_()  # no output is undefined
         scratch = call.scratch() if kept is None else None
         sweep_statistics(call.layout, call.products, call, kept, scratch)
@@ -279,7 +287,7 @@ def backward(
         call.start_gradients(upstream)
         dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
         dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
-        dR, scalars = call.gradients(dA, dT, saved if saved.numel() > PLACEHOLDER else None)
+        dR, scalars = call.gradients(dA, dT, kept_panels(saved))
     values = (dA, dT, dR, scalars[0].clone(), scalars[1].clone())  # outputs share no memory
     like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
     return tuple(

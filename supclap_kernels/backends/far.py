@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..gradients import MIN_LENGTH
 from ..options import Options
+from ..reference import EPS
 
 CHUNK_COPIES = 8
 """float64 values alive for each logit of a chunk: product, logit, slope, and what makes them."""
@@ -22,7 +23,7 @@ BLOCK_ROWS = 4096
 """Rows of the embeddings that are raised to float64 at a time."""
 
 
-def blocks(Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def wide_blocks(Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Y in float64, block of rows by block of rows."""
     for start in range(0, len(Y), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
@@ -44,7 +45,6 @@ class FarRows:
         options: Options,
         mirror: bool,
         shared: bool,
-        eps: float,
     ) -> None:
         # Rows at a time: what the workspace holds, but enough to pay for raising the embeddings.
         self.size = max(CHUNK_ROWS, options.workspace // (CHUNK_COPIES * 8 * len(T)))
@@ -52,13 +52,13 @@ class FarRows:
         self.infonce, self.shared, self.renormalize = options.infonce, shared, options.renormalize
         t, a = T[index].double(), A[index].double()
         self.step = a - t
-        self.r = (self.step.square().sum(dim=1) + eps**2).sqrt()
+        self.r = (self.step.square().sum(dim=1) + EPS**2).sqrt()
         self.c = R[index].double() / self.r
         moved = self.c[:, None] * self.step
-        # (support vectors, the rows they are compared with, the sign of their direction, 1 /
-        # length)
+        # Support vectors, the rows they are compared with, the sign of their direction.
         sides = [(t + moved, A, 1.0), (a - moved, T, -1.0)][: 2 if mirror else 1]
         ones = torch.ones_like(self.c)
+        # ... and 1 / length.
         self.sides = [
             (s, Y, sign, 1.0 / s.norm(dim=1).clamp_min(MIN_LENGTH) if options.renormalize else ones)
             for s, Y, sign in sides
@@ -67,13 +67,11 @@ class FarRows:
     def chunks(
         self, s: Tensor, Y: Tensor, inverse: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, products <s, y> / |s| and logits (n, N) of the support vectors s; pairs left out
-        are -inf.
-        """
+        """Rows, products <s, y> / |s| and logits (n, N) of s (f, D); pairs left out are -inf."""
         for start in range(0, len(s), self.size):
             rows = slice(start, min(start + self.size, len(s)))
             own = self.index[rows]
-            product = torch.cat([s[rows] @ block.t() for _, block in blocks(Y)], dim=1)
+            product = torch.cat([s[rows] @ block.t() for _, block in wide_blocks(Y)], dim=1)
             product *= inverse[rows, None]
             z = self.k * product + self.b
             z.scatter_(1, own[:, None], float("-inf"))
@@ -82,11 +80,9 @@ class FarRows:
             yield rows, product, z
 
     def statistics(self, running: Tensor, lowest: float, dtype: torch.dtype) -> None:
-        """Put the far rows' pairs (m, l) of the negatives into `running` (2, directions, N),
-        float64.
+        """Put the far rows' (m, l) of the negatives into `running` (2, directions, N), float64.
 
-        m is rounded to the accumulator's `dtype` first, in which it will be stored: l belongs to
-        that m.
+        m is rounded first to the `dtype` in which it will be stored: l belongs to that m.
         """
         m, l = running
         for direction, (s, Y, _, inverse) in enumerate(self.sides, start=2):
@@ -122,11 +118,10 @@ class FarRows:
         dT: Tensor | None,
         dA: Tensor | None,
     ) -> None:
-        """Add all of the far rows' SVR gradient to dT, dA (N, D; None: frozen) and to `sums` (see
-        csrc/params.h).
+        """Add the far rows' SVR gradient to dT, dA (N, D; None: frozen) and to `sums`.
 
-        state (3, directions, N): m, l, l without the positive. factors (2, directions, N): m,
-        upstream weight over l.
+        state (3, directions, N): m, l, l without the positive; factors (2, directions, N): m, and
+        the upstream weight over l; sums: Problem::sums of csrc/params.h.
         """
         m, f = factors.double()
         for direction, (s, Y, sign, inverse) in enumerate(self.sides, start=2):
@@ -141,16 +136,14 @@ class FarRows:
                         h = h + (z - m[3]).exp() * f[3]
                 else:
                     h = z.sigmoid() * f[direction, own][:, None]
-                sums[rows_of["support_text" if sign > 0 else "support_audio"], own] += (
-                    h * product
-                ).sum(dim=1)
+                support = rows_of["support_text" if sign > 0 else "support_audio"]
+                sums[support, own] += (h * product).sum(dim=1)
                 sums[rows_of["bias"], own] += h.sum(dim=1)
                 h.scatter_(1, own[:, None], positive[rows, None])
                 H = self.k * inverse[rows, None] * h
-                ds = torch.zeros_like(
-                    s[rows]
-                )  # gradient of s / |s|, then of s: its part tangent to the sphere
-                for block, y in blocks(Y):
+                # The gradient of s / |s|, and then of s: the part tangent to the sphere.
+                ds = torch.zeros_like(s[rows])
+                for block, y in wide_blocks(Y):
                     ds += H[:, block] @ y  # [n, BLOCK_ROWS] @ [BLOCK_ROWS, D]
                     if dY is not None:
                         dY[block] += (H[:, block].t() @ s[rows]).to(dY.dtype)

@@ -1,18 +1,16 @@
-"""The panel engine: walks the tile pairs of the Gram matrix [T; A] [T; A]^T between library
-products.
+"""The panel engine: walks the tile pairs of the Gram matrix [T; A] [T; A]^T between products.
 
 A pair (I, J), J > I, holds S_IJ = T_I A_J^T, S_JI^T = A_I T_J^T and, where the mode needs them,
 Q_IJ = A_I A_J^T and K_IJ = T_I T_J^T; a diagonal tile holds no S_JI^T. Q and K are symmetric, so
 each is multiplied out once for a pair.
 
     sweep 1   products, then `statistics`: partial log-sum-exps
-    sweep 2   products (or the panels kept from sweep 1), then `weights`, then the gradient's
-    products
+    sweep 2   products (or the panels kept from sweep 1), then `weights`, then
               dT_I += W A_J,  dA_J += W^T T_I,  dA_I += W' T_J,  dT_J += W'^T A_I,
               dA_I += V_A A_J,  dA_J += V_A^T A_I,  dT_I += V_T T_J,  dT_J += V_T^T T_I
 
-Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for each sweep's logits, 2 + 1 + (mirror) 1 for
-    the gradient.
+Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for the logits of a sweep, 2 + 1 + (mirror) 1
+for the gradient.
 """
 
 from collections.abc import Iterator
@@ -26,9 +24,7 @@ from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 
 class Tile(NamedTuple):
-    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings, and where its panel starts
-    when kept.
-    """
+    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings; where its kept panel is."""
 
     i0: int
     ni: int
@@ -58,9 +54,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def choose(cls, N: int, grams: int, itemsize: int, workspace: int) -> "Layout":
-        """Even tiles of at most CPU_TILE rows; smaller ones where one panel would exceed the
-        workspace.
-        """
+        """Even tiles of at most CPU_TILE rows, smaller where a panel would exceed the workspace."""
         side = CPU_TILE
         while side > CPU_TILE_MINIMUM and (2 + grams) * side * side * itemsize > workspace:
             side //= 2
@@ -106,6 +100,11 @@ def kept_elements(N: Any, grams: int, itemsize: int, workspace: int) -> Any:
     return elements * fits + PLACEHOLDER
 
 
+def kept_panels(saved: Tensor) -> Tensor | None:
+    """The panels in what forward saved, or None."""
+    return saved if saved.numel() > PLACEHOLDER else None
+
+
 class Epilogue(Protocol):
     """What a backend provides between the products."""
 
@@ -128,10 +127,10 @@ class Blocks(NamedTuple):
     K: Tensor | None
 
 
-def blocks(tile: Tile, grams: int, panel: Tensor, start: int = 0) -> Blocks:
-    """Views of the blocks of the panel that begins `start` elements into `panel`."""
+def blocks(tile: Tile, grams: int, panel: Tensor) -> Blocks:
+    """Views of the blocks at the start of `panel`."""
     shape, strides, size = (tile.ni, tile.nj), (tile.nj, 1), tile.ni * tile.nj
-    begin = start + int(panel.storage_offset())
+    begin = int(panel.storage_offset())
     count = 2 - tile.diagonal + grams
     views = [panel.as_strided(shape, strides, begin + n * size) for n in range(count)]
     return Blocks(
@@ -155,6 +154,14 @@ def multiply_tile(tile: Tile, grams: int, panel: Tensor, products: Products) -> 
         products.logits(TEXT, I, TEXT, J, out.K)
 
 
+def panel_of(tile: Tile, kept: Tensor | None, scratch: Tensor | None) -> Tensor:
+    """Where a tile's logits are: its place in what is kept, or the one scratch panel."""
+    if kept is not None:
+        return rows(kept, slice(tile.offset, kept.shape[0]))
+    assert scratch is not None
+    return scratch
+
+
 def sweep_statistics(
     layout: Layout,
     products: Products,
@@ -164,8 +171,7 @@ def sweep_statistics(
 ) -> None:
     """Sweep 1: fills `kept` with every tile's logits; or, where it is None, works in `scratch`."""
     for tile in layout.tiles():
-        panel = scratch if kept is None else rows(kept, slice(tile.offset, kept.shape[0]))
-        assert panel is not None
+        panel = panel_of(tile, kept, scratch)
         multiply_tile(tile, layout.grams, panel, products)
         epilogue.mask(tile, panel)
         epilogue.statistics(tile, panel)
@@ -183,7 +189,7 @@ def sweep_gradients(
 ) -> None:
     """Sweep 2. Kept logits are only read, so it may run again; `with_statistics` adds sweep 1."""
     for tile in layout.tiles():
-        panel = scratch if kept is None else rows(kept, slice(tile.offset, kept.shape[0]))
+        panel = panel_of(tile, kept, scratch)
         if kept is None:
             multiply_tile(tile, layout.grams, panel, products)
             epilogue.mask(tile, panel)
