@@ -128,13 +128,24 @@ def test_estimate_within_a_tenth(name):
 
 def test_the_workspace_decides_between_kept_and_recomputed():
     """At the boundary: one byte less, and the panels are gone, from both numbers."""
-    case = Case(N=300, D=32, radius="none")
-    panels = 300 * 300 * 4
-    for difference, kept in ((1, True), (0, False)):
-        at = replace(case, options={"workspace": panels + difference})
+    case = Case(N=1200, D=32, radius="none")
+    panels, beside = 1200 * 1200 * 4, 2 * 512 * 512 * 4
+    for difference, kept in ((0, True), (-1, False)):
+        workspace = panels + beside + difference
+        at = replace(case, options={"workspace": workspace})
         measured, _ = extra(at)
         assert (measured >= panels) == kept
         assert (estimate(at) >= panels) == kept
+
+
+@pytest.mark.parametrize("N", [600, 1500])
+def test_kept_panels_and_scratch_stay_within_the_workspace(N):
+    """Beyond the workspace there is only what is linear in N."""
+    for bilateral in ("none", "mirror"):
+        for workspace in (2**20, 2**23, 2**24):
+            case = Case(N=N, D=16, options={"bilateral": bilateral, "workspace": workspace})
+            measured, _ = extra(case)
+            assert measured <= workspace + 400 * N
 
 
 SWEEPS = [

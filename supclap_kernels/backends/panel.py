@@ -96,7 +96,8 @@ def kept_elements(N: Any, grams: int, itemsize: int, workspace: int) -> Any:
     """
     side = torch.sym_min(N, CPU_TILE)
     elements = N * N + grams * (N * N + N * side) // 2
-    fits = torch.sym_min(1, workspace // (elements * itemsize + 1))
+    scratch = (2 + grams) * side * side  # sweep 2 writes its weights beside what is kept
+    fits = torch.sym_min(1, workspace // ((elements + scratch) * itemsize))
     return elements * fits + PLACEHOLDER
 
 
