@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from supclap_kernels import fused_svr_loss, native
 from supclap_kernels.backends import products, tiles
+from supclap_kernels.options import Options
 from supclap_kernels.testing import (
     Case,
     baseline,
@@ -223,6 +224,20 @@ def test_masks_hold_on_long_rows(scale, bilateral):
     value = fused_svr_loss(*arguments, backend="cpu", **options)
     wanted = fused_svr_loss(*arguments, backend="reference", **options)
     assert float((value - wanted).norm()) < 1e-12 * float(wanted.norm())
+
+
+def test_sums_belong_to_the_maxima_as_stored():
+    """m is rounded to float32 before l is taken relative to it: at logits of 100, that is 4e-6."""
+    inputs = make_inputs(Case(N=64, D=16, scale=99.7, gap=0.1))
+    needs, options = (True,) * 5, Options(bilateral="none", backend="cpu")
+    tensors = (inputs.audio, inputs.text, None, inputs.logit_scale, None, None, None)
+    _, _, state, _ = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
+    module = native.module()
+    m, l, others = state[: 3 * module.DIRECTIONS].view(3, module.DIRECTIONS, -1).double()
+    positive = (inputs.text.double() * inputs.audio.double()).sum(dim=1).float().double()
+    share = (inputs.logit_scale.double() * positive - m[0]).exp()
+    assert int((share > 0.99).sum()) > 30
+    assert float((share - (l - others)[0]).abs().max()) < 5e-7
 
 
 @pytest.mark.parametrize("length", [0.01, 10.0, 100.0])

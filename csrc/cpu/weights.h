@@ -82,12 +82,11 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
   if (kMirror && kSwap) add(kSumRhoAudio, rho_row), add(kSumSupportAudio, support_row);
 }
 
-// V + V^T of a square block [n, n], in place.
+// V + V^T of a square block [n, n] with a diagonal of zeros, in place.
 template <class Real>
 void symmetrize(const Problem& p, Real* V, int64_t n) {
   run(p, n, n * n, [&](int64_t i) {
     for (int64_t j = 0; j < i; ++j) V[i * n + j] = V[j * n + i] = V[i * n + j] + V[j * n + i];
-    V[i * n + i] *= 2;
   });
 }
 

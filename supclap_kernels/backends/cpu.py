@@ -148,7 +148,7 @@ class Call:
         if self.far is not None:
             directions = self.native.DIRECTIONS
             running = self.wide[: 2 * directions].view(2, directions, self.N)
-            self.far.statistics(running, self.native.MASKED, self.dtype)
+            self.far.statistics(running, self.native.MASKED)
         loss = torch.empty(self.N if self.problem.per_row else (), dtype=self.dtype)
         terms = torch.empty(6, self.N, dtype=torch.float64) if self.options.stats else None
         self.native.finish_statistics(self.problem, loss.data_ptr(), native.address(terms))

@@ -79,11 +79,8 @@ class FarRows:
                 z.masked_fill_(self.code[own][:, None] == self.code[None, :], float("-inf"))
             yield rows, product, z
 
-    def statistics(self, running: Tensor, lowest: float, dtype: torch.dtype) -> None:
-        """Put the far rows' (m, l) of the negatives into `running` (2, directions, N), float64.
-
-        m is rounded first to the `dtype` in which it will be stored: l belongs to that m.
-        """
+    def statistics(self, running: Tensor, lowest: float) -> None:
+        """Put the far rows' (m, l) of the negatives into `running` (2, directions, N), float64."""
         m, l = running
         for direction, (s, Y, _, inverse) in enumerate(self.sides, start=2):
             for rows, _, z in self.chunks(s, Y, inverse):
@@ -91,11 +88,11 @@ class FarRows:
                 if not self.infonce:
                     l[direction, own] = -F.logsigmoid(-z).sum(dim=1)
                     continue
-                top = z.amax(dim=1).clamp_min(lowest).to(dtype).double()
+                top = z.amax(dim=1).clamp_min(lowest)
                 m[direction, own] = top
                 l[direction, own] = (z - top[:, None]).exp().sum(dim=1)
                 if self.shared:
-                    new = torch.maximum(m[3], z.amax(dim=0).clamp_min(lowest).to(dtype).double())
+                    new = torch.maximum(m[3], z.amax(dim=0).clamp_min(lowest))
                     l[3] = l[3] * (m[3] - new).exp() + (z - new).exp().sum(dim=0)
                     m[3] = new
 
