@@ -1,9 +1,13 @@
 """Shared by all tests: few threads, and uninitialised memory that is NaN where asked for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton reads the variable when it is imported: these run in a process of their own (test_triton).
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
 @pytest.fixture(autouse=True, scope="session")

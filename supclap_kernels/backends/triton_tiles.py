@@ -1,0 +1,183 @@
+"""What every Triton kernel does with one tile of logits, as functions on registers.
+
+A tile pairs rows I with rows J. Its logits are those of S = T_I A_J^T, P = A_I T_J^T (P_ij is
+S_ji), Q = A_I A_J^T and K = T_I T_J^T, in base 2: z = k log2(e) <x, y>, so that every exponential
+is one exp2. Pairs that do not take part are HIDDEN in all four, and S + c (Q - S) is HIDDEN then.
+
+A tile on the diagonal of the Gram matrix (DIAGONAL) holds (i, j) and (j, i) of every pair; there
+only what belongs to its rows is taken. Elsewhere one visit serves rows and columns: exchanging S
+with P and I with J turns what is done for one into what is done for the other.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+HIDDEN = tl.constexpr(-1e30)
+"""Finite: the difference of two hidden logits is 0, and not NaN."""
+
+# Directions of the softmax, and rows of `rows` and `sums`, as in csrc/params.h; products in `sums`
+# are in the units of the logits.
+TEXT_ROWS, AUDIO_ROWS, SUPPORT_ROWS, OTHER_ROWS = (tl.constexpr(n) for n in range(4))
+TILE_C, OFFSET, TEXT_INVERSE, AUDIO_INVERSE = (tl.constexpr(n) for n in range(2, 6))
+BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO = (tl.constexpr(n) for n in range(6))
+# Modes of the support vectors.
+NONE, ONE_SIDED, SHARED, MIRROR = (tl.constexpr(n) for n in range(4))
+
+
+@triton.jit
+def vector(X, row, index, mask, N, AXIS: tl.constexpr, outside=0.0):
+    """X[row, index] of X (., N), as a column (AXIS 1) or a row (AXIS 0) beside a tile."""
+    return tl.expand_dims(tl.load(X + row * N + index, mask=mask, other=outside), AXIS)
+
+
+@triton.jit
+def inverse_length(rows, row, index, mask, N, AXIS: tl.constexpr):
+    """1 / |s|; 1 outside, so that what is hidden stays hidden when it is multiplied by it."""
+    return vector(rows, row, index, mask, N, AXIS, 1.0)
+
+
+@triton.jit
+def support_logit(cross, gram, c, inverse, offset):
+    """Of the support vector s = x + c (y_own - x): <s, y> / |s|, or HIDDEN for skipped rows."""
+    return (cross + c * (gram - cross)) * inverse + offset
+
+
+@triton.jit
+def log1p_unit(y):
+    """log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)): exact to rounding where y is tiny."""
+    s = y / (2.0 + y)
+    s2 = s * s
+    p = s2 * (2.0 / 15.0) + 2.0 / 13.0
+    p = p * s2 + 2.0 / 11.0
+    p = p * s2 + 2.0 / 9.0
+    p = p * s2 + 2.0 / 7.0
+    p = p * s2 + 2.0 / 5.0
+    p = p * s2 + 2.0 / 3.0
+    p = p * s2 + 2.0
+    return s * p
+
+
+@triton.jit
+def reduce_direction(z, out, at, plane, mask, AXIS: tl.constexpr, INFONCE: tl.constexpr):
+    """out[at] = m, out[at + plane] = l of the logits z along AXIS.
+
+    InfoNCE: l = sum of exp2(z - m). SigLIP: l = sum of softplus, in nats.
+    """
+    m = tl.max(z, AXIS)
+    if INFONCE:
+        l = tl.sum(tl.exp2(z - tl.expand_dims(m, AXIS)), AXIS)
+    else:
+        e = tl.exp2(-tl.abs(z))
+        l = tl.sum(tl.maximum(z, 0.0) / LOG2E + log1p_unit(e), AXIS)
+    tl.store(out + at, m, mask=mask)
+    tl.store(out + at + plane, l, mask=mask)
+
+
+@triton.jit
+def hide(S, P, Q, K, i, j, in_i, in_j, ids, DIAGONAL: tl.constexpr):
+    """The four tiles without the pairs that do not take part."""
+    keep = in_i[:, None] & in_j[None, :]
+    if DIAGONAL:
+        keep = keep & (i[:, None] != j[None, :])
+    if ids is not None:
+        id_i, id_j = tl.load(ids + i, mask=in_i, other=0), tl.load(ids + j, mask=in_j, other=0)
+        keep = keep & (id_i[:, None] != id_j[None, :])
+    S, P = tl.where(keep, S, HIDDEN), tl.where(keep, P, HIDDEN)
+    return S, P, tl.where(keep, Q, HIDDEN), tl.where(keep, K, HIDDEN)
+
+
+@triton.jit
+def side_statistics(
+    S, P, Q, K,  # logits; for the columns of a tile P and S are exchanged
+    rows,  # (., N) float32: geometry of the rows
+    b,  # logit bias in base 2
+    own, other, in_own, in_other,  # indices along the kept and along the reduced axis
+    out, at, plane,  # (4, 2, slots, count): m and l of the four directions, in planes
+    N,
+    AXIS: tl.constexpr,  # that is reduced
+    MODE: tl.constexpr,
+    INFONCE: tl.constexpr,
+):  # fmt: skip
+    """Partial (m, l) of one axis of a tile: the negatives of its texts, audios, support vectors."""
+    reduce_direction(S + b, out, at, plane, in_own, AXIS, INFONCE)
+    reduce_direction(P + b, out + 2 * AUDIO_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
+    if MODE != NONE:
+        c = vector(rows, TILE_C, own, in_own, N, AXIS)
+        inverse = inverse_length(rows, TEXT_INVERSE, own, in_own, N, AXIS)
+        offset = vector(rows, OFFSET, own, in_own, N, AXIS)
+        x = support_logit(S, Q, c, inverse, offset) + b
+        reduce_direction(x, out + 2 * SUPPORT_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
+        if MODE == MIRROR:
+            inverse = inverse_length(rows, AUDIO_INVERSE, own, in_own, N, AXIS)
+            y = support_logit(P, K, c, inverse, offset) + b
+            reduce_direction(y, out + 2 * OTHER_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
+        if MODE == SHARED:
+            c = vector(rows, TILE_C, other, in_other, N, 1 - AXIS)
+            inverse = inverse_length(rows, TEXT_INVERSE, other, in_other, N, 1 - AXIS)
+            offset = vector(rows, OFFSET, other, in_other, N, 1 - AXIS)
+            x = support_logit(P, Q, c, inverse, offset) + b
+            reduce_direction(x, out + 2 * OTHER_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
+
+
+@triton.jit
+def slope(z, factors, direction, index, mask, N, AXIS: tl.constexpr, INFONCE: tl.constexpr):
+    """Gradient towards the logits z of the direction's rows `index`: softmax or sigmoid, weighted.
+
+    factors (8, N): m of the four directions, then weight / l (SigLIP: weight).
+    """
+    f = vector(factors, 4 + direction, index, mask, N, AXIS)
+    if INFONCE:
+        p = tl.exp2(z - vector(factors, direction, index, mask, N, AXIS))
+    else:
+        e = tl.exp2(-tl.abs(z))
+        p = tl.where(z >= 0, 1.0, e) / (1.0 + e)
+    return p * f
+
+
+@triton.jit
+def half_weights(
+    S, Q, K,  # logits of texts t with audios a
+    rows, factors, b,
+    t, a, in_t, in_a,  # indices
+    N,
+    T_AXIS: tl.constexpr,  # 1: texts are the tile's rows, audios its columns; 0: the other way
+    MODE: tl.constexpr,
+    INFONCE: tl.constexpr,
+):  # fmt: skip
+    """Weights W of S, V_A and V_T, and what the BASE ... SUPPORT_AUDIO sums add up, as tiles."""
+    A_AXIS: tl.constexpr = 1 - T_AXIS
+    g = slope(S + b, factors, TEXT_ROWS, t, in_t, N, T_AXIS, INFONCE)
+    if INFONCE:
+        g += slope(S, factors, AUDIO_ROWS, a, in_a, N, A_AXIS, INFONCE)
+    W, base, bias = g, g * S, g
+    V_A, V_T, rho_t, rho_a, support_t, support_a = g, g, g, g, g, g  # unused where there are none
+    if MODE != NONE:
+        c, offset = (
+            vector(rows, TILE_C, t, in_t, N, T_AXIS),
+            vector(rows, OFFSET, t, in_t, N, T_AXIS),
+        )
+        inverse = inverse_length(rows, TEXT_INVERSE, t, in_t, N, T_AXIS)
+        x = support_logit(S, Q, c, inverse, 0.0)
+        h = slope(x + offset + b, factors, SUPPORT_ROWS, t, in_t, N, T_AXIS, INFONCE)
+        if MODE == SHARED:
+            h += slope(x + offset, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
+        bias += h
+        rho_t, support_t = h * (Q - S), h * x
+        h = h * inverse
+        W += (1.0 - c) * h
+        V_A = c * h
+    if MODE == MIRROR:
+        c, offset = (
+            vector(rows, TILE_C, a, in_a, N, A_AXIS),
+            vector(rows, OFFSET, a, in_a, N, A_AXIS),
+        )
+        inverse = inverse_length(rows, AUDIO_INVERSE, a, in_a, N, A_AXIS)
+        y = support_logit(S, K, c, inverse, 0.0)
+        u = slope(y + offset + b, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
+        bias += u
+        rho_a, support_a = u * (K - S), u * y
+        u = u * inverse
+        W += (1.0 - c) * u
+        V_T = c * u
+    return W, V_A, V_T, base, bias, rho_t, rho_a, support_t, support_a
