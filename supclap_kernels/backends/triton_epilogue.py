@@ -145,3 +145,36 @@ def panel_weights(
         if MODE == MIRROR:
             add_sum(sums_j, RHO_AUDIO, plane, at_j, rho_a, in_j, 0)
             add_sum(sums_j, SUPPORT_AUDIO, plane, at_j, support_a, in_j, 0)
+
+
+@triton.jit(do_not_specialize=["slots", "count", "first", "N", "used"])
+def merge_statistics(
+    part,  # (4, 2, slots, count) float32: partial m, l
+    running,  # (8, N) float32: m, then l of the four directions; updated at first .. first + count
+    slots, count, first, N,
+    used,  # bit d: direction d has partials
+    INFONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add one tile's partial log-sum-exps (SigLIP: sums) to the running ones, in slot order.
+
+    The grid is (count / BLOCK, 4): one program owns its rows of a direction.
+    """
+    direction = tl.program_id(1)
+    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (x < count) & ((used >> direction) % 2 == 1)
+    at = running + direction.to(tl.int64) * N + first + x
+    m, l = tl.load(at, mask=inside, other=0.0), tl.load(at + 4 * N, mask=inside, other=0.0)
+    plane = slots.to(tl.int64) * count
+    slot = part + 2 * direction * plane + x
+    for _ in range(0, slots):
+        m_new = tl.load(slot, mask=inside, other=0.0)
+        l_new = tl.load(slot + plane, mask=inside, other=0.0)
+        top = tl.maximum(m, m_new)
+        if INFONCE:
+            l = l * tl.exp2(m - top) + l_new * tl.exp2(m_new - top)
+        else:
+            l += l_new
+        m = top
+        slot += count
+    tl.store(at, m, mask=inside)
+    tl.store(at + 4 * N, l, mask=inside)

@@ -186,3 +186,29 @@ def test_one_panel(mode, infonce, with_ids, diagonal):
                 assert close(
                     sums_j[n].double().sum(dim=0), unit * rows_only[n - 2][j, i].sum(dim=1)
                 )
+
+
+@pytest.mark.parametrize("infonce", [True, False])
+def test_merge(infonce):
+    """Slots in order, only the rows and the directions that were asked for; a row that is all
+    hidden so far takes over what comes."""
+    slots, count, first, N, block = 3, 21, 5, 30, 8
+    normal = {"generator": torch.Generator().manual_seed(1)}
+    part = 20 * torch.rand(4, 2, slots, count, **normal)
+    running = 20 * torch.rand(8, N, **normal)
+    running[:4, first], running[4:, first] = -1e30, 0.0
+    part[1] = float("nan")  # a direction without partials
+    before = running.clone()
+    grid = (-(-count // block), 4)
+    epilogue.merge_statistics[grid](part, running, slots, count, first, N, 0b1101, infonce, block)
+    rows = slice(first, first + count)
+    outside = torch.ones(N, dtype=torch.bool)
+    outside[rows] = False
+    assert torch.equal(running[:, outside], before[:, outside])
+    assert torch.equal(running[[1, 5]], before[[1, 5]])
+    for d in (0, 2, 3):
+        m = torch.cat((part[d, 0], before[None, d, rows])).double()
+        l = torch.cat((part[d, 1], before[None, 4 + d, rows])).double()
+        assert torch.equal(running[d, rows].double(), m.amax(dim=0))
+        total = (l * torch.exp2(m - m.amax(dim=0))).sum(dim=0) if infonce else l.sum(dim=0)
+        assert close(running[4 + d, rows], total)
