@@ -32,9 +32,12 @@ def vector(X, row, index, mask, N, AXIS: tl.constexpr, outside=0.0):
 
 
 @triton.jit
-def inverse_length(rows, row, index, mask, N, AXIS: tl.constexpr):
-    """1 / |s|; 1 outside, so that what is hidden stays hidden when it is multiplied by it."""
-    return vector(rows, row, index, mask, N, AXIS, 1.0)
+def support_rows(rows, INVERSE: tl.constexpr, index, mask, N, AXIS: tl.constexpr):
+    """c, 1 / |s| and offset of the rows' support vectors. Outside the length is 1: what is hidden
+    stays hidden when it is multiplied by it."""
+    c = vector(rows, TILE_C, index, mask, N, AXIS)
+    inverse = vector(rows, INVERSE, index, mask, N, AXIS, 1.0)
+    return c, inverse, vector(rows, OFFSET, index, mask, N, AXIS)
 
 
 @triton.jit
@@ -103,19 +106,15 @@ def side_statistics(
     reduce_direction(S + b, out, at, plane, in_own, AXIS, INFONCE)
     reduce_direction(P + b, out + 2 * AUDIO_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
     if MODE != NONE:
-        c = vector(rows, TILE_C, own, in_own, N, AXIS)
-        inverse = inverse_length(rows, TEXT_INVERSE, own, in_own, N, AXIS)
-        offset = vector(rows, OFFSET, own, in_own, N, AXIS)
+        c, inverse, offset = support_rows(rows, TEXT_INVERSE, own, in_own, N, AXIS)
         x = support_logit(S, Q, c, inverse, offset) + b
         reduce_direction(x, out + 2 * SUPPORT_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
         if MODE == MIRROR:
-            inverse = inverse_length(rows, AUDIO_INVERSE, own, in_own, N, AXIS)
+            c, inverse, offset = support_rows(rows, AUDIO_INVERSE, own, in_own, N, AXIS)
             y = support_logit(P, K, c, inverse, offset) + b
             reduce_direction(y, out + 2 * OTHER_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
         if MODE == SHARED:
-            c = vector(rows, TILE_C, other, in_other, N, 1 - AXIS)
-            inverse = inverse_length(rows, TEXT_INVERSE, other, in_other, N, 1 - AXIS)
-            offset = vector(rows, OFFSET, other, in_other, N, 1 - AXIS)
+            c, inverse, offset = support_rows(rows, TEXT_INVERSE, other, in_other, N, 1 - AXIS)
             x = support_logit(P, Q, c, inverse, offset) + b
             reduce_direction(x, out + 2 * OTHER_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
 
@@ -153,11 +152,7 @@ def half_weights(
     W, base, bias = g, g * S, g
     V_A, V_T, rho_t, rho_a, support_t, support_a = g, g, g, g, g, g  # unused where there are none
     if MODE != NONE:
-        c, offset = (
-            vector(rows, TILE_C, t, in_t, N, T_AXIS),
-            vector(rows, OFFSET, t, in_t, N, T_AXIS),
-        )
-        inverse = inverse_length(rows, TEXT_INVERSE, t, in_t, N, T_AXIS)
+        c, inverse, offset = support_rows(rows, TEXT_INVERSE, t, in_t, N, T_AXIS)
         x = support_logit(S, Q, c, inverse, 0.0)
         h = slope(x + offset + b, factors, SUPPORT_ROWS, t, in_t, N, T_AXIS, INFONCE)
         if MODE == SHARED:
@@ -168,11 +163,7 @@ def half_weights(
         W += (1.0 - c) * h
         V_A = c * h
     if MODE == MIRROR:
-        c, offset = (
-            vector(rows, TILE_C, a, in_a, N, A_AXIS),
-            vector(rows, OFFSET, a, in_a, N, A_AXIS),
-        )
-        inverse = inverse_length(rows, AUDIO_INVERSE, a, in_a, N, A_AXIS)
+        c, inverse, offset = support_rows(rows, AUDIO_INVERSE, a, in_a, N, A_AXIS)
         y = support_logit(S, K, c, inverse, 0.0)
         u = slope(y + offset + b, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
         bias += u

@@ -1,23 +1,24 @@
-"""The Triton epilogues of the panel engine, tile pair by tile pair, against dense float64 matrices.
+"""The Triton epilogues of the panel engine, tile pair by tile pair, against dense matrices.
 
 Run in a process with TRITON_INTERPRET=1 (tests/test_triton.py starts it).
 """
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from supclap_kernels.backends import triton_epilogue as epilogue
-from supclap_kernels.backends.triton_tiles import LOG2E, MIRROR, NONE, ONE_SIDED, SHARED
+from supclap_kernels.backends import triton_tiles as tiles
+from supclap_kernels.testing import Outputs, violations
 
-MODES = {
-    mode.value: name
-    for mode, name in zip(
-        (NONE, ONE_SIDED, SHARED, MIRROR), ("none", "one-sided", "shared", "mirror"), strict=True
-    )
-}
+NONE, ONE_SIDED, SHARED, MIRROR = (
+    mode.value for mode in (tiles.NONE, tiles.ONE_SIDED, tiles.SHARED, tiles.MIRROR)
+)
+LOG2E = tiles.LOG2E.value
 BLOCK_I, BLOCK_J = 16, 32
-K, B = 9.0, -4.0
+N, D, LD = 90, 24, 64
+SCALE, BIAS = 9.0, -4.0
 
 
 def guarded(*shape: int) -> tuple[Tensor, Tensor]:
@@ -27,175 +28,154 @@ def guarded(*shape: int) -> tuple[Tensor, Tensor]:
     return whole[64 : 64 + size].view(shape), whole
 
 
-def intact(whole: Tensor) -> bool:
-    return bool(whole[:64].isnan().all()) and bool(whole[-64:].isnan().all())
+def intact(*buffers: Tensor) -> bool:
+    return all(bool(x[:64].isnan().all()) and bool(x[-64:].isnan().all()) for x in buffers)
+
+
+def accept(result: Outputs, exact: Outputs, base: Outputs) -> None:
+    """The acceptance rule; base is the same dense computation in float32, z at most 40."""
+    u = torch.finfo(torch.float32).eps / 2
+    floor = {name: u * (2 * (1 + 40) + 1) * float(x.abs().max()) for name, x in exact.items()}
+    assert all(floor.values()), "a case without values"
+    found = violations(result, exact, base, floor)
+    assert not found, "\n".join(found)
 
 
 class Dense:
-    """Logits and slopes of a whole problem, (N, N) float64, from the definitions."""
+    """Logits, slopes and weights of a whole problem, (N, N), from the definitions."""
 
-    def __init__(self, N: int, mode: int, infonce: bool, with_ids: bool) -> None:
-        normal = {"generator": torch.Generator().manual_seed(N), "dtype": torch.float32}
-        T, A = (torch.nn.functional.normalize(torch.randn(N, 24, **normal), dim=1) for _ in "ta")
+    def __init__(self, mode: int, infonce: bool, with_ids: bool, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        T, A = (F.normalize(torch.randn(N, D, generator=generator), dim=1) for _ in "ta")
         self.T, self.A, self.mode, self.infonce = T, A, mode, infonce
+        self.svr, self.mirror = mode != NONE, mode == MIRROR
         self.rows = torch.zeros(10, N)
-        self.rows[2], self.rows[4:6] = (
-            0.5 * torch.randn(N, **normal),
-            torch.rand(2, N, **normal) + 0.5,
-        )
-        self.rows[3, N // 2] = -1e30  # one row that the tiles skip
-        self.rows[2, N // 2] = 0.0
+        self.rows[2] = 0.5 * torch.randn(N, generator=generator)
+        self.rows[4:6] = torch.rand(2, N, generator=generator) + 0.5
+        self.rows[2:4, N // 2] = torch.tensor([0.0, -1e30])  # a row that the tiles skip
+        self.factors = torch.rand(8, N, generator=generator) + 0.1
+        self.factors[:4] = 0.3 * SCALE * LOG2E  # m near the logits
         self.ids = torch.arange(N) // 2 if with_ids else None
         self.keep = ~torch.eye(N, dtype=torch.bool)
-        if with_ids:
+        if self.ids is not None:
             self.keep &= self.ids[:, None] != self.ids[None, :]
-        c, nt, na = (self.rows[n].double() for n in (2, 4, 5))
-        used = self.rows[3] == 0
-        S, Q, G = (x.double() @ y.double().t() for x, y in ((T, A), (A, A), (T, T)))
-        self.S, self.DX, self.DY = S, Q - S, G - S.t()
-        self.X, self.Y = (
-            (S + c[:, None] * self.DX) * nt[:, None],
-            (S.t() + c[:, None] * self.DY) * na[:, None],
-        )
-        self.logits = [self.masked(S), self.masked(S.t()), self.masked(self.X, used)]
-        self.logits.append(
-            self.masked(self.Y, used) if mode == MIRROR.value else self.logits[2].t()
-        )
-        self.factors = torch.rand(8, N, **normal) + 0.1
-        for d in range(4):  # m near the logits
-            self.factors[d] = (LOG2E.value * K) * 0.3
-        p = [self.slope(L, self.factors[d], self.factors[4 + d]) for d, L in enumerate(self.logits)]
-        self.g = p[0] + (p[1].t() if infonce else 0)
-        self.h = p[2] + (p[3].t() if mode == SHARED.value else 0)
-        self.u = p[3]
-        h, u = self.h * nt[:, None], self.u * na[:, None]
-        svr, mirror = mode != NONE.value, mode == MIRROR.value
-        self.W = self.g + svr * (1 - c[:, None]) * h + mirror * ((1 - c[:, None]) * u).t()
-        self.V_A, self.V_T = (c[:, None] * h, c[:, None] * u)
 
-    def masked(self, products: Tensor, used: Tensor | None = None) -> Tensor:
-        logits = K * products + (0 if self.infonce else B)
-        keep = self.keep if used is None else self.keep & used[:, None]
+        T, A, rows, m, f = (x.to(dtype) for x in (T, A, self.rows, *self.factors.split(4)))
+        c, nt, na = (rows[n][:, None] for n in (2, 4, 5))
+        S, Q, K = T @ A.t(), A @ A.t(), T @ T.t()
+        DX, DY = Q - S, K - S.t()
+        X, Y = (S + c * DX) * nt, (S.t() + c * DY) * na
+        self.logits = [self.logit(S), self.logit(S.t()), self.logit(X, skip=True)]
+        self.logits.append(self.logit(Y, skip=True) if self.mirror else self.logits[2].t())
+        g, a2t, h, u = (self.slope(z, m[d], f[d]) for d, z in enumerate(self.logits))
+        if infonce:
+            g = g + a2t.t()
+        if mode == SHARED:
+            h = h + u.t()
+        self.W = g + self.svr * (1 - c) * h * nt + self.mirror * ((1 - c) * u * na).t()
+        V_A, V_T = c * h * nt, c * u * na
+        self.V_A, self.V_T = V_A + V_A.t(), V_T + V_T.t()
+        k2 = SCALE * LOG2E
+        self.base, self.bias = k2 * g * S, g + self.svr * h + self.mirror * u.t()
+        self.own_sums = {2: k2 * h * DX, 4: k2 * h * X} if self.svr else {}
+        self.own_sums |= {3: k2 * u * DY, 5: k2 * u * Y} if self.mirror else {}
+
+    def logit(self, products: Tensor, skip: bool = False) -> Tensor:
+        keep = self.keep & (self.rows[3] == 0)[:, None] if skip else self.keep
+        logits = SCALE * products + (0 if self.infonce else BIAS)
         return logits.masked_fill(~keep, float("-inf"))
 
     def slope(self, logits: Tensor, m: Tensor, f: Tensor) -> Tensor:
-        if self.infonce:
-            return (logits - m.double()[:, None] / LOG2E.value).exp() * f.double()[:, None]
-        return logits.sigmoid() * f.double()[:, None]
+        p = (logits - m[:, None] / LOG2E).exp() if self.infonce else logits.sigmoid()
+        return p * f[:, None]
 
-    def panel(self, i: slice, j: slice, ld: int) -> Tensor:
-        """What the library's products put into a panel; NaN where nothing may be read."""
-        pairs = [(self.T, self.A)] + [(self.A, self.T)] * (i != j)
-        pairs += [(self.A, self.A)] * (self.mode != NONE.value) + [(self.T, self.T)] * (
-            self.mode == MIRROR.value
-        )
-        result = torch.full((len(pairs), ld, ld), float("nan"))
-        for block, (x, y) in zip(result, pairs, strict=True):
-            block[: i.stop - i.start, : j.stop - j.start] = x[i] @ y[j].t()
+    def blocks(self, S: Tensor, P: Tensor | None, Q: Tensor, K: Tensor) -> list[Tensor]:
+        """Those that a panel of this mode has, in its order."""
+        exist = (True, P is not None, self.svr, self.mirror)
+        return [x for x, there in zip((S, P, Q, K), exist, strict=True) if there and x is not None]
+
+    def panel(self, i: slice, j: slice) -> Tensor:
+        """What the library's products put into a panel; NaN is its padding."""
+        T, A = self.T, self.A
+        products = [x[i] @ y[j].t() for x, y in ((T, A), (A, T), (A, A), (T, T))]
+        products = self.blocks(products[0], None if i == j else products[1], *products[2:])
+        result = torch.full((len(products), LD, LD), float("nan"))
+        for block, product in zip(result, products, strict=True):
+            block[: len(product), : product.shape[1]] = product
         return result
 
+    def statistics(self, i: slice, j: slice) -> Outputs:
+        """Sums of exp (SigLIP: softplus) of rows i over columns j, for each direction."""
+        used = 4 if self.mode in (SHARED, MIRROR) else 3 if self.svr else 2
+        parts = {str(d): z[i, j] for d, z in enumerate(self.logits[:used])}
+        if self.infonce:
+            return {d: z.exp().sum(dim=1) for d, z in parts.items()}
+        return {d: F.softplus(z).sum(dim=1) for d, z in parts.items()}
 
-def close(value: Tensor, exact: Tensor) -> bool:
-    """All within 3e-5 of the largest; NaN is close to nothing."""
-    largest = float(exact.abs().max())
-    return largest > 0 and bool(((value.double() - exact).abs() <= 3e-5 * largest).all())
+    def weights(self, i: slice, j: slice) -> Outputs:
+        """The weights' blocks, and the sums of rows i and columns j."""
+        pair = i != j
+        parts = self.blocks(self.W[i, j], self.W.t()[i, j] if pair else None,
+                            self.V_A[i, j], self.V_T[i, j])  # fmt: skip
+        outputs = {f"block {n}": x for n, x in enumerate(parts)}
+        for n, x in enumerate((self.base, self.bias)):  # those of a pair are all with its rows
+            outputs[f"row {n}"] = x[i, j].sum(dim=1) + pair * x[j, i].sum(dim=0)
+        for n, x in self.own_sums.items():
+            outputs[f"row {n}"] = x[i, j].sum(dim=1)
+            if pair:
+                outputs[f"column {n}"] = x[j, i].sum(dim=1)
+        return outputs
 
 
-def cases():
-    for mode in MODES:
-        for infonce in (True, False):
-            if infonce or MODES[mode] != "shared":
-                for with_ids in (False, True):
-                    for diagonal in (True, False):
-                        yield mode, infonce, with_ids, diagonal
-
-
+@pytest.mark.parametrize("diagonal", [True, False], ids=["diagonal", "pair"])
+@pytest.mark.parametrize("with_ids", [False, True], ids=["", "ids"])
 @pytest.mark.parametrize(
-    "mode, infonce, with_ids, diagonal",
-    list(cases()),
-    ids=str,
+    "mode, infonce",
+    [(NONE, True), (ONE_SIDED, True), (SHARED, True), (MIRROR, True)]
+    + [(NONE, False), (ONE_SIDED, False), (MIRROR, False)],
 )
 def test_one_panel(mode, infonce, with_ids, diagonal):
-    dense = Dense(90, mode, infonce, with_ids)
+    exact, base = (Dense(mode, infonce, with_ids, x) for x in (torch.float64, torch.float32))
     i, j = slice(0, 40), slice(0, 40) if diagonal else slice(40, 90)
-    ni, nj, ld = i.stop - i.start, j.stop - j.start, 64
+    ni, nj = i.stop - i.start, j.stop - j.start
     grid = (-(-ni // BLOCK_I), -(-nj // BLOCK_J))
-    panel = dense.panel(i, j, ld)
-    scale, bias = torch.tensor(K), torch.tensor(B)
-    place = (
-        len(dense.T),
-        i.start,
-        ni,
-        j.start,
-        nj,
-        ld,
-        ld * ld,
-        BLOCK_I,
-        BLOCK_J,
-        diagonal,
-        mode,
-        infonce,
-    )
-    used = [True, True, mode != NONE.value, mode in (SHARED.value, MIRROR.value)]
+    panel = base.panel(i, j)
+    inputs = (panel, base.rows, base.ids, torch.tensor(SCALE), torch.tensor(BIAS))
+    place = (N, i.start, ni, j.start, nj, LD, LD * LD)
+    constants = (BLOCK_I, BLOCK_J, diagonal, mode, infonce)
 
     (part_i, whole_i), (part_j, whole_j) = guarded(4, 2, grid[1], ni), guarded(4, 2, grid[0], nj)
-    epilogue.panel_statistics[grid](
-        panel, dense.rows, dense.ids, scale, bias, part_i, part_j, *place
-    )
-    assert intact(whole_i) and intact(whole_j)
-    for part, own, other in ((part_i, i, j), (part_j, j, i)):
-        if part is part_j and diagonal:
-            assert bool(part.isnan().all())
-            continue
-        for d in range(4):
-            if not used[d]:
-                assert bool(part[d].isnan().all())
-                continue
-            m, l = part[d].double()
-            L = dense.logits[d][own, other]
-            if infonce:
-                assert close((m / LOG2E.value + l.log()).logsumexp(dim=0).exp(), L.exp().sum(dim=1))
-            else:
-                assert close(l.sum(dim=0), torch.nn.functional.softplus(L).sum(dim=1))
+    epilogue.panel_statistics[grid](*inputs, part_i, part_j, *place, *constants)
+    assert intact(whole_i, whole_j)
+    for part, own, other in ((part_i, i, j), (part_j, j, i))[: 2 - diagonal]:
+        wanted = exact.statistics(own, other)
+        assert bool(part[len(wanted) :].isnan().all())
+        result = {}
+        for d in wanted:
+            m, l = part[int(d)]
+            result[d] = (l * torch.exp2(m) if infonce else l).sum(dim=0)
+        accept(result, wanted, base.statistics(own, other))
+    assert not diagonal or bool(part_j.isnan().all())
 
-    outs, whole_out = guarded(*panel.shape)
+    out, whole_out = guarded(*panel.shape)
     (sums_i, whole_i), (sums_j, whole_j) = guarded(6, grid[1], ni), guarded(6, grid[0], nj)
-    arguments = (panel, dense.rows, dense.ids, scale, bias, dense.factors, outs, sums_i, sums_j)
-    epilogue.panel_weights[grid](*arguments, *place)
-    assert intact(whole_i) and intact(whole_j) and intact(whole_out)
-    V_A, V_T = dense.V_A + dense.V_A.t(), dense.V_T + dense.V_T.t()
-    wanted = [dense.W[i, j]] + [dense.W.t()[i, j]] * (not diagonal)
-    wanted += [V_A[i, j]] * (mode != NONE.value) + [V_T[i, j]] * (mode == MIRROR.value)
-    for block, exact in zip(outs[:, :ni, :nj], wanted, strict=True):
-        assert close(block, exact)
-
-    k2 = K * LOG2E.value
-    both = not diagonal  # base and bias of a pair are all with its rows
-    svr, mirror = mode != NONE.value, mode == MIRROR.value
-    per_pair = [dense.g * dense.S, dense.g + svr * dense.h + mirror * dense.u.t()]
-    rows_only = [dense.h * dense.DX, dense.u * dense.DY, dense.h * dense.X, dense.u * dense.Y]
-    exists = [True, True, svr, mirror, svr, mirror]
-    for n in range(6):
-        unit = 1 if n == 1 else k2
-        if n < 2:
-            exact = per_pair[n][i, j].sum(dim=1) + (per_pair[n][j, i].sum(dim=0) if both else 0)
-            assert close(sums_i[n].double().sum(dim=0), unit * exact)
-        elif exists[n]:
-            assert close(sums_i[n].double().sum(dim=0), unit * rows_only[n - 2][i, j].sum(dim=1))
-            if not diagonal:
-                assert close(
-                    sums_j[n].double().sum(dim=0), unit * rows_only[n - 2][j, i].sum(dim=1)
-                )
+    results = (base.factors, out, sums_i, sums_j)
+    epilogue.panel_weights[grid](*inputs, *results, *place, *constants)
+    assert intact(whole_i, whole_j, whole_out)
+    found = {f"block {n}": x[:ni, :nj] for n, x in enumerate(out)}
+    found |= {f"row {n}": x for n, x in enumerate(sums_i.sum(dim=1))}
+    found |= {f"column {n}": x for n, x in enumerate(sums_j.sum(dim=1))}
+    accept(found, exact.weights(i, j), base.weights(i, j))
 
 
 @pytest.mark.parametrize("infonce", [True, False])
 def test_merge(infonce):
     """Slots in order, only the rows and the directions that were asked for; a row that is all
     hidden so far takes over what comes."""
-    slots, count, first, N, block = 3, 21, 5, 30, 8
-    normal = {"generator": torch.Generator().manual_seed(1)}
-    part = 20 * torch.rand(4, 2, slots, count, **normal)
-    running = 20 * torch.rand(8, N, **normal)
+    slots, count, first, block = 3, 21, 5, 8
+    generator = torch.Generator().manual_seed(1)
+    part = 20 * torch.rand(4, 2, slots, count, generator=generator)
+    running = 20 * torch.rand(8, N, generator=generator)
     running[:4, first], running[4:, first] = -1e30, 0.0
     part[1] = float("nan")  # a direction without partials
     before = running.clone()
@@ -207,8 +187,11 @@ def test_merge(infonce):
     assert torch.equal(running[:, outside], before[:, outside])
     assert torch.equal(running[[1, 5]], before[[1, 5]])
     for d in (0, 2, 3):
-        m = torch.cat((part[d, 0], before[None, d, rows])).double()
-        l = torch.cat((part[d, 1], before[None, 4 + d, rows])).double()
-        assert torch.equal(running[d, rows].double(), m.amax(dim=0))
-        total = (l * torch.exp2(m - m.amax(dim=0))).sum(dim=0) if infonce else l.sum(dim=0)
-        assert close(running[4 + d, rows], total)
+        wanted = []
+        for dtype in (torch.float64, torch.float32):
+            m = torch.cat((part[d, 0], before[None, d, rows])).to(dtype)
+            l = torch.cat((part[d, 1], before[None, 4 + d, rows])).to(dtype)
+            top = m.amax(dim=0)
+            l = l * torch.exp2(m - top) if infonce else l
+            wanted.append({"m": top, "l": l.sum(dim=0)})
+        accept({"m": running[d, rows], "l": running[4 + d, rows]}, *wanted)
