@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, ops
-from .backends.cpu import Inputs
+from .backends.contract import Inputs
 from .options import CHOICES, Options, check_choices
 from .radius import DynamicRadius, StaticRadius
 from .reference import accumulator_dtype, svr_loss_reference

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .backends.cpu import STATE_ROWS, Inputs, saved_elements
+from .backends.contract import STATE_ROWS, Inputs
 from .options import Options
 from .reference import accumulator_dtype
 from .stats import SVRStats
@@ -77,7 +77,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     audio, dtype = inputs.audio, accumulator_dtype(inputs.audio.dtype)
     N, D = audio.shape
     radius = inputs.radius is not None
-    size = saved_elements(N, D, radius, options, dtype.itemsize, keep=any(needs))
+    backend = dispatch.backend_for(audio, options)
+    size = backend.saved_elements(N, D, audio.dtype, radius, options, any(needs))
     return (
         audio.new_empty((N,) if options.reduction == "none" else (), dtype=dtype),
         audio.new_empty(len(SVRStats._fields) if options.stats else 0, dtype=dtype),

@@ -5,7 +5,7 @@ Deterministic: the epilogues' results do not depend on the number of threads, an
 products are repeatable.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,34 +15,18 @@ from .. import native
 from ..gradients import normalize_gradient
 from ..options import Options
 from ..reference import accumulator_dtype
+from . import contract
+from .contract import STATE_ROWS, STATISTICS, Inputs, grams, split_gradients
 from .far import FarRows
-from .panel import (
-    PLACEHOLDER,
-    Layout,
-    Tile,
-    kept_elements,
-    kept_panels,
-    sweep_gradients,
-    sweep_statistics,
-)
+from .panel import PLACEHOLDER, Layout, Tile, Tiling, kept_panels, sweep_gradients, sweep_statistics
 from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
+from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
-STATISTICS = 12
-"""Rows of `state` that hold (m, l, l without the positive) of four directions."""
-STATE_ROWS = STATISTICS + 10
-"""... and the geometry of the rows: Problem::state and Problem::rows of csrc/params.h."""
-
-
-class Inputs(NamedTuple):
-    """The tensors of one call, detached, on the CPU."""
-
-    audio: Tensor
-    text: Tensor
-    radius: Tensor | None
-    scale: Tensor
-    bias: Tensor | None
-    ids: Tensor | None
-    weight: Tensor | None
+TILING = {
+    dtype: Tiling(CPU_TILE, CPU_TILE_MINIMUM, 1, dtype.itemsize)
+    for dtype in (torch.float32, torch.float64)
+}
+"""By the accumulator's dtype: one panel, turned into weights in place."""
 
 
 class Call:
@@ -58,8 +42,8 @@ class Call:
         has_radius = inputs.radius is not None
         self.svr = options.support(has_radius)
         self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
-        self.grams = self.svr + self.mirror
-        self.layout = Layout.choose(N, self.grams, dtype.itemsize, options.workspace)
+        self.grams = grams(has_radius, options)
+        self.layout = Layout.choose(N, self.grams, TILING[dtype], options.workspace)
         self.products = self.choose_products()
         directions, sums = self.native.DIRECTIONS, self.native.SUMS
         assert STATE_ROWS == 3 * directions + self.native.ROWS
@@ -215,24 +199,11 @@ class Call:
 
 
 def saved_elements(
-    N: Any, D: int, has_radius: bool, options: Options, itemsize: int, keep: bool
+    N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
 ) -> Any:
-    """Length of the buffer that forward leaves for backward; N may be symbolic.
-
-    Kept panels, or (SigLIP) the gradients themselves, or PLACEHOLDER elements.
-    """
-    if not keep:
-        return PLACEHOLDER
-    if options.gradient_in_forward:
-        return 2 * N * D + N + 2
-    grams = options.support(has_radius) + options.mirror(has_radius)
-    return kept_elements(N, grams, itemsize, options.workspace)
-
-
-def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dA, dT (N, D), dR (N,) and (dk, db) as views of SigLIP's `saved`."""
-    dA, dT, dR, scalars = saved.split([N * D, N * D, N, 2])
-    return dA.view(N, D), dT.view(N, D), dR, scalars
+    """Length of the buffer that forward leaves for backward; N may be symbolic."""
+    wide = accumulator_dtype(dtype)
+    return contract.saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
 
 
 def forward(
@@ -244,7 +215,7 @@ def forward(
     """
     call = Call(inputs, options)
     N, D, dtype, keep = call.N, call.D, call.dtype, any(needs)
-    size = saved_elements(N, D, inputs.radius is not None, options, dtype.itemsize, keep)
+    size = saved_elements(N, D, dtype, inputs.radius is not None, options, keep)
     saved = torch.empty(size, dtype=dtype)
     if keep and options.gradient_in_forward:
         dA, dT, dR, scalars = split_gradients(saved.zero_(), N, D)
@@ -275,25 +246,15 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
     N, D = inputs.audio.shape
-    dA: Tensor | None
-    dT: Tensor | None
-    dR: Tensor | None
     if options.gradient_in_forward:
-        dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, N, D))
-        if inputs.radius is not None:
-            dR = dR[: inputs.radius.numel()].view(inputs.radius.shape).clone()
-    else:
-        call = Call(inputs, options, state)
-        call.start_gradients(upstream)
-        dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
-        dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
-        dR, scalars = call.gradients(dA, dT, kept_panels(saved))
-    values = (dA, dT, dR, scalars[0].clone(), scalars[1].clone())  # outputs share no memory
-    like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
-    return tuple(
-        value.to(x.dtype) if need and value is not None and x is not None else torch.empty(0)
-        for value, x, need in zip(values, like, needs, strict=True)
-    )
+        gradients = contract.reduced_gradients(inputs, saved, upstream)
+        return contract.returned(inputs, needs, *gradients)
+    call = Call(inputs, options, state)
+    call.start_gradients(upstream)
+    dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
+    dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
+    dR, scalars = call.gradients(dA, dT, kept_panels(saved))
+    return contract.returned(inputs, needs, dA, dT, dR, scalars)
 
 
 def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
@@ -302,9 +263,8 @@ def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Option
     size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
     cast, matrix = dtype != accumulator, N * D
     rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
-    grams = options.support(has_radius) + options.mirror(has_radius)
-    layout = Layout.choose(N, grams, size, options.workspace)
-    saved = saved_elements(N, D, has_radius, options, size, True) * size
+    layout = Layout.choose(N, grams(has_radius, options), TILING[accumulator], options.workspace)
+    saved = saved_elements(N, D, dtype, has_radius, options, True) * size
     state, factors = STATE_ROWS * N * size, (2 * module.DIRECTIONS + 2) * N * size
     rows = state + factors + (2 * module.DIRECTIONS + module.SUMS) * N * wide
     scratch = layout.scratch_elements * size

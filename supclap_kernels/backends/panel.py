@@ -13,6 +13,7 @@ Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for the logits of a sweep, 2 
 for the gradient.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -20,17 +21,21 @@ import torch
 from torch import Tensor
 
 from .products import AUDIO, TEXT, Products, rows
-from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 
 class Tile(NamedTuple):
-    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings; where its kept panel is."""
+    """Rows [i0, i0 + ni) against rows [j0, j0 + nj) of both embeddings; where its kept panel is.
+
+    A block of its panel has `size` elements, in rows of `ld`, of which (ni, nj) are in use.
+    """
 
     i0: int
     ni: int
     j0: int
     nj: int
     offset: int
+    ld: int
+    size: int
 
     @property
     def diagonal(self) -> bool:
@@ -45,34 +50,49 @@ class Tile(NamedTuple):
         return slice(self.j0, self.j0 + self.nj)
 
 
+class Tiling(NamedTuple):
+    """How a backend likes its tiles."""
+
+    largest: int
+    smallest: int
+    """of the sides, which are multiples of the smallest where the workspace decides"""
+    pad: int
+    """blocks of a panel are stored with both sides padded to a multiple of this"""
+    scratch: int
+    """bytes of working memory for each position of a block"""
+
+    def padded(self, n: Any) -> Any:
+        return (n + self.pad - 1) // self.pad * self.pad
+
+
 class Layout(NamedTuple):
     """How the N x N problem is cut, and what is kept. `grams` is how many of Q and K exist."""
 
     N: int
     grams: int
     side: int
+    tiling: Tiling
 
     @classmethod
-    def choose(cls, N: int, grams: int, itemsize: int, workspace: int) -> "Layout":
-        """Even tiles of at most CPU_TILE rows, smaller where a panel would exceed the workspace."""
-        side = CPU_TILE
-        while side > CPU_TILE_MINIMUM and (2 + grams) * side * side * itemsize > workspace:
-            side //= 2
-        count = -(-N // side)
-        even = -(-N // count)
-        return cls(N, grams, min(side, -(-even // 16) * 16))
+    def choose(cls, N: int, grams: int, tiling: Tiling, workspace: int) -> "Layout":
+        """Even tiles, as large as the backend likes them and the workspace holds them."""
+        fits = math.isqrt(workspace // ((2 + grams) * tiling.scratch))
+        side = min(tiling.largest, max(tiling.smallest, fits // tiling.smallest * tiling.smallest))
+        even = -(-N // -(-N // side))
+        step = max(16, tiling.pad)
+        return cls(N, grams, min(side, -(-even // step) * step), tiling)
 
     @property
     def scratch_elements(self) -> int:
         """One tile's panel."""
-        side = min(self.side, self.N)
+        side = min(self.side, self.tiling.padded(self.N))
         return (1 + (self.N > self.side) + self.grams) * side * side
 
     @property
     def panel_elements(self) -> int:
         """All panels together."""
         *_, last = self.tiles()
-        return last.offset + last.ni * last.nj * (1 + (not last.diagonal) + self.grams)
+        return last.offset + last.size * (1 + (not last.diagonal) + self.grams)
 
     def tiles(self) -> Iterator[Tile]:
         offset = 0
@@ -80,25 +100,28 @@ class Layout(NamedTuple):
             ni = min(self.side, self.N - i0)
             for j0 in range(i0, self.N, self.side):
                 nj = min(self.side, self.N - j0)
-                yield Tile(i0, ni, j0, nj, offset)
-                offset += ni * nj * ((1 if i0 == j0 else 2) + self.grams)
+                ld = self.tiling.padded(nj)
+                size = self.tiling.padded(ni) * ld
+                yield Tile(i0, ni, j0, nj, offset, ld, size)
+                offset += size * ((1 if i0 == j0 else 2) + self.grams)
 
 
 PLACEHOLDER = 2
 """Length of an empty `saved`: torch.compile treats sizes 0 and 1 apart and would compile twice."""
 
 
-def kept_elements(N: Any, grams: int, itemsize: int, workspace: int) -> Any:
+def kept_elements(N: Any, grams: int, itemsize: int, tiling: Tiling, workspace: int) -> Any:
     """Size of the panels that sweep 1 keeps for sweep 2: all of them, or PLACEHOLDER if too large.
 
     Written without a branch on N (an upper bound: N^2 for S, half of N^2 and the diagonal tiles for
     each of Q and K), so that torch.compile compiles once for every N.
     """
-    side = torch.sym_min(N, CPU_TILE)
+    N = tiling.padded(N)
+    side = torch.sym_min(N, tiling.largest)
     elements = N * N + grams * (N * N + N * side) // 2
-    scratch = (2 + grams) * side * side  # sweep 2 writes its weights beside what is kept
-    fits = torch.sym_min(1, workspace // ((elements + scratch) * itemsize))
-    return elements * fits + PLACEHOLDER
+    # Sweep 2 works beside what is kept.
+    needed = elements * itemsize + (2 + grams) * side * side * tiling.scratch
+    return elements * torch.sym_min(1, workspace // needed) + PLACEHOLDER
 
 
 def kept_panels(saved: Tensor) -> Tensor | None:
@@ -130,10 +153,10 @@ class Blocks(NamedTuple):
 
 def blocks(tile: Tile, grams: int, panel: Tensor) -> Blocks:
     """Views of the blocks at the start of `panel`."""
-    shape, strides, size = (tile.ni, tile.nj), (tile.nj, 1), tile.ni * tile.nj
+    shape, strides = (tile.ni, tile.nj), (tile.ld, 1)
     begin = int(panel.storage_offset())
     count = 2 - tile.diagonal + grams
-    views = [panel.as_strided(shape, strides, begin + n * size) for n in range(count)]
+    views = [panel.as_strided(shape, strides, begin + n * tile.size) for n in range(count)]
     return Blocks(
         views.pop(0),
         None if tile.diagonal else views.pop(0),

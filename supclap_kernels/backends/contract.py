@@ -1,0 +1,81 @@
+"""What every backend takes and returns: the tensors of a call, and those that pass from forward to
+backward."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from .panel import PLACEHOLDER, Tiling, kept_elements
+
+STATISTICS = 12
+"""Rows of `state` that hold (m, l, l without the positive) of four directions."""
+STATE_ROWS = STATISTICS + 10
+"""... and the geometry of the rows: Problem::state and Problem::rows of csrc/params.h."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, detached, on one device."""
+
+    audio: Tensor
+    text: Tensor
+    radius: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    ids: Tensor | None
+    weight: Tensor | None
+
+
+def grams(has_radius: bool, options: Options) -> int:
+    """How many of Q and K the mode needs."""
+    return options.support(has_radius) + options.mirror(has_radius)
+
+
+def saved_elements(
+    N: Any, D: int, has_radius: bool, options: Options, itemsize: int, keep: bool, tiling: Tiling
+) -> Any:
+    """Length of the buffer that forward leaves for backward; N may be symbolic.
+
+    Kept panels, or (SigLIP) the gradients themselves, or PLACEHOLDER elements.
+    """
+    if not keep:
+        return PLACEHOLDER
+    if options.gradient_in_forward:
+        return 2 * N * D + N + 2
+    return kept_elements(N, grams(has_radius, options), itemsize, tiling, options.workspace)
+
+
+def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dA, dT (N, D), dR (N,) and (dk, db) as views of SigLIP's `saved`."""
+    dA, dT, dR, scalars = saved.split([N * D, N * D, N, 2])
+    return dA.view(N, D), dT.view(N, D), dR, scalars
+
+
+def reduced_gradients(
+    inputs: Inputs, saved: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """SigLIP's gradients, kept for an upstream gradient of 1, times `upstream`."""
+    dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, *inputs.audio.shape))
+    if inputs.radius is not None:
+        dR = dR[: inputs.radius.numel()].view(inputs.radius.shape).clone()
+    return dA, dT, dR, scalars
+
+
+def returned(
+    inputs: Inputs,
+    needs: tuple[bool, ...],
+    dA: Tensor | None,
+    dT: Tensor | None,
+    dR: Tensor | None,
+    scalars: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
+    values = (dA, dT, dR, scalars[0].clone(), scalars[1].clone())  # outputs share no memory
+    like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
+    return tuple(
+        value.to(x.dtype)
+        if need and value is not None and x is not None
+        else scalars.new_empty(0, dtype=torch.float32)
+        for value, x, need in zip(values, like, needs, strict=True)
+    )
