@@ -128,7 +128,7 @@ def fused_svr_loss(
         backend,
         bool(return_stats),
     )
-    if dispatch.choose(backend, audio.device.type)[0] == "reference":
+    if dispatch.choose(backend, audio.device.type, audio.dtype)[0] == "reference":
         return svr_loss_reference(
             audio,
             text,

@@ -3,6 +3,7 @@
 Both kinds own the stacked operand: TEXT and AUDIO name its halves.
 """
 
+import functools
 from typing import Protocol
 
 import torch
@@ -93,6 +94,51 @@ class Bfloat16Products:
         left, right = (X.data_ptr(), X.stride(0)), (Y.data_ptr(), Y.stride(0))
         sizes = (M, N, K, accumulate, self.threads)
         self.module.bf16_multiply(*left, *right, out.data_ptr(), out.stride(0), *sizes)
+
+
+@functools.cache
+def accumulates_in_place(device: torch.device) -> bool:
+    """Whether the library adds products of bfloat16 to float32 without a copy: older versions of
+    PyTorch want a summand in the factors' dtype."""
+    out = torch.zeros(16, 16, device=device)
+    X = out.to(torch.bfloat16)
+    try:
+        torch.addmm(out, X, X, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
+
+
+class DeviceProducts:
+    """Products in the embeddings' own dtype, on the tensor cores, with float32 results.
+
+    CPU tensors (in Triton's interpreter) are raised to float32, and weights rounded to the dtype.
+    """
+
+    def __init__(self, T: Tensor, A: Tensor) -> None:
+        self.sides = (T, A)
+        self.wide = T.dtype == torch.float32
+        self.on_cpu = T.device.type == "cpu"
+
+    def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
+        X, Y = rows(self.sides[x], I), rows(self.sides[y], J).t()
+        if self.wide:
+            torch.mm(X, Y, out=out)  # [I, D] @ [D, J]
+        elif self.on_cpu:
+            torch.mm(X.float(), Y.float(), out=out)
+        else:
+            torch.mm(X, Y, out_dtype=torch.float32, out=out)
+
+    def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
+        Y = rows(self.sides[y], J)
+        if self.wide:
+            out.addmm_(W, Y)  # [., J] @ [J, D]
+        elif self.on_cpu:
+            out.addmm_(W.to(Y.dtype).float(), Y.float())
+        elif accumulates_in_place(out.device):
+            torch.addmm(out, W, Y, out_dtype=torch.float32, out=out)
+        else:
+            out += torch.mm(W, Y, out_dtype=torch.float32)
 
 
 def rounds_to_bfloat16() -> bool:

@@ -9,6 +9,8 @@ only what belongs to its rows is taken. Elsewhere one visit serves rows and colu
 with P and I with J turns what is done for one into what is done for the other.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -16,11 +18,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)
 """Finite: the difference of two hidden logits is 0, and not NaN."""
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""The interpreter multiplies and rounds only float32 correctly."""
+
 # Directions of the softmax, and rows of `rows` and `sums`, as in csrc/params.h; products in `sums`
 # are in the units of the logits.
 TEXT_ROWS, AUDIO_ROWS, SUPPORT_ROWS, OTHER_ROWS = (tl.constexpr(n) for n in range(4))
-TILE_C, OFFSET, TEXT_INVERSE, AUDIO_INVERSE = (tl.constexpr(n) for n in range(2, 6))
+GAP, C, TILE_C, OFFSET, TEXT_INVERSE = (tl.constexpr(n) for n in range(5))
+AUDIO_INVERSE, POSITIVE, STEP_TEXT, STEP_AUDIO, PANEL_POSITIVE = (
+    tl.constexpr(n) for n in range(5, 10)
+)
 BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO = (tl.constexpr(n) for n in range(6))
+SIMILARITY = tl.constexpr(4)
+"""After the directions, in partial results and `running`: sum of the negatives' logits, count."""
+STATE_M, STATE_L, STATE_OTHERS, ROWS = (tl.constexpr(n) for n in (0, 4, 8, 12))
+"""Where `state` (22, N) has m, l, l without the positive (each of 4 directions), and `rows`."""
 # Modes of the support vectors.
 NONE, ONE_SIDED, SHARED, MIRROR = (tl.constexpr(n) for n in range(4))
 
@@ -62,6 +74,13 @@ def log1p_unit(y):
 
 
 @triton.jit
+def logit_scale_2(scale):
+    """k log2(e); not 0, since sums of slope times logit are divided by it later."""
+    k2 = tl.load(scale).to(tl.float32) * LOG2E
+    return tl.where(k2 == 0.0, 1e-30, k2)
+
+
+@triton.jit
 def reduce_direction(z, out, at, plane, mask, AXIS: tl.constexpr, INFONCE: tl.constexpr):
     """out[at] = m, out[at + plane] = l of the logits z along AXIS.
 
@@ -75,6 +94,17 @@ def reduce_direction(z, out, at, plane, mask, AXIS: tl.constexpr, INFONCE: tl.co
         l = tl.sum(tl.maximum(z, 0.0) / LOG2E + log1p_unit(e), AXIS)
     tl.store(out + at, m, mask=mask)
     tl.store(out + at + plane, l, mask=mask)
+
+
+@triton.jit
+def merge_pair(m, l, m_new, l_new, INFONCE: tl.constexpr):
+    """(m, l) + (m_new, l_new)."""
+    top = tl.maximum(m, m_new)
+    if INFONCE:
+        l = l * tl.exp2(m - top) + l_new * tl.exp2(m_new - top)
+    else:
+        l += l_new
+    return top, l
 
 
 @triton.jit
@@ -117,6 +147,43 @@ def side_statistics(
             c, inverse, offset = support_rows(rows, TEXT_INVERSE, other, in_other, N, 1 - AXIS)
             x = support_logit(P, Q, c, inverse, offset) + b
             reduce_direction(x, out + 2 * OTHER_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
+
+
+@triton.jit
+def tile_statistics(
+    S, P, Q, K, rows, b,
+    i, j, in_i, in_j,
+    part_i, at_i, plane_i,  # of the tile's rows, as in `side_statistics`
+    part_j, at_j, plane_j,  # of its columns; not written on the diagonal
+    N,
+    DIAGONAL: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Partial (m, l) of the negatives of every direction; STATS: and what SIMILARITY gathers."""
+    side_statistics(
+        S, P, Q, K, rows, b, i, j, in_i, in_j, part_i, at_i, plane_i, N, 1, MODE, INFONCE
+    )
+    if not DIAGONAL:
+        side_statistics(
+            P, S, Q, K, rows, b, j, i, in_j, in_i, part_j, at_j, plane_j, N, 0, MODE, INFONCE
+        )
+    if STATS:
+        counted = not (S <= 0.5 * HIDDEN)  # NaN counts
+        both = tl.where(counted, S, 0.0)
+        pairs = counted.to(tl.float32)
+        if not DIAGONAL:
+            both, pairs = both + tl.where(counted, P, 0.0), 2.0 * pairs
+        at = part_i + 2 * SIMILARITY * plane_i + at_i
+        tl.store(at, tl.sum(both, 1), mask=in_i)
+        tl.store(at + plane_i, tl.sum(pairs, 1), mask=in_i)
+
+
+@triton.jit
+def store_positives(S, rows, b, i, j, in_i, N):
+    """The logits of the positives as this product gave them: what the ranks are compared with."""
+    own = i[:, None] == j[None, :]
+    z = tl.sum(tl.where(own, S, 0.0), 1) + b
+    inside = in_i & (tl.max(own.to(tl.int32), 1) == 1)
+    tl.store(rows + PANEL_POSITIVE * N + i, z, mask=inside)
 
 
 @triton.jit
@@ -172,3 +239,86 @@ def half_weights(
         W += (1.0 - c) * u
         V_T = c * u
     return W, V_A, V_T, base, bias, rho_t, rho_a, support_t, support_a
+
+
+@triton.jit
+def add_sum(sums, kind, plane, at, tile, mask, AXIS: tl.constexpr):
+    tl.store(sums + kind * plane + at, tl.sum(tile, AXIS), mask=mask)
+
+
+@triton.jit
+def tile_weights(
+    S, P, Q, K, rows, factors, b,
+    i, j, in_i, in_j,
+    out, block,  # where the weights of S go, and from block to block
+    sums_i, at_i, plane_i,  # (6, slots, ni): BASE ... SUPPORT_AUDIO of the tile's rows, in planes
+    sums_j, at_j, plane_j,  # of its columns, RHO_TEXT and on; not written on the diagonal
+    N,
+    DIAGONAL: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
+):  # fmt: skip
+    """Weights of A_J in dT_I (S's block), T_J in dA_I (P's), A_J in dA_I, T_J in dT_I; and sums."""
+    W, V_A, V_T, base, total, rho_t, rho_a, support_t, support_a = half_weights(
+        S, Q, K, rows, factors, b, i, j, in_i, in_j, N, 1, MODE, INFONCE
+    )
+    X, V_A2, V_T2, base2, total2, rho_t2, rho_a2, support_t2, support_a2 = half_weights(
+        P, Q, K, rows, factors, b, j, i, in_j, in_i, N, 0, MODE, INFONCE
+    )
+    dtype = out.dtype.element_ty
+    tl.store(out, W.to(dtype))
+    if not DIAGONAL:
+        out += block
+        tl.store(out, X.to(dtype))
+        base, total = base + base2, total + total2
+    if MODE != NONE:
+        tl.store(out + block, (V_A + V_A2).to(dtype))
+    if MODE == MIRROR:
+        tl.store(out + 2 * block, (V_T + V_T2).to(dtype))
+    add_sum(sums_i, BASE, plane_i, at_i, base, in_i, 1)
+    add_sum(sums_i, BIAS, plane_i, at_i, total, in_i, 1)
+    if MODE != NONE:
+        add_sum(sums_i, RHO_TEXT, plane_i, at_i, rho_t, in_i, 1)
+        add_sum(sums_i, SUPPORT_TEXT, plane_i, at_i, support_t, in_i, 1)
+    if MODE == MIRROR:
+        add_sum(sums_i, RHO_AUDIO, plane_i, at_i, rho_a2, in_i, 1)
+        add_sum(sums_i, SUPPORT_AUDIO, plane_i, at_i, support_a2, in_i, 1)
+    if not DIAGONAL:
+        if MODE != NONE:
+            add_sum(sums_j, RHO_TEXT, plane_j, at_j, rho_t2, in_j, 0)
+            add_sum(sums_j, SUPPORT_TEXT, plane_j, at_j, support_t2, in_j, 0)
+        if MODE == MIRROR:
+            add_sum(sums_j, RHO_AUDIO, plane_j, at_j, rho_a, in_j, 0)
+            add_sum(sums_j, SUPPORT_AUDIO, plane_j, at_j, support_a, in_j, 0)
+
+
+@triton.jit
+def tile_epilogue(
+    S, P, Q, K,  # inner products, float32
+    state, ids, scale, bias,
+    i0, x, ni, j0, y, nj,  # the tile pair's first row and column, and what this tile has of them
+    slot_i, slots_i, slot_j, slots_j,  # this tile's slots in the partial results of rows, columns
+    part_i, part_j,  # (5, 2, slots, n) float32, or None: no statistics
+    factors, out, block, sums_i, sums_j,  # as in `tile_weights`; None: no weights
+    N,
+    DIAGONAL: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """All that happens to one tile of products."""
+    rows = state + ROWS * N
+    k2 = logit_scale_2(scale)
+    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    i, j, in_i, in_j = i0 + x, j0 + y, x < ni, y < nj
+    S, P, Q, K = k2 * S, k2 * P, k2 * Q, k2 * K
+    if DIAGONAL and STATS:
+        store_positives(S, rows, b, i, j, in_i, N)
+    S, P, Q, K = hide(S, P, Q, K, i, j, in_i, in_j, ids, DIAGONAL)
+    at_i, plane_i = slot_i.to(tl.int64) * ni + x, slots_i.to(tl.int64) * ni
+    at_j, plane_j = slot_j.to(tl.int64) * nj + y, slots_j.to(tl.int64) * nj
+    if part_i is not None:
+        tile_statistics(
+            S, P, Q, K, rows, b, i, j, in_i, in_j, part_i, at_i, plane_i, part_j, at_j, plane_j,
+            N, DIAGONAL, MODE, INFONCE, STATS,
+        )  # fmt: skip
+    if out is not None:
+        tile_weights(
+            S, P, Q, K, rows, factors, b, i, j, in_i, in_j, out, block,
+            sums_i, at_i, plane_i, sums_j, at_j, plane_j, N, DIAGONAL, MODE, INFONCE,
+        )  # fmt: skip

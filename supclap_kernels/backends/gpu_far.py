@@ -1,0 +1,102 @@
+"""Launches the kernels of triton_far.py, without asking the device how many far rows there are."""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tiles
+from . import triton_far as kernels
+from .triton_tiles import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
+
+FAR, BLOCK_J, CHUNK = tiles.FAR_ROWS, tiles.FAR_COLUMNS, tiles.FAR_CHUNK
+BLOCK_D = tiles.OPERAND_COLUMNS
+
+
+class FarRows:
+    """The far rows of one call. `fixed` are (state, ids, scale, bias) of every kernel."""
+
+    def __init__(
+        self,
+        T: Tensor,
+        A: Tensor,
+        fixed: tuple[Tensor | None, ...],
+        mode: int,
+        infonce: bool,
+    ) -> None:
+        self.N, self.width = N, width = T.shape
+        self.mode, self.infonce, self.fixed = mode, infonce, fixed
+        assert fixed[0] is not None
+        self.state: Tensor = fixed[0]
+        # (direction of the softmax, rows that move, rows they are compared with)
+        self.sides = [(SUPPORT_ROWS.value, T, A)]
+        if mode == MIRROR.value:
+            self.sides.append((OTHER_ROWS.value, A, T))
+        self.index = torch.empty(N, dtype=torch.int32, device=T.device)
+        self.count = torch.empty((), dtype=torch.int32, device=T.device)
+        kernels.list_far[(1,)](self.state, self.index, self.count, N, BLOCK=1024, num_warps=4)
+        self.blocks = triton.cdiv(N, FAR)
+        self.max_splits = triton.cdiv(N, tiles.FAR_SPLIT)
+        self.chunks = triton.cdiv(width, CHUNK)
+
+    def rows(
+        self, factors: Tensor | None, running: Tensor | None = None, sums: Tensor | None = None
+    ) -> None:
+        """The statistics of the far rows into `running`, or, with factors, their sums to `sums`."""
+        part = self.state.new_empty(3, self.blocks * FAR)
+        share = (self.N, self.blocks, self.max_splits)
+        for direction, X, Y in self.sides:
+            kernels.far_rows[(self.blocks,)](
+                X, Y, *self.fixed, self.index, self.count, factors, part,
+                self.N, self.width, self.blocks, self.max_splits,
+                DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
+                FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2,
+            )  # fmt: skip
+            kernels.merge_far_rows[(self.blocks,)](
+                part, self.index, self.count, running, sums, *share,
+                DIRECTION=direction, INFONCE=self.infonce, FAR=FAR, BLOCK_J=BLOCK_J, num_warps=1,
+            )  # fmt: skip
+
+    def columns(
+        self,
+        direction: int,
+        X: Tensor,
+        Y: Tensor,
+        factors: Tensor | None,
+        running: Tensor | None,
+        dY: Tensor | None,
+    ) -> None:
+        grid = (triton.cdiv(self.N, BLOCK_J), 1 if factors is None else self.chunks)
+        kernels.far_columns[grid](
+            X, Y, *self.fixed, self.index, self.count, factors, running, dY, self.N, self.width,
+            DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
+            FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+    def statistics(self, running: Tensor) -> None:
+        """Put the far rows' (m, l) of the negatives into `running` (10, N)."""
+        self.rows(None, running=running)
+        if self.mode == SHARED.value:
+            self.columns(*self.sides[0], None, running, None)
+
+    def gradients(
+        self, factors: Tensor, sums: Tensor, dT: Tensor | None, dA: Tensor | None
+    ) -> None:
+        """Add what the far rows' products give to dT, dA (N, width; None: frozen) and `sums`."""
+        self.rows(factors, sums=sums)
+        capacity = min(self.blocks, tiles.FAR_PARTS)
+        part = self.state.new_empty(capacity * FAR, self.width)
+        share = (self.N, self.width, capacity, self.max_splits)
+        grid = (self.blocks, self.chunks)
+        for direction, X, Y in self.sides:
+            dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
+            kernels.far_gradient[grid](
+                X, Y, *self.fixed, self.index, self.count, factors, part, dX, dY, *share,
+                DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
+                FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_warps=4, num_stages=2,
+            )  # fmt: skip
+            kernels.add_far_gradient[grid](
+                part, self.index, self.count, self.state, dX, dY, *share,
+                FAR=FAR, BLOCK_J=BLOCK_J, CHUNK=CHUNK, num_warps=4,
+            )  # fmt: skip
+            if dY is not None:
+                self.columns(direction, X, Y, factors, None, dY)

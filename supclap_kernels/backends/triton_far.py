@@ -1,0 +1,345 @@
+"""Rows with a small gap in Triton: their support vectors are taken literally, in IEEE float32.
+
+The tiles skip these rows (OFFSET). Here s = x + c (y_own - x) is built from the rows and multiplied
+out, for SUPPORT_ROWS with X, Y = T, A and, in `mirror`, for OTHER_ROWS with X, Y = A, T. Which rows
+they are is known on the device alone (`list_far`): every grid is as large as if all were far, and
+programs without work return at once. Few far rows leave many programs idle, so the compared rows
+are split among them.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    AUDIO_INVERSE,
+    BIAS,
+    HIDDEN,
+    LOG2E,
+    OFFSET,
+    OTHER_ROWS,
+    RHO_AUDIO,
+    RHO_TEXT,
+    ROWS,
+    SHARED,
+    SUPPORT_AUDIO,
+    SUPPORT_ROWS,
+    SUPPORT_TEXT,
+    TEXT_INVERSE,
+    C,
+    log1p_unit,
+    logit_scale_2,
+    merge_pair,
+    slope,
+)
+
+
+@triton.jit(do_not_specialize=["N"])
+def list_far(state, index, count, N, BLOCK: tl.constexpr):
+    """index (N,) int32: the far rows, in order; count () int32: how many. One program."""
+    total = 0
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        offset = tl.load(state + (ROWS + OFFSET) * N + i, mask=i < N, other=0.0)
+        far = (offset != 0.0).to(tl.int32)
+        tl.store(index + total + tl.cumsum(far, 0) - 1, i, mask=far == 1)
+        total += tl.sum(far, 0)
+    tl.store(count, total)
+
+
+@triton.jit
+def far_share(index, count, capacity, max_splits, N, FAR: tl.constexpr, BLOCK_J: tl.constexpr):
+    """This program's far rows n of the list, i of the batch, and its range of compared rows.
+
+    `capacity` programs have a slot for results; slot < 0: this one has no work.
+    """
+    total = tl.load(count)
+    blocks = tl.maximum(tl.cdiv(total, FAR), 1)
+    splits = tl.maximum(tl.minimum(capacity // blocks, max_splits), 1)
+    program = tl.program_id(0)
+    busy = (total > 0) & (program < blocks * splits)
+    n = (program % blocks) * FAR + tl.arange(0, FAR)
+    in_i = n < total
+    i = tl.load(index + n, mask=in_i, other=0)
+    width = tl.cdiv(tl.cdiv(N, splits), BLOCK_J) * BLOCK_J
+    start = (program // blocks) * width
+    slot = tl.where(busy, program, -1)
+    return slot, i, in_i, start, tl.minimum(start + width, N), splits, blocks
+
+
+@triton.jit
+def load_rows(X, i, inside, d0, width, BLOCK_D: tl.constexpr):
+    """Rows i, columns from d0, float32."""
+    d = d0 + tl.arange(0, BLOCK_D)
+    at = X + i.to(tl.int64)[:, None] * width + d[None, :]
+    return tl.load(at, mask=inside[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def far_products(
+    X, Y, c, i, j, in_i, in_j, width,
+    STEP: tl.constexpr, FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """<s_i, y_j> (FAR, BLOCK_J) and, with STEP, <y_i - x_i, y_j>."""
+    s_y = tl.zeros([FAR, BLOCK_J], tl.float32)
+    e_y = s_y
+    for d0 in range(0, width, BLOCK_D):
+        x = load_rows(X, i, in_i, d0, width, BLOCK_D)
+        e = load_rows(Y, i, in_i, d0, width, BLOCK_D) - x
+        y = load_rows(Y, j, in_j, d0, width, BLOCK_D).T
+        s_y = tl.dot(x + c[:, None] * e, y, s_y, input_precision="ieee")  # [FAR, D] @ [D, J]
+        if STEP:
+            e_y = tl.dot(e, y, e_y, input_precision="ieee")
+    return s_y, e_y
+
+
+@triton.jit
+def far_row_scalars(state, i, in_i, N, DIRECTION: tl.constexpr):
+    """c and 1 / |s|."""
+    inverse_row = TEXT_INVERSE if DIRECTION == SUPPORT_ROWS else AUDIO_INVERSE
+    c = tl.load(state + (ROWS + C) * N + i, mask=in_i, other=0.0)
+    return c, tl.load(state + (ROWS + inverse_row) * N + i, mask=in_i, other=0.0)
+
+
+@triton.jit
+def kept(i, j, in_i, in_j, ids):
+    """Which pairs are negatives."""
+    keep = in_i[:, None] & in_j[None, :] & (i[:, None] != j[None, :])
+    if ids is not None:
+        id_i, id_j = tl.load(ids + i, mask=in_i, other=0), tl.load(ids + j, mask=in_j, other=0)
+        keep = keep & (id_i[:, None] != id_j[None, :])
+    return keep
+
+
+@triton.jit
+def far_slopes(
+    product, factors, b, k2, i, j, in_i, in_j, ids, N,
+    DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
+):  # fmt: skip
+    """Slopes h towards the logits k2 product + b of far rows; 0 where a pair does not count."""
+    z = k2 * product
+    h = slope(z + b, factors, DIRECTION, i, in_i, N, 1, INFONCE)
+    if MODE == SHARED:
+        h += slope(z, factors, OTHER_ROWS, j, in_j, N, 0, INFONCE)
+    return tl.where(kept(i, j, in_i, in_j, ids), h, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=["N", "capacity", "max_splits"],
+    do_not_specialize_on_alignment=["scale", "bias", "ids"],
+)
+def far_rows(
+    X, Y,  # (N, width) operands
+    state, ids, scale, bias, index, count,
+    factors,  # None: sweep 1
+    part,  # (3, capacity FAR) float32: m, l;  with factors: sums of rho, support, bias
+    N, width, capacity, max_splits,
+    DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics, or sums of the gradient, of FAR far rows."""
+    slot, i, in_i, start, end, _, _ = far_share(index, count, capacity, max_splits, N, FAR, BLOCK_J)
+    if slot < 0:
+        return
+    k2 = logit_scale_2(scale)
+    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
+    first = tl.zeros([FAR], tl.float32) + (HIDDEN if factors is None else 0.0)
+    second, third = tl.zeros([FAR], tl.float32), tl.zeros([FAR], tl.float32)
+    for j0 in range(start, end, BLOCK_J):
+        j = j0 + tl.arange(0, BLOCK_J)
+        in_j = j < end
+        product, e_y = far_products(
+            X, Y, c, i, j, in_i, in_j, width, factors is not None, FAR, BLOCK_J, BLOCK_D
+        )
+        product *= inverse[:, None]
+        if factors is None:
+            z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product + b, HIDDEN)
+            m = tl.max(z, 1)
+            if INFONCE:
+                l = tl.sum(tl.exp2(z - m[:, None]), 1)
+            else:
+                softplus = tl.maximum(z, 0.0) / LOG2E + log1p_unit(tl.exp2(-tl.abs(z)))
+                l = tl.sum(softplus, 1)
+            first, second = merge_pair(first, second, m, l, INFONCE)
+        else:
+            h = far_slopes(
+                product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE
+            )
+            first += tl.sum(h * (k2 * e_y), 1)
+            second += tl.sum(h * (k2 * product), 1)
+            third += tl.sum(h, 1)
+    at = part + slot * FAR + tl.arange(0, FAR)
+    plane = capacity * FAR
+    tl.store(at, first)
+    tl.store(at + plane, second)
+    if factors is not None:
+        tl.store(at + 2 * plane, third)
+
+
+@triton.jit(do_not_specialize=["N", "capacity", "max_splits"])
+def merge_far_rows(
+    part, index, count,
+    running,  # (10, N) or None
+    sums,  # (6, N) or None
+    N, capacity, max_splits,
+    DIRECTION: tl.constexpr, INFONCE: tl.constexpr, FAR: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The parts of `far_rows`, in order, into the running statistics (replacing what the tiles saw
+    of hidden logits), or added to the sums."""
+    slot, i, in_i, _, _, splits, blocks = far_share(
+        index, count, capacity, max_splits, N, FAR, BLOCK_J
+    )
+    if (slot < 0) | (slot >= blocks):
+        return
+    plane = capacity * FAR
+    first = tl.zeros([FAR], tl.float32) + (HIDDEN if sums is None else 0.0)
+    second, third = tl.zeros([FAR], tl.float32), tl.zeros([FAR], tl.float32)
+    at = part + slot * FAR + tl.arange(0, FAR)
+    for _ in range(0, splits):
+        if sums is None:
+            m, l = tl.load(at), tl.load(at + plane)
+            first, second = merge_pair(first, second, m, l, INFONCE)
+        else:
+            first += tl.load(at)
+            second += tl.load(at + plane)
+            third += tl.load(at + 2 * plane)
+        at += blocks * FAR
+    if sums is None:
+        tl.store(running + 2 * DIRECTION * N + i, first, mask=in_i)
+        tl.store(running + (2 * DIRECTION + 1) * N + i, second, mask=in_i)
+    else:
+        rho = sums + (RHO_TEXT if DIRECTION == SUPPORT_ROWS else RHO_AUDIO) * N + i
+        support = sums + (SUPPORT_TEXT if DIRECTION == SUPPORT_ROWS else SUPPORT_AUDIO) * N + i
+        tl.store(rho, first + tl.load(rho, mask=in_i, other=0.0), mask=in_i)
+        tl.store(support, second + tl.load(support, mask=in_i, other=0.0), mask=in_i)
+        bias = sums + BIAS * N + i
+        tl.store(bias, third + tl.load(bias, mask=in_i, other=0.0), mask=in_i)
+
+
+@triton.jit
+def add_motion(ds, c, i, in_i, d, dX, dY, width):
+    """dX_i += (1 - c) ds_i, dY_i += c ds_i in the columns d."""
+    inside = in_i[:, None] & (d < width)[None, :]
+    row = i.to(tl.int64)[:, None] * width + d[None, :]
+    if dX is not None:
+        x = tl.load(dX + row, mask=inside, other=0.0)
+        tl.store(dX + row, x + (1.0 - c)[:, None] * ds, mask=inside)
+    if dY is not None:
+        y = tl.load(dY + row, mask=inside, other=0.0)
+        tl.store(dY + row, y + c[:, None] * ds, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["N", "capacity", "max_splits"],
+    do_not_specialize_on_alignment=["scale", "bias", "ids"],
+)
+def far_gradient(
+    X, Y, state, ids, scale, bias, index, count, factors,
+    part,  # (capacity FAR, width) float32: ds_i = sum_j h_ij y_j / |s_i| over a range of j
+    dX, dY,  # (N, width) float32 or None; written here if the range is all
+    N, width, capacity, max_splits,
+    DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the far support vectors; program_id(1) is a chunk of CHUNK columns."""
+    slot, i, in_i, start, end, splits, _ = far_share(
+        index, count, capacity, max_splits, N, FAR, BLOCK_J
+    )
+    if slot < 0:
+        return
+    k2 = logit_scale_2(scale)
+    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
+    total = tl.zeros([FAR, CHUNK], tl.float32)
+    d0 = tl.program_id(1) * CHUNK
+    for j0 in range(start, end, BLOCK_J):
+        j = j0 + tl.arange(0, BLOCK_J)
+        in_j = j < end
+        product, _ = far_products(X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D)
+        product *= inverse[:, None]
+        h = far_slopes(product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE)
+        y = load_rows(Y, j, in_j, d0, width, CHUNK)
+        total = tl.dot(h, y, total, input_precision="ieee")  # [FAR, J] @ [J, CHUNK]
+    total *= inverse[:, None]
+    d = d0 + tl.arange(0, CHUNK)
+    if splits == 1:
+        add_motion(total, c, i, in_i, d, dX, dY, width)
+    else:
+        n = (slot * FAR + tl.arange(0, FAR)).to(tl.int64)
+        tl.store(part + n[:, None] * width + d[None, :], total, mask=(d < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "capacity", "max_splits"])
+def add_far_gradient(
+    part, index, count, state, dX, dY, N, width, capacity, max_splits,
+    FAR: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The parts of `far_gradient`, in order, into dX and dY."""
+    slot, i, in_i, _, _, splits, blocks = far_share(
+        index, count, capacity, max_splits, N, FAR, BLOCK_J
+    )
+    if (slot < 0) | (slot >= blocks) | (splits == 1):
+        return
+    c = tl.load(state + (ROWS + C) * N + i, mask=in_i, other=0.0)
+    d = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    n = (slot * FAR + tl.arange(0, FAR)).to(tl.int64)
+    at = part + n[:, None] * width + d[None, :]
+    ds = tl.zeros([FAR, CHUNK], tl.float32)
+    for _ in range(0, splits):
+        ds += tl.load(at, mask=(d < width)[None, :], other=0.0)
+        at += blocks.to(tl.int64) * FAR * width
+    add_motion(ds, c, i, in_i, d, dX, dY, width)
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["scale", "bias", "ids"])
+def far_columns(
+    X, Y, state, ids, scale, bias, index, count,
+    factors,  # None: sweep 1
+    running,  # sweep 1, `shared`: OTHER_ROWS, where the compared rows have the far support vectors
+              # as negatives
+    dY,  # sweep 2: (N, width) float32
+    N, width,
+    DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_J compared rows get from all far rows: their (m, l), or dY_j += sum_i H_ij s_i."""
+    total = tl.load(count)
+    if total == 0:
+        return
+    k2 = logit_scale_2(scale)
+    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    in_j = j < N
+    d0 = tl.program_id(1) * CHUNK
+    d = d0 + tl.arange(0, CHUNK)
+    inside = in_j[:, None] & (d < width)[None, :]
+    row = j.to(tl.int64)[:, None] * width + d[None, :]
+    if factors is None:
+        at = running + 2 * OTHER_ROWS * N + j
+        m, l = tl.load(at, mask=in_j, other=0.0), tl.load(at + N, mask=in_j, other=0.0)
+    else:
+        dy = tl.load(dY + row, mask=inside, other=0.0)
+    for n0 in range(0, total, FAR):
+        n = n0 + tl.arange(0, FAR)
+        in_i = n < total
+        i = tl.load(index + n, mask=in_i, other=0)
+        c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
+        product, _ = far_products(X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D)
+        product *= inverse[:, None]
+        if factors is None:
+            z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product, HIDDEN)
+            m_new = tl.max(z, 0)
+            m, l = merge_pair(m, l, m_new, tl.sum(tl.exp2(z - m_new[None, :]), 0), INFONCE)
+        else:
+            h = far_slopes(
+                product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE
+            )
+            x = load_rows(X, i, in_i, d0, width, CHUNK)
+            s = x + c[:, None] * (load_rows(Y, i, in_i, d0, width, CHUNK) - x)
+            h *= inverse[:, None]
+            dy = tl.dot(h.T, s, dy, input_precision="ieee")  # [J, FAR] @ [FAR, CHUNK]
+    if factors is None:
+        tl.store(at, m, mask=in_j)
+        tl.store(at + N, l, mask=in_j)
+    else:
+        tl.store(dY + row, dy, mask=inside)
