@@ -109,10 +109,11 @@ class Call:
         as_given = X.is_contiguous() and self.width == self.D and X.data_ptr() % 16 == 0
         if as_given and not normalize:
             return X
+        length = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32) if normalize else None
         dtype = weights_dtype(self.dtype) if normalize else self.dtype
         out = torch.empty(self.N, self.width, dtype=dtype, device=self.device)
         pack_rows[self.row_grid](
-            X, *X.stride(), out, self.N, self.D, self.width, NORMALIZE=normalize, **ROW_GRID
+            X, *X.stride(), length, out, self.N, self.D, self.width, **ROW_GRID
         )
         return out.to(self.dtype)
 
@@ -163,6 +164,7 @@ class Call:
         block = self.blocks(weights)
         grid = (triton.cdiv(tile.ni, block.i), triton.cdiv(tile.nj, block.j))
         place: tuple[int, ...] = tile[:4]
+        source: tuple[Tensor | None, ...]
         constants: dict[str, Any] = {
             "BLOCK_I": block.i, "BLOCK_J": block.j, "DIAGONAL": tile.diagonal,
             "MODE": self.mode, "INFONCE": self.infonce, "STATS": self.options.stats,

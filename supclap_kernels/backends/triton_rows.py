@@ -46,29 +46,23 @@ LARGEST_WEIGHT = tl.constexpr(2.0**14)
 
 @triton.jit(do_not_specialize=["N"])
 def pack_rows(
-    X, stride_n, stride_d, out, N, D, width,
-    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    X, stride_n, stride_d,
+    length,  # (N,) float32 or None: what each row is divided by
+    out, N, D, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out (N, width) = the rows X (N, D), of any strides, zero beyond D; over their lengths if
-    NORMALIZE."""
+    """out (N, width): the rows X (N, D), of any strides, contiguous and zero beyond D."""
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i[:, None] < N
-    row = X + i.to(tl.int64)[:, None] * stride_n
-    length = tl.full([BLOCK_N], 1.0, tl.float32)
-    if NORMALIZE:
-        square = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for d0 in range(0, D, BLOCK_D):
-            d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-            x = tl.load(row + d * stride_d, mask=inside & (d < D), other=0.0).to(tl.float32)
-            square += x * x
-        length = tl.maximum(tl.sqrt(tl.sum(square, 1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    row = i.to(tl.int64)[:, None]
     for d0 in range(0, width, BLOCK_D):
         d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-        x = tl.load(row + d * stride_d, mask=inside & (d < D), other=0.0)
-        if NORMALIZE:
-            x = x.to(tl.float32) / length[:, None]
-        at = out + i.to(tl.int64)[:, None] * width + d
-        tl.store(at, x.to(out.dtype.element_ty), mask=inside)
+        x = tl.load(X + row * stride_n + d * stride_d, mask=inside & (d < D), other=0.0)
+        if length is not None:
+            # As F.normalize divides: where gaps are small, its roundings are the row.
+            of = tl.maximum(tl.load(length + i, mask=i < N, other=1.0), 1e-12,
+                            propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+            x = tl.div_rn(x.to(tl.float32), of[:, None])
+        tl.store(out + row * width + d, x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -167,11 +167,11 @@ def tile_statistics(
             P, S, Q, K, rows, b, j, i, in_j, in_i, part_j, at_j, plane_j, N, 0, MODE, INFONCE
         )
     if STATS:
-        counted = not (S <= 0.5 * HIDDEN)  # NaN counts
-        both = tl.where(counted, S, 0.0)
-        pairs = counted.to(tl.float32)
+        hidden = S <= 0.5 * HIDDEN  # NaN is not
+        both = tl.where(hidden, 0.0, S)
+        pairs = tl.where(hidden, 0.0, 1.0)
         if not DIAGONAL:
-            both, pairs = both + tl.where(counted, P, 0.0), 2.0 * pairs
+            both, pairs = both + tl.where(hidden, 0.0, P), 2.0 * pairs
         at = part_i + 2 * SIMILARITY * plane_i + at_i
         tl.store(at, tl.sum(both, 1), mask=in_i)
         tl.store(at + plane_i, tl.sum(pairs, 1), mask=in_i)
