@@ -44,6 +44,14 @@ class Scratch(NamedTuple):
     sums_j: Tensor | None
 
 
+def architecture(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED.value else dtype
 
@@ -121,7 +129,8 @@ class Call:
     def blocks(self, weights: bool) -> tiles.Blocks:
         """Of the kernel that reads or makes the logits in a sweep."""
         if self.fused:
-            return tiles.tile_blocks(self.dtype, self.precision == "ieee")
+            kind = "ieee" if self.dtype == torch.float32 and self.precision == "ieee" else "mma"
+            return tiles.tile_blocks(kind, self.dtype.itemsize, architecture(self.device))
         return tiles.PANEL_WEIGHTS if weights else tiles.PANEL_STATISTICS
 
     @property

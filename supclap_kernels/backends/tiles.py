@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 CPU_TILE = 512
 """Side of a tile of the Gram matrix on a CPU: float32 products of 512 x 512 x 512 reach the
 library's full rate, and the three blocks of a tile (3 MiB) stay in the last-level cache between
@@ -49,8 +47,8 @@ FAR_SPLIT, FAR_PARTS = 512, 128
 """Compared rows of a program at least, and how many programs may leave partial gradients."""
 
 
-def tile_blocks(dtype: torch.dtype, ieee: bool) -> Blocks:
-    """Blocks of the tile kernels."""
-    if dtype == torch.float32 and ieee:
+def tile_blocks(kind: str, itemsize: int, arch: int) -> Blocks:
+    """Blocks of the tile kernels. `kind`: "ieee" (float32 on the CUDA cores) or "mma"."""
+    if kind == "ieee":
         return Blocks(64, 64, 32, warps=8, stages=2)
-    return Blocks(64, 64, 64 if dtype.itemsize == 2 else 32, warps=8, stages=3)
+    return Blocks(64, 64, 128 // itemsize if arch >= 90 else 64 // itemsize, warps=8, stages=3)

@@ -137,7 +137,9 @@ def far_rows(
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics, or sums of the gradient, of FAR far rows."""
-    slot, i, in_i, start, end, _, _ = far_share(index, count, capacity, max_splits, N, FAR, BLOCK_J)
+    slot, i, in_i, start, end, _splits, _blocks = far_share(
+        index, count, capacity, max_splits, N, FAR, BLOCK_J
+    )
     if slot < 0:
         return
     k2 = logit_scale_2(scale)
@@ -186,7 +188,7 @@ def merge_far_rows(
 ):  # fmt: skip
     """The parts of `far_rows`, in order, into the running statistics (replacing what the tiles saw
     of hidden logits), or added to the sums."""
-    slot, i, in_i, _, _, splits, blocks = far_share(
+    slot, i, in_i, _start, _end, splits, blocks = far_share(
         index, count, capacity, max_splits, N, FAR, BLOCK_J
     )
     if (slot < 0) | (slot >= blocks):
@@ -242,7 +244,7 @@ def far_gradient(
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the far support vectors; program_id(1) is a chunk of CHUNK columns."""
-    slot, i, in_i, start, end, splits, _ = far_share(
+    slot, i, in_i, start, end, splits, _blocks = far_share(
         index, count, capacity, max_splits, N, FAR, BLOCK_J
     )
     if slot < 0:
@@ -255,7 +257,9 @@ def far_gradient(
     for j0 in range(start, end, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         in_j = j < end
-        product, _ = far_products(X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D)
+        product, _unused = far_products(
+            X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D
+        )
         product *= inverse[:, None]
         h = far_slopes(product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE)
         y = load_rows(Y, j, in_j, d0, width, CHUNK)
@@ -275,7 +279,7 @@ def add_far_gradient(
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The parts of `far_gradient`, in order, into dX and dY."""
-    slot, i, in_i, _, _, splits, blocks = far_share(
+    slot, i, in_i, _start, _end, splits, blocks = far_share(
         index, count, capacity, max_splits, N, FAR, BLOCK_J
     )
     if (slot < 0) | (slot >= blocks) | (splits == 1):
@@ -324,7 +328,9 @@ def far_columns(
         in_i = n < total
         i = tl.load(index + n, mask=in_i, other=0)
         c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
-        product, _ = far_products(X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D)
+        product, _unused = far_products(
+            X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D
+        )
         product *= inverse[:, None]
         if factors is None:
             z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product, HIDDEN)
