@@ -129,14 +129,16 @@ class Call:
     def blocks(self, weights: bool) -> tiles.Blocks:
         """Of the kernel that reads or makes the logits in a sweep."""
         if self.fused:
-            kind = "ieee" if self.dtype == torch.float32 and self.precision == "ieee" else "mma"
-            return tiles.tile_blocks(kind, self.dtype.itemsize, architecture(self.device))
+            ieee = self.dtype == torch.float32 and self.precision == "ieee"
+            kind = (self.grams, self.infonce, ieee, self.dtype.itemsize)
+            return tiles.tile_blocks(weights, *kind, architecture(self.device))
         return tiles.PANEL_WEIGHTS if weights else tiles.PANEL_STATISTICS
 
     @property
     def precision(self) -> str:
-        """Of float32 products: as PyTorch's own."""
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        """Of float32 products: as PyTorch's own. Narrower ones are exact."""
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if allowed and self.dtype == torch.float32 else "ieee"
 
     def slots(self, tile: Tile, block: tiles.Blocks) -> tuple[int, int]:
         """Of the partial results of a tile's rows, and of its columns."""

@@ -9,7 +9,7 @@ from . import triton_far as kernels
 from .triton_tiles import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
 
 FAR, BLOCK_J, CHUNK = tiles.FAR_ROWS, tiles.FAR_COLUMNS, tiles.FAR_CHUNK
-BLOCK_D = tiles.OPERAND_COLUMNS
+BLOCK_D = tiles.FAR_DEPTH
 
 
 class FarRows:

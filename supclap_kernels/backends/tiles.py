@@ -41,14 +41,32 @@ ROWS, ROW_COLUMNS = 8, 64
 """Rows of a program in the O(N D) kernels, and columns at a time."""
 VECTOR = 256
 """Rows of a program in the O(N) kernels."""
-FAR_ROWS, FAR_COLUMNS, FAR_CHUNK = 16, 32, 128
-"""Far rows of a program, compared rows at a time, columns of the gradient."""
+FAR_ROWS, FAR_COLUMNS, FAR_DEPTH, FAR_CHUNK = 16, 32, 32, 128
+"""Far rows of a program, compared rows and columns of both at a time, columns of the gradient."""
 FAR_SPLIT, FAR_PARTS = 512, 128
 """Compared rows of a program at least, and how many programs may leave partial gradients."""
 
 
-def tile_blocks(kind: str, itemsize: int, arch: int) -> Blocks:
-    """Blocks of the tile kernels. `kind`: "ieee" (float32 on the CUDA cores) or "mma"."""
-    if kind == "ieee":
-        return Blocks(64, 64, 32, warps=8, stages=2)
-    return Blocks(64, 64, 128 // itemsize if arch >= 90 else 64 // itemsize, warps=8, stages=3)
+def tile_blocks(
+    weights: bool, grams: int, infonce: bool, ieee: bool, itemsize: int, arch: int
+) -> Blocks:
+    """Blocks of the tile kernels: the largest that compile with few or no spills (`bench.aot`).
+
+    Larger tiles read their operands less often; more accumulators (2 + grams) and the epilogue of
+    sweep 2 leave fewer registers for them. `ieee`: float32 on the CUDA cores.
+    """
+    if ieee:
+        return Blocks(64, 32 if grams == 2 else 64, 32, warps=8, stages=2)
+    depth = (128 if arch >= 90 else 64) // itemsize
+    if weights and grams == 2 and not infonce:  # one sweep does the work of both
+        return Blocks(128, 32, 64 // itemsize, warps=8, stages=3, parts=2)
+    if grams == 0 and infonce and arch >= 90:
+        return Blocks(128, 128, depth, warps=8, stages=3, parts=4)
+    return Blocks(128, 64, depth, warps=8, stages=3, parts=4 if weights or arch < 90 else 2)
+
+
+SPILLS = {
+    "tile_backward MODE=3": "128 x 64 reads a third less than 64 x 64, which does not spill",
+}
+"""Kernels that may spill up to 400 bytes outside their product loop, by name and constants, until a
+GPU has measured."""

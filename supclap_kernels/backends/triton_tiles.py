@@ -202,48 +202,57 @@ def slope(z, factors, direction, index, mask, N, AXIS: tl.constexpr, INFONCE: tl
 
 
 @triton.jit
+def add_sum(sums, kind, plane, at, tile, mask, AXIS: tl.constexpr):
+    tl.store(sums + kind * plane + at, tl.sum(tile, AXIS), mask=mask)
+
+
+@triton.jit
 def half_weights(
     S, Q, K,  # logits of texts t with audios a
     rows, factors, b,
     t, a, in_t, in_a,  # indices
+    out,  # where the weights of S go, or None
+    sums_t, at_t, plane_t,  # RHO_TEXT and SUPPORT_TEXT of the texts, or None
+    sums_a, at_a, plane_a,  # RHO_AUDIO and SUPPORT_AUDIO of the audios, or None
     N,
     T_AXIS: tl.constexpr,  # 1: texts are the tile's rows, audios its columns; 0: the other way
-    MODE: tl.constexpr,
-    INFONCE: tl.constexpr,
+    MODE: tl.constexpr, INFONCE: tl.constexpr,
 ):  # fmt: skip
-    """Weights W of S, V_A and V_T, and what the BASE ... SUPPORT_AUDIO sums add up, as tiles."""
+    """Writes what is done with, so that few tiles are alive at a time. Returns V_A, V_T, and BASE
+    and BIAS summed over the tile's columns."""
     A_AXIS: tl.constexpr = 1 - T_AXIS
     g = slope(S + b, factors, TEXT_ROWS, t, in_t, N, T_AXIS, INFONCE)
     if INFONCE:
         g += slope(S, factors, AUDIO_ROWS, a, in_a, N, A_AXIS, INFONCE)
-    W, base, bias = g, g * S, g
-    V_A, V_T, rho_t, rho_a, support_t, support_a = g, g, g, g, g, g  # unused where there are none
+    base = tl.sum(g * S, 1)
+    W, total, V_A, V_T = g, g, g, g
     if MODE != NONE:
         c, inverse, offset = support_rows(rows, TEXT_INVERSE, t, in_t, N, T_AXIS)
         x = support_logit(S, Q, c, inverse, 0.0)
         h = slope(x + offset + b, factors, SUPPORT_ROWS, t, in_t, N, T_AXIS, INFONCE)
         if MODE == SHARED:
             h += slope(x + offset, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
-        bias += h
-        rho_t, support_t = h * (Q - S), h * x
+        if sums_t is not None:
+            add_sum(sums_t, RHO_TEXT, plane_t, at_t, h * (Q - S), in_t, T_AXIS)
+            add_sum(sums_t, SUPPORT_TEXT, plane_t, at_t, h * x, in_t, T_AXIS)
+        total += h
         h = h * inverse
-        W += (1.0 - c) * h
         V_A = c * h
+        W += h - V_A
     if MODE == MIRROR:
         c, inverse, offset = support_rows(rows, AUDIO_INVERSE, a, in_a, N, A_AXIS)
         y = support_logit(S, K, c, inverse, 0.0)
         u = slope(y + offset + b, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
-        bias += u
-        rho_a, support_a = u * (K - S), u * y
+        if sums_a is not None:
+            add_sum(sums_a, RHO_AUDIO, plane_a, at_a, u * (K - S), in_a, A_AXIS)
+            add_sum(sums_a, SUPPORT_AUDIO, plane_a, at_a, u * y, in_a, A_AXIS)
+        total += u
         u = u * inverse
-        W += (1.0 - c) * u
         V_T = c * u
-    return W, V_A, V_T, base, bias, rho_t, rho_a, support_t, support_a
-
-
-@triton.jit
-def add_sum(sums, kind, plane, at, tile, mask, AXIS: tl.constexpr):
-    tl.store(sums + kind * plane + at, tl.sum(tile, AXIS), mask=mask)
+        W += u - V_T
+    if out is not None:
+        tl.store(out, W.to(out.dtype.element_ty))
+    return V_A, V_T, base, tl.sum(total, 1)
 
 
 @triton.jit
@@ -257,37 +266,26 @@ def tile_weights(
     DIAGONAL: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
 ):  # fmt: skip
     """Weights of A_J in dT_I (S's block), T_J in dA_I (P's), A_J in dA_I, T_J in dT_I; and sums."""
-    W, V_A, V_T, base, total, rho_t, rho_a, support_t, support_a = half_weights(
-        S, Q, K, rows, factors, b, i, j, in_i, in_j, N, 1, MODE, INFONCE
-    )
-    X, V_A2, V_T2, base2, total2, rho_t2, rho_a2, support_t2, support_a2 = half_weights(
-        P, Q, K, rows, factors, b, j, i, in_j, in_i, N, 0, MODE, INFONCE
-    )
-    dtype = out.dtype.element_ty
-    tl.store(out, W.to(dtype))
+    columns = None if DIAGONAL else sums_j
+    V_A, V_T, base, total = half_weights(
+        S, Q, K, rows, factors, b, i, j, in_i, in_j, out,
+        sums_i, at_i, plane_i, columns, at_j, plane_j, N, 1, MODE, INFONCE,
+    )  # fmt: skip
     if not DIAGONAL:
         out += block
-        tl.store(out, X.to(dtype))
-        base, total = base + base2, total + total2
-    if MODE != NONE:
-        tl.store(out + block, (V_A + V_A2).to(dtype))
-    if MODE == MIRROR:
-        tl.store(out + 2 * block, (V_T + V_T2).to(dtype))
-    add_sum(sums_i, BASE, plane_i, at_i, base, in_i, 1)
-    add_sum(sums_i, BIAS, plane_i, at_i, total, in_i, 1)
-    if MODE != NONE:
-        add_sum(sums_i, RHO_TEXT, plane_i, at_i, rho_t, in_i, 1)
-        add_sum(sums_i, SUPPORT_TEXT, plane_i, at_i, support_t, in_i, 1)
-    if MODE == MIRROR:
-        add_sum(sums_i, RHO_AUDIO, plane_i, at_i, rho_a2, in_i, 1)
-        add_sum(sums_i, SUPPORT_AUDIO, plane_i, at_i, support_a2, in_i, 1)
-    if not DIAGONAL:
+    if MODE != NONE or not DIAGONAL:
+        V_A2, V_T2, base2, total2 = half_weights(
+            P, Q, K, rows, factors, b, j, i, in_j, in_i, None if DIAGONAL else out,
+            columns, at_j, plane_j, sums_i, at_i, plane_i, N, 0, MODE, INFONCE,
+        )  # fmt: skip
+        if not DIAGONAL:
+            base, total = base + base2, total + total2
         if MODE != NONE:
-            add_sum(sums_j, RHO_TEXT, plane_j, at_j, rho_t2, in_j, 0)
-            add_sum(sums_j, SUPPORT_TEXT, plane_j, at_j, support_t2, in_j, 0)
+            tl.store(out + block, (V_A + V_A2).to(out.dtype.element_ty))
         if MODE == MIRROR:
-            add_sum(sums_j, RHO_AUDIO, plane_j, at_j, rho_a, in_j, 0)
-            add_sum(sums_j, SUPPORT_AUDIO, plane_j, at_j, support_a, in_j, 0)
+            tl.store(out + 2 * block, (V_T + V_T2).to(out.dtype.element_ty))
+    tl.store(sums_i + BASE * plane_i + at_i, base, mask=in_i)
+    tl.store(sums_i + BIAS * plane_i + at_i, total, mask=in_i)
 
 
 @triton.jit
