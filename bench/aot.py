@@ -98,8 +98,8 @@ def calls() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"{str(dtype)[6:]} infonce mirror, every option", fields, full
 
 
-def launches(arch: int) -> list[Launch]:
-    """Every kernel of every call, once."""
+def launches(arch: int, only: str = "") -> list[Launch]:
+    """Every kernel of every call (whose label contains `only`), once."""
     import triton
 
     from supclap_kernels.backends import gpu, gpu_call
@@ -124,6 +124,8 @@ def launches(arch: int) -> list[Launch]:
                 if fields["dtype"] != torch.float32:
                     continue
                 label = label.replace("float32", "tf32")
+            if only not in label:
+                continue
             case = Case(**{"N": 200, "D": 128, **fields}, options=chosen)
             given = make_inputs(case)
             inputs = Inputs(
@@ -220,9 +222,9 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     }
 
 
-def report(arch: int, kernel: str = "", jobs: int = 2) -> Iterator[dict[str, Any]]:
+def report(arch: int, kernel: str = "", jobs: int = 2, only: str = "") -> Iterator[dict[str, Any]]:
     """Lines for every shipped configuration, as they are done."""
-    chosen = [launch for launch in launches(arch) if kernel in launch.name]
+    chosen = [launch for launch in launches(arch, only) if kernel in launch.name]
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         yield from pool.map(compile_launch, chosen, [arch] * len(chosen))
 
@@ -233,11 +235,12 @@ def main() -> None:
     )
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
+    parser.add_argument("--only", default="", help="part of a label, such as bfloat16 or siglip")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing is compiled in the interpreter")
-    for line in report(ARCHITECTURES[given.arch], given.kernel, given.jobs):
+    for line in report(ARCHITECTURES[given.arch], given.kernel, given.jobs, given.only):
         print(json.dumps(line), flush=True)
 
 

@@ -115,10 +115,14 @@ def loss_and_gradients(
         return loss, omega[:, None] * grad
 
     def product(M: Tensor, X: Tensor) -> Tensor:
-        """M @ X with the off-diagonal weights rounded to `weights_dtype`."""
+        """M @ X with the off-diagonal weights rounded to `weights_dtype`, in a unit (a power of 2)
+        that keeps float16 inside its range.
+        """
         diagonal = M.diagonal().clone()
         M = M - torch.diag(diagonal)
-        M = M if weights_dtype is None else M.to(weights_dtype).to(dtype)
+        if weights_dtype is not None:
+            unit = torch.exp2(M.abs().max().clamp_min(1e-30).log2().floor() - 13)
+            M = (M / unit).to(weights_dtype).to(dtype) * unit
         return M @ X + diagonal[:, None] * X
 
     S = T @ A.t()

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from .backends import cpu
-from .dispatch import choose
+from .dispatch import choose, implementation
 from .options import Options, check_choices
 from .reference import accumulator_dtype
 
@@ -31,15 +30,15 @@ def memory_estimate(
     """
     if N < 1 or D < 1:
         raise ValueError(f"N and D must be positive, got N={N}, D={D}")
-    name, _ = choose(backend, torch.device(device).type)
+    name, _ = choose(backend, torch.device(device).type, dtype)
     chosen = Options(**options)
     check_choices(
         objective=chosen.objective, bilateral=chosen.bilateral, reduction=chosen.reduction
     )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
-    if name == "cpu":
-        return cpu.memory(N, D, dtype, radius, chosen)
+    if name != "reference":
+        return int(implementation(name).memory(N, D, dtype, radius, chosen))
     # Eager autograd: about four matrices for each direction (product, logits, mask, softmax), and
     # their gradients.
     directions = 2 + radius * (1 + (chosen.bilateral != "none"))

@@ -1,14 +1,13 @@
 """The CPU backend against the specification: options, shapes, gaps, dtypes, instruction sets."""
 
-import itertools
-
 import pytest
 import torch
+from covering import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supclap_kernels import fused_svr_loss, native
-from supclap_kernels.backends import products, tiles
+from supclap_kernels.backends import products
 from supclap_kernels.options import Options
 from supclap_kernels.testing import (
     Case,
@@ -44,29 +43,6 @@ def rounded(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and products.rounds_to_bfloat16()
 
 
-def covering(**values: tuple) -> list[dict]:
-    """Few combinations in which every pair of values of two options occurs."""
-    names = list(values)
-    open_pairs = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(range(len(values[a])), range(len(values[b])))
-    }
-    chosen = []
-    everything = list(itertools.product(*(range(len(values[name])) for name in names)))
-
-    def pairs(row):
-        return {
-            (a, row[i], b, row[j]) for (i, a), (j, b) in itertools.combinations(enumerate(names), 2)
-        }
-
-    while open_pairs:
-        best = max(everything, key=lambda row: len(pairs(row) & open_pairs))
-        open_pairs -= pairs(best)
-        chosen.append({name: values[name][n] for name, n in zip(names, best, strict=True)})
-    return chosen
-
-
 def run(case: Case, **options) -> None:
     check(fused_svr_loss, case, rounded_weights=rounded(case.dtype), backend="cpu", **options)
 
@@ -83,8 +59,7 @@ def run(case: Case, **options) -> None:
     ),
     ids=lambda chosen: "-".join(map(str, chosen.values())),
 )
-def test_options(chosen, poisoned_memory, monkeypatch):
-    monkeypatch.setattr(tiles, "CPU_TILE_MINIMUM", 64)
+def test_options(chosen, poisoned_memory):
     options = {name: chosen[name] for name in OPTIONS}
     case = Case(
         N=150,

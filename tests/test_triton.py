@@ -1,19 +1,73 @@
-"""Starts the tests that need Triton's interpreter, in a process of their own."""
+"""Triton without a GPU: the interpreter's suite, in processes of its own, and what the compiler
+makes of every kernel."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+SHARDS = ("panel", "not panel")
+
+
+@pytest.fixture
+def native_triton() -> None:
+    """Triton's compiler; not in the interpreter's process."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("nothing is compiled in the interpreter")
 
 
 def test_interpreter_suite():
+    """Both halves at once: each test keeps one core busy."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreter"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreter", "-k"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, shard], cwd=ROOT / "tests", env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for shard in SHARDS
+    ]  # fmt: skip
+    for process in running:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-4000:]
+        assert " passed" in output and "skipped" not in output, output[-2000:]
+
+
+SCRIPT = """
+import json, sys
+from bench import aot
+arch, only = int(sys.argv[1]), sys.argv[2]
+print(json.dumps(list(aot.report(arch, only=only))))
+"""
+# Everything for Hopper; elsewhere the kernels of the panels and tiles, whose blocks depend on it.
+REPORTS = [(90, ""), (80, "bfloat16"), (100, "bfloat16")]
+
+
+@pytest.mark.parametrize("arch, only", REPORTS, ids=["sm_90", "sm_80", "sm_100"])
+def test_kernels_compile_well(arch, only, native_triton):
+    import json
+
+    from bench.aot import SHARED_LIMIT
+    from supclap_kernels.backends.tiles import SPILLS
+
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(arch), only]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines: list[dict[str, Any]] = json.loads(done.stdout)
+    assert len(lines) > (300 if not only else 60)
+    instruction = {80: "hmma", 90: "hgmma", 100: "utchmma"}[arch]
+    for line in lines:
+        where = f"{line['name']} {line['config']}"
+        listed = any(all(word in where.split() for word in key.split()) for key in SPILLS)
+        assert line["loop_spills"] == 0, where
+        assert line["spill_bytes"] <= (400 if listed else 0), f"{where}: {line['spill_bytes']}"
+        assert line["shared_bytes"] <= SHARED_LIMIT[arch], where
+        assert line["compile_seconds"] <= 10, f"{where}: {line['compile_seconds']} s"
+        if line["name"].startswith("tile_") and "float32" not in line["config"]:
+            assert line[instruction] > 0, where

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..options import Options
 from . import contract, tiles
-from .contract import Inputs, split_gradients
-from .gpu_call import Call, weights_dtype
-from .panel import PLACEHOLDER, Tiling, kept_panels
+from .contract import Inputs, grams, split_gradients
+from .gpu_call import PLANES, SUMS, Call, kernel_blocks, weights_dtype
+from .panel import PLACEHOLDER, Layout, Tiling, kept_panels
 
 PARTIAL = 3
 """Bytes of partial results for each position of a block, at most (16 planes over BLOCK_I rows)."""
@@ -98,6 +98,47 @@ class Backend:
             call.start_gradients(upstream)
             kept = None if self.fused else kept_panels(saved)
             return contract.returned(inputs, needs, *call.gradients(needs, kept))
+
+    def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
+        """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients:
+        what `Call` allocates, in the same order."""
+        rules = tiling(dtype, self.fused)
+        svr, single = options.support(has_radius), options.gradient_in_forward
+        layout = Layout.choose(N, grams(has_radius, options), rules, options.workspace)
+        width = -(-D // tiles.OPERAND_COLUMNS) * tiles.OPERAND_COLUMNS
+        saved = 4 * self.saved_elements(N, D, dtype, has_radius, options, True)
+        kept = not single and not self.fused and saved > 4 * PLACEHOLDER
+        packed = options.normalize or width != D
+        operands = 2 * N * width * dtype.itemsize * packed
+        held = 4 * contract.STATE_ROWS * N + saved + operands + 4 * N * svr
+        total, returned = 2 * N * width * 4, 2 * N * D * dtype.itemsize
+        outputs = 0 if dtype == torch.float32 and width == D and not single else returned
+        far = 4 * (min(-(-N // tiles.FAR_ROWS), tiles.FAR_PARTS) * tiles.FAR_ROWS * width + 2 * N)
+        first = self.scratch_bytes(layout, dtype, not kept, True, single)
+        second = self.scratch_bytes(layout, dtype, not kept, single, True)
+        after = max(far * svr, outputs * (not single) + 4 * 3 * N)
+        gradients = 4 * (1 + 8 + SUMS + 1) * N + total + max(second, after)
+        forward_peak = held + 4 * PLANES * N + (gradients if single else first)
+        backward_peak = held + gradients
+        if single:
+            wide = 2 * N * D * 4
+            backward_peak = 4 * contract.STATE_ROWS * N + saved + wide
+            backward_peak += returned * (dtype != torch.float32)
+        return max(forward_peak, backward_peak) - returned
+
+    def scratch_bytes(
+        self, layout: Layout, dtype: torch.dtype, panel: bool, statistics: bool, weights: bool
+    ) -> int:
+        """Of all tiles in flight; as `Call.lanes`."""
+        blocks = kernel_blocks(
+            self.fused, weights, layout.grams, not (statistics and weights), dtype
+        )
+        side = min(layout.side, layout.tiling.padded(layout.N))
+        slots = -(-side // blocks.j) * blocks.parts + -(-side // blocks.i)
+        bytes_of = 4 * (panel and not self.fused) + weights_dtype(dtype).itemsize * weights
+        planes = PLANES * statistics + SUMS * weights
+        lanes = 1 + (layout.N > layout.side and not self.fused)
+        return lanes * (bytes_of * layout.scratch_elements + 4 * planes * slots * side)
 
 
 PANEL, TRITON = Backend(fused=False), Backend(fused=True)

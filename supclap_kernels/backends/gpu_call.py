@@ -52,6 +52,22 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Of float32 products: as PyTorch's own. Narrower ones are exact."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"
+
+
+def kernel_blocks(
+    fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype, arch: int = 90
+) -> tiles.Blocks:
+    """Of the kernel that reads or makes the logits in a sweep."""
+    if fused:
+        ieee = dtype == torch.float32 and precision(dtype) == "ieee"
+        return tiles.tile_blocks(weights, grams, infonce, ieee, dtype.itemsize, arch)
+    return tiles.PANEL_WEIGHTS if weights else tiles.PANEL_STATISTICS
+
+
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED.value else dtype
 
@@ -127,18 +143,8 @@ class Call:
 
     # One tile.
     def blocks(self, weights: bool) -> tiles.Blocks:
-        """Of the kernel that reads or makes the logits in a sweep."""
-        if self.fused:
-            ieee = self.dtype == torch.float32 and self.precision == "ieee"
-            kind = (self.grams, self.infonce, ieee, self.dtype.itemsize)
-            return tiles.tile_blocks(weights, *kind, architecture(self.device))
-        return tiles.PANEL_WEIGHTS if weights else tiles.PANEL_STATISTICS
-
-    @property
-    def precision(self) -> str:
-        """Of float32 products: as PyTorch's own. Narrower ones are exact."""
-        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return "tf32" if allowed and self.dtype == torch.float32 else "ieee"
+        kind = (self.grams, self.infonce, self.dtype)
+        return kernel_blocks(self.fused, weights, *kind, architecture(self.device))
 
     def slots(self, tile: Tile, block: tiles.Blocks) -> tuple[int, int]:
         """Of the partial results of a tile's rows, and of its columns."""
@@ -185,7 +191,11 @@ class Call:
         if weights:
             parts += (self.factors, scratch.weights, scratch.sums_i, scratch.sums_j)
         if self.fused:
-            constants |= {"BLOCK_D": block.d, "PARTS": block.parts, "PRECISION": self.precision}
+            constants |= {
+                "BLOCK_D": block.d,
+                "PARTS": block.parts,
+                "PRECISION": precision(self.dtype),
+            }
             kernel, source = (tile_backward if weights else tile_forward), (self.T, self.A)
             place = (self.width, *place, *((tile.ld, tile.size) if weights else ()))
         else:
@@ -221,8 +231,8 @@ class Call:
                 multiply_tile(tile, self.grams, panel, self.products)
             self.launch(tile, panel, scratch)
 
-        lanes = self.lanes(panel=kept is None, statistics=True, weights=False)
-        in_flight(self.device, self.layout.tiles(), lanes, free, self.merge)
+        scratch = (kept is None, True, False)
+        in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, self.merge)
         if self.far is not None:
             self.far.statistics(self.running)
 
@@ -242,12 +252,15 @@ class Call:
             assert scratch.weights is not None
             add_products(dT, dA, tile, blocks(tile, self.grams, scratch.weights), self.products)
 
-        lanes = self.lanes(panel=kept is None, statistics=with_statistics, weights=True)
-        in_flight(self.device, self.layout.tiles(), lanes, free, ordered)
+        scratch = (kept is None, with_statistics, True)
+        in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, ordered)
         if self.far is not None:
             if with_statistics:
                 self.far.statistics(self.running)
-            self.far.gradients(self.factors, self.sums, dT, dA)
+            self.far.gradients(
+                self.factors, self.omega, self.unit, self.sums, dT, dA,
+                self.options.alpha, self.options.renormalize,
+            )  # fmt: skip
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         """The loss; and, for the statistics, the (6, N) terms of `finish_statistics`."""
@@ -268,7 +281,7 @@ class Call:
         count = triton.cdiv(N, tiles.VECTOR)
         self.omega, bounds = self.new_empty(N), self.new_empty(2, count)
         self.factors, self.unit = self.new_zeros(8, N), self.new_empty()
-        self.sums = self.new_zeros(SUMS, N)
+        self.sums = self.new_zeros(SUMS + 1, N)  # and RHO_FAR
         common: dict[str, Any] = {"MODE": self.mode, "BLOCK_N": tiles.VECTOR}
         row_weights[(count,)](
             upstream, self.inputs.weight, self.state, self.omega, bounds, N, self.row_scale, alpha,
@@ -304,7 +317,7 @@ class Call:
         totals = rows.sum(dim=1, dtype=torch.float64)
         dR = None
         if inputs.radius is not None:
-            dR = rows[2] if inputs.radius.ndim else totals[2]
+            dR = rows[2].clone() if inputs.radius.ndim else totals[2]
         return outputs[0], outputs[1], dR, totals[:2]
 
     def output(self, total: Tensor | None, given: Tensor | None) -> Tensor | None:

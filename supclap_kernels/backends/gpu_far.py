@@ -1,5 +1,7 @@
 """Launches the kernels of triton_far.py, without asking the device how many far rows there are."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -42,7 +44,7 @@ class FarRows:
         self, factors: Tensor | None, running: Tensor | None = None, sums: Tensor | None = None
     ) -> None:
         """The statistics of the far rows into `running`, or, with factors, their sums to `sums`."""
-        part = self.state.new_empty(3, self.blocks * FAR)
+        part = self.state.new_empty(2, self.blocks * FAR)
         share = (self.N, self.blocks, self.max_splits)
         for direction, X, Y in self.sides:
             kernels.far_rows[(self.blocks,)](
@@ -79,24 +81,39 @@ class FarRows:
             self.columns(*self.sides[0], None, running, None)
 
     def gradients(
-        self, factors: Tensor, sums: Tensor, dT: Tensor | None, dA: Tensor | None
+        self,
+        factors: Tensor,
+        omega: Tensor,
+        unit: Tensor,
+        sums: Tensor,
+        dT: Tensor | None,
+        dA: Tensor | None,
+        alpha: float,
+        renormalize: bool,
     ) -> None:
-        """Add what the far rows' products give to dT, dA (N, width; None: frozen) and `sums`."""
+        """Add what the far rows' products give to dT, dA (N, width; None: frozen) and `sums`.
+
+        The gradients of the support vectors themselves take FAR_PARTS x FAR rows at a time.
+        """
         self.rows(factors, sums=sums)
         capacity = min(self.blocks, tiles.FAR_PARTS)
         part = self.state.new_empty(capacity * FAR, self.width)
-        share = (self.N, self.width, capacity, self.max_splits)
-        grid = (self.blocks, self.chunks)
+        constants: dict[str, Any] = {
+            "MODE": self.mode, "INFONCE": self.infonce, "FAR": FAR, "BLOCK_J": BLOCK_J,
+            "CHUNK": CHUNK, "num_warps": 4,
+        }  # fmt: skip
         for direction, X, Y in self.sides:
             dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
-            kernels.far_gradient[grid](
-                X, Y, *self.fixed, self.index, self.count, factors, part, dX, dY, *share,
-                DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
-                FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_warps=4, num_stages=2,
-            )  # fmt: skip
-            kernels.add_far_gradient[grid](
-                part, self.index, self.count, self.state, dX, dY, *share,
-                FAR=FAR, BLOCK_J=BLOCK_J, CHUNK=CHUNK, num_warps=4,
-            )  # fmt: skip
+            for first in range(0, self.N, capacity * FAR):
+                share = (self.N, self.width, first, capacity, self.max_splits)
+                kernels.far_gradient[capacity, self.chunks](
+                    X, Y, *self.fixed, self.index, self.count, factors, part, *share,
+                    DIRECTION=direction, BLOCK_D=BLOCK_D, num_stages=2, **constants,
+                )  # fmt: skip
+                kernels.finish_far[(capacity,)](
+                    X, Y, self.state, *self.fixed[2:], self.index, self.count, omega, unit, part,
+                    sums, dX, dY, *share, alpha,
+                    DIRECTION=direction, RENORMALIZE=renormalize, **constants,
+                )  # fmt: skip
             if dY is not None:
                 self.columns(direction, X, Y, factors, None, dY)

@@ -10,6 +10,8 @@ are split among them.
 import triton
 import triton.language as tl
 
+from .triton_finish import positive_slope
+from .triton_rows import positive_products
 from .triton_tiles import (
     AUDIO_INVERSE,
     BIAS,
@@ -17,8 +19,7 @@ from .triton_tiles import (
     LOG2E,
     OFFSET,
     OTHER_ROWS,
-    RHO_AUDIO,
-    RHO_TEXT,
+    RHO_FAR,
     ROWS,
     SHARED,
     SUPPORT_AUDIO,
@@ -47,19 +48,22 @@ def list_far(state, index, count, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def far_share(index, count, capacity, max_splits, N, FAR: tl.constexpr, BLOCK_J: tl.constexpr):
+def far_share(
+    index, count, first, capacity, max_splits, N, FAR: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
     """This program's far rows n of the list, i of the batch, and its range of compared rows.
 
-    `capacity` programs have a slot for results; slot < 0: this one has no work.
+    The list is looked at from `first` on; `capacity` programs have a slot for results. slot < 0:
+    this one has no work.
     """
-    total = tl.load(count)
+    total = tl.minimum(tl.load(count) - first, capacity * FAR)
     blocks = tl.maximum(tl.cdiv(total, FAR), 1)
     splits = tl.maximum(tl.minimum(capacity // blocks, max_splits), 1)
     program = tl.program_id(0)
     busy = (total > 0) & (program < blocks * splits)
     n = (program % blocks) * FAR + tl.arange(0, FAR)
     in_i = n < total
-    i = tl.load(index + n, mask=in_i, other=0)
+    i = tl.load(index + first + n, mask=in_i, other=0)
     width = tl.cdiv(tl.cdiv(N, splits), BLOCK_J) * BLOCK_J
     start = (program // blocks) * width
     slot = tl.where(busy, program, -1)
@@ -77,19 +81,16 @@ def load_rows(X, i, inside, d0, width, BLOCK_D: tl.constexpr):
 @triton.jit
 def far_products(
     X, Y, c, i, j, in_i, in_j, width,
-    STEP: tl.constexpr, FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """<s_i, y_j> (FAR, BLOCK_J) and, with STEP, <y_i - x_i, y_j>."""
-    s_y = tl.zeros([FAR, BLOCK_J], tl.float32)
-    e_y = s_y
+    """<s_i, y_j> (FAR, BLOCK_J)."""
+    product = tl.zeros([FAR, BLOCK_J], tl.float32)
     for d0 in range(0, width, BLOCK_D):
         x = load_rows(X, i, in_i, d0, width, BLOCK_D)
-        e = load_rows(Y, i, in_i, d0, width, BLOCK_D) - x
-        y = load_rows(Y, j, in_j, d0, width, BLOCK_D).T
-        s_y = tl.dot(x + c[:, None] * e, y, s_y, input_precision="ieee")  # [FAR, D] @ [D, J]
-        if STEP:
-            e_y = tl.dot(e, y, e_y, input_precision="ieee")
-    return s_y, e_y
+        s = x + c[:, None] * (load_rows(Y, i, in_i, d0, width, BLOCK_D) - x)
+        y = load_rows(Y, j, in_j, d0, width, BLOCK_D)
+        product = tl.dot(s, y.T, product, input_precision="ieee")  # [FAR, D] @ [D, BLOCK_J]
+    return product
 
 
 @triton.jit
@@ -131,14 +132,14 @@ def far_rows(
     X, Y,  # (N, width) operands
     state, ids, scale, bias, index, count,
     factors,  # None: sweep 1
-    part,  # (3, capacity FAR) float32: m, l;  with factors: sums of rho, support, bias
+    part,  # (2, capacity FAR) float32: m, l;  with factors: sums of support, bias
     N, width, capacity, max_splits,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics, or sums of the gradient, of FAR far rows."""
     slot, i, in_i, start, end, _splits, _blocks = far_share(
-        index, count, capacity, max_splits, N, FAR, BLOCK_J
+        index, count, 0, capacity, max_splits, N, FAR, BLOCK_J
     )
     if slot < 0:
         return
@@ -146,13 +147,11 @@ def far_rows(
     b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
     c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
     first = tl.zeros([FAR], tl.float32) + (HIDDEN if factors is None else 0.0)
-    second, third = tl.zeros([FAR], tl.float32), tl.zeros([FAR], tl.float32)
+    second = tl.zeros([FAR], tl.float32)
     for j0 in range(start, end, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         in_j = j < end
-        product, e_y = far_products(
-            X, Y, c, i, j, in_i, in_j, width, factors is not None, FAR, BLOCK_J, BLOCK_D
-        )
+        product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         if factors is None:
             z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product + b, HIDDEN)
@@ -167,35 +166,32 @@ def far_rows(
             h = far_slopes(
                 product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE
             )
-            first += tl.sum(h * (k2 * e_y), 1)
-            second += tl.sum(h * (k2 * product), 1)
-            third += tl.sum(h, 1)
+            first += tl.sum(h * (k2 * product), 1)
+            second += tl.sum(h, 1)
     at = part + slot * FAR + tl.arange(0, FAR)
     plane = capacity * FAR
     tl.store(at, first)
     tl.store(at + plane, second)
-    if factors is not None:
-        tl.store(at + 2 * plane, third)
 
 
 @triton.jit(do_not_specialize=["N", "capacity", "max_splits"])
 def merge_far_rows(
     part, index, count,
     running,  # (10, N) or None
-    sums,  # (6, N) or None
+    sums,  # (7, N) or None
     N, capacity, max_splits,
     DIRECTION: tl.constexpr, INFONCE: tl.constexpr, FAR: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The parts of `far_rows`, in order, into the running statistics (replacing what the tiles saw
     of hidden logits), or added to the sums."""
     slot, i, in_i, _start, _end, splits, blocks = far_share(
-        index, count, capacity, max_splits, N, FAR, BLOCK_J
+        index, count, 0, capacity, max_splits, N, FAR, BLOCK_J
     )
     if (slot < 0) | (slot >= blocks):
         return
     plane = capacity * FAR
     first = tl.zeros([FAR], tl.float32) + (HIDDEN if sums is None else 0.0)
-    second, third = tl.zeros([FAR], tl.float32), tl.zeros([FAR], tl.float32)
+    second = tl.zeros([FAR], tl.float32)
     at = part + slot * FAR + tl.arange(0, FAR)
     for _ in range(0, splits):
         if sums is None:
@@ -204,48 +200,31 @@ def merge_far_rows(
         else:
             first += tl.load(at)
             second += tl.load(at + plane)
-            third += tl.load(at + 2 * plane)
         at += blocks * FAR
     if sums is None:
         tl.store(running + 2 * DIRECTION * N + i, first, mask=in_i)
         tl.store(running + (2 * DIRECTION + 1) * N + i, second, mask=in_i)
     else:
-        rho = sums + (RHO_TEXT if DIRECTION == SUPPORT_ROWS else RHO_AUDIO) * N + i
         support = sums + (SUPPORT_TEXT if DIRECTION == SUPPORT_ROWS else SUPPORT_AUDIO) * N + i
-        tl.store(rho, first + tl.load(rho, mask=in_i, other=0.0), mask=in_i)
-        tl.store(support, second + tl.load(support, mask=in_i, other=0.0), mask=in_i)
+        tl.store(support, first + tl.load(support, mask=in_i, other=0.0), mask=in_i)
         bias = sums + BIAS * N + i
-        tl.store(bias, third + tl.load(bias, mask=in_i, other=0.0), mask=in_i)
-
-
-@triton.jit
-def add_motion(ds, c, i, in_i, d, dX, dY, width):
-    """dX_i += (1 - c) ds_i, dY_i += c ds_i in the columns d."""
-    inside = in_i[:, None] & (d < width)[None, :]
-    row = i.to(tl.int64)[:, None] * width + d[None, :]
-    if dX is not None:
-        x = tl.load(dX + row, mask=inside, other=0.0)
-        tl.store(dX + row, x + (1.0 - c)[:, None] * ds, mask=inside)
-    if dY is not None:
-        y = tl.load(dY + row, mask=inside, other=0.0)
-        tl.store(dY + row, y + c[:, None] * ds, mask=inside)
+        tl.store(bias, second + tl.load(bias, mask=in_i, other=0.0), mask=in_i)
 
 
 @triton.jit(
-    do_not_specialize=["N", "capacity", "max_splits"],
+    do_not_specialize=["N", "first", "capacity", "max_splits"],
     do_not_specialize_on_alignment=["scale", "bias", "ids"],
 )
 def far_gradient(
     X, Y, state, ids, scale, bias, index, count, factors,
-    part,  # (capacity FAR, width) float32: ds_i = sum_j h_ij y_j / |s_i| over a range of j
-    dX, dY,  # (N, width) float32 or None; written here if the range is all
-    N, width, capacity, max_splits,
+    part,  # (capacity FAR, width) float32: sum_j h_ij y_j over a range of j
+    N, width, first, capacity, max_splits,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the far support vectors; program_id(1) is a chunk of CHUNK columns."""
-    slot, i, in_i, start, end, splits, _blocks = far_share(
-        index, count, capacity, max_splits, N, FAR, BLOCK_J
+    slot, i, in_i, start, end, _splits, _blocks = far_share(
+        index, count, first, capacity, max_splits, N, FAR, BLOCK_J
     )
     if slot < 0:
         return
@@ -257,42 +236,88 @@ def far_gradient(
     for j0 in range(start, end, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         in_j = j < end
-        product, _unused = far_products(
-            X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D
-        )
+        product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         h = far_slopes(product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE)
         y = load_rows(Y, j, in_j, d0, width, CHUNK)
         total = tl.dot(h, y, total, input_precision="ieee")  # [FAR, J] @ [J, CHUNK]
-    total *= inverse[:, None]
     d = d0 + tl.arange(0, CHUNK)
-    if splits == 1:
-        add_motion(total, c, i, in_i, d, dX, dY, width)
-    else:
-        n = (slot * FAR + tl.arange(0, FAR)).to(tl.int64)
-        tl.store(part + n[:, None] * width + d[None, :], total, mask=(d < width)[None, :])
+    n = (slot * FAR + tl.arange(0, FAR)).to(tl.int64)
+    tl.store(part + n[:, None] * width + d[None, :], total, mask=(d < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "capacity", "max_splits"])
-def add_far_gradient(
-    part, index, count, state, dX, dY, N, width, capacity, max_splits,
-    FAR: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit
+def far_row(
+    X, Y, part, c, inverse, positive, slot, blocks, splits, i, in_i, d0, width,
+    FAR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The parts of `far_gradient`, in order, into dX and dY."""
-    slot, i, in_i, _start, _end, splits, blocks = far_share(
-        index, count, capacity, max_splits, N, FAR, BLOCK_J
-    )
-    if (slot < 0) | (slot >= blocks) | (splits == 1):
-        return
-    c = tl.load(state + (ROWS + C) * N + i, mask=in_i, other=0.0)
-    d = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    """Columns from d0 of the gradient of s / |s|, positive included; of s / |s|; and of y - x."""
+    d = d0 + tl.arange(0, CHUNK)
     n = (slot * FAR + tl.arange(0, FAR)).to(tl.int64)
     at = part + n[:, None] * width + d[None, :]
-    ds = tl.zeros([FAR, CHUNK], tl.float32)
+    g = tl.zeros([FAR, CHUNK], tl.float32)
     for _ in range(0, splits):
-        ds += tl.load(at, mask=(d < width)[None, :], other=0.0)
+        g += tl.load(at, mask=(d < width)[None, :], other=0.0)
         at += blocks.to(tl.int64) * FAR * width
-    add_motion(ds, c, i, in_i, d, dX, dY, width)
+    x = load_rows(X, i, in_i, d0, width, CHUNK)
+    y = load_rows(Y, i, in_i, d0, width, CHUNK)
+    unit = (x + c[:, None] * (y - x)) * inverse[:, None]
+    return g + positive[:, None] * y, unit, y - x
+
+
+@triton.jit(do_not_specialize=["N", "first", "capacity", "max_splits"])
+def finish_far(
+    X, Y, state, scale, bias, index, count, omega, unit,
+    part,  # of `far_gradient`
+    sums,  # (7, N): RHO_FAR
+    dX, dY,  # (N, width) float32 or None
+    N, width, first, capacity, max_splits, alpha,
+    DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
+    RENORMALIZE: tl.constexpr, FAR: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of s: dX_i += (1 - c) ds_i, dY_i += c ds_i + H_ii s_i, and rho. With
+    RENORMALIZE ds is first made tangent to the sphere, as a vector: what rounding put along s is
+    gone."""
+    slot, i, in_i, _start, _end, splits, blocks = far_share(
+        index, count, first, capacity, max_splits, N, FAR, BLOCK_J
+    )
+    if (slot < 0) | (slot >= blocks):
+        return
+    c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
+    k2 = logit_scale_2(scale)
+    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    _s, x_own, y_own = positive_products(state, i, in_i, N, MODE)
+    z = k2 * (x_own if DIRECTION == SUPPORT_ROWS else y_own) + b
+    slope_own = positive_slope(state, DIRECTION, z, i, in_i, N, INFONCE)
+    if MODE == SHARED:
+        slope_own += positive_slope(state, OTHER_ROWS, z, i, in_i, N, INFONCE)
+    positive = slope_own * (alpha * tl.load(omega + i, mask=in_i, other=0.0) / tl.load(unit))
+    along = tl.zeros([FAR], tl.float32)
+    if RENORMALIZE:
+        for d0 in range(0, width, CHUNK):
+            g, s, _e = far_row(
+                X, Y, part, c, inverse, positive, slot, blocks, splits, i, in_i, d0, width,
+                FAR, CHUNK,
+            )  # fmt: skip
+            along += tl.sum(g * s, 1)
+    rho = tl.zeros([FAR], tl.float32)
+    for d0 in range(0, width, CHUNK):
+        g, s, e = far_row(
+            X, Y, part, c, inverse, positive, slot, blocks, splits, i, in_i, d0, width, FAR, CHUNK
+        )
+        ds = (g - along[:, None] * s) * inverse[:, None]
+        rho += tl.sum(ds * e, 1)
+        d = d0 + tl.arange(0, CHUNK)
+        inside = in_i[:, None] & (d < width)[None, :]
+        row = i.to(tl.int64)[:, None] * width + d[None, :]
+        if dX is not None:
+            old = tl.load(dX + row, mask=inside, other=0.0)
+            tl.store(dX + row, old + (1.0 - c)[:, None] * ds, mask=inside)
+        if dY is not None:
+            old = tl.load(dY + row, mask=inside, other=0.0)
+            tl.store(dY + row, old + c[:, None] * ds + positive[:, None] * s, mask=inside)
+    at = sums + RHO_FAR * N + i
+    tl.store(at, rho + tl.load(at, mask=in_i, other=0.0), mask=in_i)
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["scale", "bias", "ids"])
@@ -328,9 +353,7 @@ def far_columns(
         in_i = n < total
         i = tl.load(index + n, mask=in_i, other=0)
         c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
-        product, _unused = far_products(
-            X, Y, c, i, j, in_i, in_j, width, False, FAR, BLOCK_J, BLOCK_D
-        )
+        product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         if factors is None:
             z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product, HIDDEN)

@@ -18,8 +18,10 @@ from .triton_tiles import (
     LOG2E,
     MIRROR,
     NONE,
+    OFFSET,
     OTHER_ROWS,
     RHO_AUDIO,
+    RHO_FAR,
     RHO_TEXT,
     ROWS,
     SHARED,
@@ -93,11 +95,13 @@ def row_terms(
         if MODE == SHARED:
             h += positive_slope(state, OTHER_ROWS, k2 * x + b, i, inside, N, INFONCE)
         h *= alpha * w
-        H = k * n_t * h
+        # Of a far row, H and U are in RHO_FAR and dT, dA already (triton_far.py).
+        near = tl.load(rows + OFFSET * N, mask=inside, other=0.0) == 0.0
+        H = tl.where(near, k * n_t * h, 0.0)
         support = row_sum(sums, SUPPORT_TEXT, i, inside, N) * product + h * x
         rho = k * n_t * row_sum(sums, RHO_TEXT, i, inside, N) * product + H * ea
         if RENORMALIZE:
-            sigma_t = k * n_t * n_t * support
+            sigma_t = tl.where(near, k * n_t * n_t * support, 0.0)
             rho -= sigma_t * (et + c * (ea - et))
         dk += support
         db += h
@@ -105,15 +109,15 @@ def row_terms(
             n_a = tl.load(rows + AUDIO_INVERSE * N, mask=inside, other=0.0)
             u = positive_slope(state, OTHER_ROWS, k2 * y + b, i, inside, N, INFONCE)
             u *= alpha * w
-            U = k * n_a * u
+            U = tl.where(near, k * n_a * u, 0.0)
             support = row_sum(sums, SUPPORT_AUDIO, i, inside, N) * product + u * y
             rho += k * n_a * row_sum(sums, RHO_AUDIO, i, inside, N) * product - U * et
             if RENORMALIZE:
-                sigma_a = k * n_a * n_a * support
+                sigma_a = tl.where(near, k * n_a * n_a * support, 0.0)
                 rho -= sigma_a * (c * (ea - et) - ea)
             dk += support
             db += u
-        rho /= r
+        rho = (rho + k * one * row_sum(sums, RHO_FAR, i, inside, N)) / r
     if radius is not None:
         dR += rho
         along = (c * rho + hinge) / r

@@ -28,7 +28,9 @@ GAP, C, TILE_C, OFFSET, TEXT_INVERSE = (tl.constexpr(n) for n in range(5))
 AUDIO_INVERSE, POSITIVE, STEP_TEXT, STEP_AUDIO, PANEL_POSITIVE = (
     tl.constexpr(n) for n in range(5, 10)
 )
-BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO = (tl.constexpr(n) for n in range(6))
+BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO, RHO_FAR = (
+    tl.constexpr(n) for n in range(7)
+)
 SIMILARITY = tl.constexpr(4)
 """After the directions, in partial results and `running`: sum of the negatives' logits, count."""
 STATE_M, STATE_L, STATE_OTHERS, ROWS = (tl.constexpr(n) for n in (0, 4, 8, 12))

@@ -112,6 +112,14 @@ class Dense:
             return {d: z.exp().sum(dim=1) for d, z in parts.items()}
         return {d: F.softplus(z).sum(dim=1) for d, z in parts.items()}
 
+    def similarity(self, i: slice, j: slice) -> Outputs:
+        """Sum of the logits (base 2, no bias) of what counts, and how much does."""
+        z = SCALE * LOG2E * self.T @ self.A.t()
+        both = [(z, i, j)] + [(z.t(), i, j)] * (i != j)
+        keep = self.keep[i, j].to(z.dtype)
+        total = sum((x[a, b] * keep).sum(dim=1) for x, a, b in both)
+        return {"sum": total, "count": len(both) * keep.sum(dim=1)}
+
     def weights(self, i: slice, j: slice) -> Outputs:
         """The weights' blocks, and the sums of rows i and columns j."""
         pair = i != j
@@ -140,26 +148,33 @@ def test_one_panel(mode, infonce, with_ids, diagonal):
     ni, nj = i.stop - i.start, j.stop - j.start
     grid = (-(-ni // BLOCK_I), -(-nj // BLOCK_J))
     panel = base.panel(i, j)
-    inputs = (panel, base.rows, base.ids, torch.tensor(SCALE), torch.tensor(BIAS))
+    state = torch.cat((torch.full((12, N), float("nan")), base.rows))
+    inputs = (panel, state, base.ids, torch.tensor(SCALE), torch.tensor(BIAS))
     place = (N, i.start, ni, j.start, nj, LD, LD * LD)
-    constants = (BLOCK_I, BLOCK_J, diagonal, mode, infonce)
+    constants = (BLOCK_I, BLOCK_J, diagonal, mode, infonce, True)
 
-    (part_i, whole_i), (part_j, whole_j) = guarded(4, 2, grid[1], ni), guarded(4, 2, grid[0], nj)
+    (part_i, whole_i), (part_j, whole_j) = guarded(5, 2, grid[1], ni), guarded(5, 2, grid[0], nj)
     epilogue.panel_statistics[grid](*inputs, part_i, part_j, *place, *constants)
     assert intact(whole_i, whole_j)
     for part, own, other in ((part_i, i, j), (part_j, j, i))[: 2 - diagonal]:
         wanted = exact.statistics(own, other)
-        assert bool(part[len(wanted) :].isnan().all())
+        assert bool(part[len(wanted) : 4].isnan().all())
         result = {}
         for d in wanted:
             m, l = part[int(d)]
             result[d] = (l * torch.exp2(m) if infonce else l).sum(dim=0)
         accept(result, wanted, base.statistics(own, other))
     assert not diagonal or bool(part_j.isnan().all())
+    similarity = [x.similarity(i, j) for x in (exact, base)]
+    accept(dict(zip(("sum", "count"), part_i[4].sum(dim=1), strict=True)), *similarity)
+    if diagonal:
+        product = SCALE * LOG2E * (base.T * base.A).sum(dim=1)[i]
+        found = state[-1, i] - (0.0 if infonce else BIAS * LOG2E)
+        accept({"positive": found}, {"positive": product.double()}, {"positive": product})
 
     out, whole_out = guarded(*panel.shape)
     (sums_i, whole_i), (sums_j, whole_j) = guarded(6, grid[1], ni), guarded(6, grid[0], nj)
-    results = (base.factors, out, sums_i, sums_j)
+    results = (None, None, base.factors, out, sums_i, sums_j)
     epilogue.panel_weights[grid](*inputs, *results, *place, *constants)
     assert intact(whole_i, whole_j, whole_out)
     found = {f"block {n}": x[:ni, :nj] for n, x in enumerate(out)}
@@ -174,24 +189,27 @@ def test_merge(infonce):
     hidden so far takes over what comes."""
     slots, count, first, block = 3, 21, 5, 8
     generator = torch.Generator().manual_seed(1)
-    part = 20 * torch.rand(4, 2, slots, count, generator=generator)
-    running = 20 * torch.rand(8, N, generator=generator)
-    running[:4, first], running[4:, first] = -1e30, 0.0
+    part = 20 * torch.rand(5, 2, slots, count, generator=generator)
+    running = 20 * torch.rand(5, 2, N, generator=generator)
+    running[:, 0, first], running[:, 1, first] = -1e30, 0.0
     part[1] = float("nan")  # a direction without partials
     before = running.clone()
-    grid = (-(-count // block), 4)
-    epilogue.merge_statistics[grid](part, running, slots, count, first, N, 0b1101, infonce, block)
+    grid = (-(-count // block), 5)
+    epilogue.merge_statistics[grid](part, running, slots, count, first, N, 0b11101, infonce, block)
     rows = slice(first, first + count)
     outside = torch.ones(N, dtype=torch.bool)
     outside[rows] = False
-    assert torch.equal(running[:, outside], before[:, outside])
-    assert torch.equal(running[[1, 5]], before[[1, 5]])
+    assert torch.equal(running[:, :, outside], before[:, :, outside])
+    assert torch.equal(running[1], before[1])
     for d in (0, 2, 3):
         wanted = []
         for dtype in (torch.float64, torch.float32):
-            m = torch.cat((part[d, 0], before[None, d, rows])).to(dtype)
-            l = torch.cat((part[d, 1], before[None, 4 + d, rows])).to(dtype)
+            m = torch.cat((part[d, 0], before[d, :1, rows])).to(dtype)
+            l = torch.cat((part[d, 1], before[d, 1:, rows])).to(dtype)
             top = m.amax(dim=0)
             l = l * torch.exp2(m - top) if infonce else l
             wanted.append({"m": top, "l": l.sum(dim=0)})
-        accept({"m": running[d, rows], "l": running[4 + d, rows]}, *wanted)
+        accept({"m": running[d, 0, rows], "l": running[d, 1, rows]}, *wanted)
+    sums = [torch.cat((part[4].to(t), before[4, :, None, rows].to(t)), 1).sum(1)
+            for t in (torch.float64, torch.float32)]  # fmt: skip
+    accept({"sums": running[4][:, rows]}, *({"sums": x} for x in sums))

@@ -1,0 +1,161 @@
+"""The GPU backends against the specification: their kernels on CPU tensors, in Triton's
+interpreter. Inputs and working memory lie inside NaN, and the borders are looked at afterwards.
+
+Run in a process with TRITON_INTERPRET=1 (tests/test_triton.py starts it).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from covering import covering
+from torch import Tensor
+
+from supclap_kernels import fused_svr_loss
+from supclap_kernels.backends import gpu_call, gpu_far, tiles
+from supclap_kernels.testing import (
+    Case,
+    Inputs,
+    baseline,
+    evaluate,
+    floors,
+    make_inputs,
+    truth,
+    uninformative,
+    violations,
+)
+
+BORDER = 64
+MODES = [
+    {"objective": "infonce", "radius": "none"},
+    {"objective": "infonce", "bilateral": "none"},
+    {"objective": "infonce", "bilateral": "shared"},
+    {"objective": "infonce", "bilateral": "mirror"},
+    {"objective": "siglip", "radius": "none"},
+    {"objective": "siglip", "bilateral": "none"},
+    {"objective": "siglip", "bilateral": "mirror"},
+]
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "reduction": ("mean", "sum", "none"),
+    "renormalize": (False, True),
+    "normalize": (False, True),
+    "alpha": (1.0, 0.3),
+    "beta": (0.0, 0.2),
+    "workspace": (0, 2**28),
+}
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "N": (1, 2, 33, 65, 100, 129),
+    "D": (3, 16, 48, 100),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "gap": (0.3, 0.02, 0.0),
+    "weighted": (False, True),
+    "duplicates": (False, True),
+    "layout": ("contiguous", "transposed", "offset", "strided"),
+}
+
+
+class Guard:
+    """Tensors inside larger buffers of NaN."""
+
+    def __init__(self) -> None:
+        self.borders: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 2 * BORDER,), float("nan"), dtype=dtype)
+        self.borders += [whole[:BORDER], whole[BORDER + size :]]
+        return whole[BORDER : BORDER + size].view(shape)
+
+    def copy(self, x: Tensor | None) -> Tensor | None:
+        """The same values with the same strides, and NaN wherever else one could read."""
+        if x is None or not x.is_floating_point():
+            return x
+        span = 1 + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True))
+        view = self.empty((span,), x.dtype).as_strided(x.shape, x.stride(), BORDER)
+        return view.copy_(x)
+
+    def intact(self) -> bool:
+        return all(bool(border.isnan().all()) for border in self.borders)
+
+
+def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
+    monkeypatch.setattr(tiles, "GPU_PAD", pad)
+    monkeypatch.setattr(tiles, "ROWS", rows)
+    monkeypatch.setitem(gpu_call.ROW_GRID, "BLOCK_N", rows)
+    monkeypatch.setattr(gpu_far, "BLOCK_J", columns)
+    monkeypatch.setattr(tiles, "FAR_SPLIT", split)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped tiles, and few programs of the other kernels, which is faster."""
+    sizes(monkeypatch, tiles.GPU_PAD, rows=64, columns=64, split=tiles.FAR_SPLIT)
+
+
+@pytest.fixture
+def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[Guard]:
+    guard = Guard()
+    monkeypatch.setattr(gpu_call.Call, "new_empty", lambda self, *shape: guard.empty(shape))
+    zeros = lambda self, *shape: guard.empty(shape).zero_()  # noqa: E731
+    monkeypatch.setattr(gpu_call.Call, "new_zeros", zeros)
+    yield guard
+    assert guard.intact()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, programs, slots, parts and splits at a small N."""
+    sizes(monkeypatch, pad=64, rows=32, columns=32, split=32)
+    monkeypatch.setattr(tiles, "PANEL_STATISTICS", tiles.Blocks(64, 32))
+    monkeypatch.setattr(tiles, "PANEL_WEIGHTS", tiles.Blocks(32, 64))
+    monkeypatch.setattr(tiles, "tile_blocks", lambda *_: tiles.Blocks(32, 64, 32, parts=2))
+    monkeypatch.setattr(tiles, "FAR_PARTS", 3)
+    monkeypatch.setattr(tiles, "VECTOR", 64)
+
+
+def verify(case: Case, guard: Guard, backend: str, **more: Any) -> None:
+    """The acceptance rule."""
+    plain = make_inputs(case)
+    inputs = Inputs(**{name: guard.copy(x) for name, x in vars(plain).items()})
+    case = replace(case, options={k: v for k, v in case.options.items() if k != "workspace"})
+    exact = truth(case, plain)
+    floor = floors(case, plain, exact)
+    dull = {"audio", "text"} & set(uninformative(exact, floor))
+    assert case.N < 3 or not dull, f"{case}: not informative for {dull}"
+    result = evaluate(fused_svr_loss, inputs, **case.options, **more, backend=backend)
+    rounded = case.dtype != torch.float32
+    found = violations(result, exact, baseline(case, plain, rounded), floor)
+    assert not found, "\n  ".join([f"{backend} {case}:", *found])
+    assert all(x is None or torch.equal(x, getattr(plain, n)) for n, x in vars(inputs).items())
+
+
+def suite() -> list[Any]:
+    cases = []
+    for backend in ("panel", "triton"):
+        for n, mode in enumerate(MODES):
+            seed = n + 100 * (backend == "triton")
+            radius = (mode["radius"],) if "radius" in mode else ("scalar", "row")
+            for row in covering(30, seed, **OPTIONS, **FIELDS, radius=radius, small=(True, False)):
+                options = {name: row[name] for name in OPTIONS}
+                options |= {k: v for k, v in mode.items() if k != "radius"}
+                fields = {name: row[name] for name in (*FIELDS, "radius")}
+                if fields["dtype"] == torch.float16:  # the gradient must not overflow
+                    fields["gap"] = max(fields["gap"], 0.3 if fields["D"] == 3 else 0.02)
+                case = Case(**fields, options=options)
+                cases.append(pytest.param(backend, case, row["small"], id=f"{backend} {case}"))
+    return cases
+
+
+SUITE = suite()
+
+
+def test_the_suite_is_large_enough():
+    assert len(SUITE) >= 400
+
+
+@pytest.mark.parametrize("backend, case, small", SUITE)
+def test_options(backend, case, small, guard, request):
+    request.getfixturevalue("small_tiles" if small else "large_tiles")
+    verify(case, guard, backend, workspace=case.options["workspace"])
