@@ -11,7 +11,7 @@ from . import triton_far as kernels
 from .triton_tiles import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
 
 FAR, BLOCK_J, CHUNK = tiles.FAR_ROWS, tiles.FAR_COLUMNS, tiles.FAR_CHUNK
-BLOCK_D = tiles.FAR_DEPTH
+BLOCK_D, ROW_CHUNK = tiles.FAR_DEPTH, tiles.OPERAND_COLUMNS
 
 
 class FarRows:
@@ -100,7 +100,7 @@ class FarRows:
         part = self.state.new_empty(capacity * FAR, self.width)
         constants: dict[str, Any] = {
             "MODE": self.mode, "INFONCE": self.infonce, "FAR": FAR, "BLOCK_J": BLOCK_J,
-            "CHUNK": CHUNK, "num_warps": 4,
+            "num_warps": 4,
         }  # fmt: skip
         for direction, X, Y in self.sides:
             dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
@@ -108,12 +108,12 @@ class FarRows:
                 share = (self.N, self.width, first, capacity, self.max_splits)
                 kernels.far_gradient[capacity, self.chunks](
                     X, Y, *self.fixed, self.index, self.count, factors, part, *share,
-                    DIRECTION=direction, BLOCK_D=BLOCK_D, num_stages=2, **constants,
+                    DIRECTION=direction, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,
                 )  # fmt: skip
                 kernels.finish_far[(capacity,)](
                     X, Y, self.state, *self.fixed[2:], self.index, self.count, omega, unit, part,
                     sums, dX, dY, *share, alpha,
-                    DIRECTION=direction, RENORMALIZE=renormalize, **constants,
+                    DIRECTION=direction, RENORMALIZE=renormalize, CHUNK=ROW_CHUNK, **constants,
                 )  # fmt: skip
             if dY is not None:
                 self.columns(direction, X, Y, factors, None, dY)

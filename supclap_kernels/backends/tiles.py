@@ -72,6 +72,7 @@ SPILLS = {
     "panel_weights MODE=3": "float32 SigLIP: 7 registers; fewer columns cost the 128-bit stores",
     "far_columns MODE=2": "5 registers, outside its loop",
     "far_gradient": "2 registers: 4 warps of 128 keep two programs on a multiprocessor",
+    "finish_far": "2 registers, in float32 with every option",
 }
 """Kernels that may spill up to 400 bytes outside their product loop, by name and constants, with
 the reason. Once a GPU has measured, only winners stay."""
