@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: bash bench/gpu.sh [correct|large|small|sanitize ...], all by default.
+# Each part stays under 8 minutes. Results go to $OUT, or bench/results/gpu.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-bench/results/gpu}
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # deterministic products, also where memory is poisoned
+mkdir -p "$out"
+status=0
+
+run() { # name, seconds, command ...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local code=$?
+  echo "$name: exit $code after $((SECONDS - start)) s"
+  tail -n 3 "$out/$name.log"
+  ((code == 0)) || status=1
+}
+
+for part in "${@:-correct large small sanitize}"; do
+  for name in $part; do
+    case $name in
+      correct) run correct 470 "$python" -m pytest -q tests/test_gpu.py tests/test_build.py -p no:cacheprovider ;;
+      large | small) run "$name" 470 "$python" -m bench.gpu "$name" --out "$out" ;;
+      sanitize)
+        for tool in memcheck racecheck; do
+          run "sanitize-$tool" 235 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            --kernel-regex kns=panel --kernel-regex kns=tile --kernel-regex kns=far \
+            --kernel-regex kns=row --kernel-regex kns=merge --kernel-regex kns=finish \
+            "$python" -m bench.sanitize
+        done
+        ;;
+      *)
+        echo "no part $name: correct, large, small, sanitize" >&2
+        exit 2
+        ;;
+    esac
+  done
+done
+exit $status

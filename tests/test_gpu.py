@@ -1,0 +1,213 @@
+"""The GPU backends on a GPU. `bash bench/gpu.sh correct` runs these on a machine that has one."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from covering import covering
+
+import supclap_kernels as sk
+from supclap_kernels.testing import (
+    Case,
+    baseline,
+    check,
+    evaluate,
+    floors,
+    make_inputs,
+    truth,
+    violations,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = pytest.mark.parametrize("backend", ["panel", "triton"])
+MODES = [{}, {"bilateral": "none"}, {"bilateral": "shared"}, {"objective": "siglip"}]
+by_mode = pytest.mark.parametrize("options", MODES, ids=str)
+
+
+def run(case: Case, backend: str, **options: Any) -> None:
+    rounded = case.dtype != torch.float32
+    check(sk.fused_svr_loss, case, "cuda", rounded_weights=rounded, backend=backend, **options)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "chosen",
+    covering(
+        80,
+        objective=("infonce", "siglip"),
+        bilateral=("none", "mirror", "shared"),
+        reduction=("mean", "sum", "none"),
+        renormalize=(False, True),
+        normalize=(False, True),
+        alpha=(1.0, 0.3),
+        beta=(0.0, 0.2),
+        radius=("scalar", "row"),
+        weighted=(False, True),
+        duplicates=(False, True),
+        workspace=(0, 2**28),
+        dtype=tuple(DTYPES),
+        N=(33, 100, 129, 600, 1500),
+        D=(48, 100, 512),
+        gap=(0.3, 0.05),
+        layout=("contiguous", "transposed", "offset", "strided"),
+    ),
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
+def test_options(chosen, backend, poisoned_memory):
+    chosen = dict(chosen)
+    fields = {name: chosen.pop(name) for name in
+              ("N", "D", "gap", "radius", "weighted", "duplicates", "layout")}  # fmt: skip
+    dtype, workspace = DTYPES[chosen.pop("dtype")], chosen.pop("workspace")
+    run(Case(dtype=dtype, options=chosen, **fields), backend, workspace=workspace)
+
+
+@BACKENDS
+@by_mode
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tiles(backend, options, dtype):
+    run(Case(N=4300, D=256, dtype=DTYPES[dtype], options=options), backend, workspace=2**26)
+
+
+@BACKENDS
+@pytest.mark.parametrize("gap", [0.1, 1e-2, 1e-3, 0.0])
+def test_gaps(backend, gap):
+    for bilateral in ("none", "mirror", "shared"):
+        options = {"bilateral": bilateral, "renormalize": gap == 1e-2}
+        run(Case(N=700, D=96, gap=gap, radius="row", options=options), backend)
+
+
+@BACKENDS
+@by_mode
+def test_tf32_is_allowed_by_pytorchs_switch(backend, options):
+    """Ten bits of the products: as wrong as eager PyTorch under the same switch."""
+    case = Case(N=600, D=256, options=options)
+    inputs = make_inputs(case, "cuda")
+    exact = truth(case, inputs)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        result = evaluate(sk.fused_svr_loss, inputs, **case.options, backend=backend)
+        base = baseline(case, inputs)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    found = violations(result, exact, base, floors(case, inputs, exact))
+    assert not found
+
+
+@BACKENDS
+@by_mode
+def test_bit_equal_when_run_again(backend, options):
+    inputs = make_inputs(Case(N=2500, D=128, dtype=torch.bfloat16, options=options), "cuda")
+    runs = [
+        evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24, **options)
+        for _ in range(4)
+    ]
+    for other in runs[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in runs[0].items())
+
+
+@BACKENDS
+@by_mode
+def test_no_host_synchronisation_and_no_compilation(backend, options, monkeypatch):
+    """In the second step, also at another N."""
+    triton = pytest.importorskip("triton")
+
+    def step(N: int) -> None:
+        case = Case(N=N, D=128, dtype=torch.bfloat16, radius="row", options=options)
+        inputs = make_inputs(case, "cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**22, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    step(900)
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", None, raising=False)
+    step(1203)
+
+
+@BACKENDS
+@by_mode
+def test_cuda_graph(backend, options):
+    case = Case(N=600, D=128, dtype=torch.bfloat16, options=options)
+    inputs = make_inputs(case, "cuda")
+
+    def step() -> dict[str, torch.Tensor]:
+        return evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**20, **options)
+
+    for _ in range(3):
+        wanted = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    for x in result.values():
+        x.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, wanted[name]) for name, x in result.items())
+
+
+@BACKENDS
+def test_on_a_side_stream(backend):
+    """Memory that a stream of ours uses must not be given away early."""
+    case = Case(N=2500, D=128, dtype=torch.bfloat16)
+    inputs = make_inputs(case, "cuda")
+    wanted = evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            result = evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24)
+            junk = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]
+            del junk
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(x, result[name]) for name, x in wanted.items())
+
+
+@BACKENDS
+def test_memory_estimate(backend):
+    for options in MODES:
+        case = Case(N=3000, D=512, dtype=torch.bfloat16, options=options)
+        inputs = make_inputs(case, "cuda")
+        evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24, **options)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24, **options)
+        peak = torch.cuda.max_memory_allocated() - before
+        peak -= sum(result[name].nbytes for name in ("audio", "text"))
+        guess = sk.memory_estimate(3000, 512, torch.bfloat16, device="cuda", backend=backend,
+                                   workspace=2**24, **options)  # fmt: skip
+        assert 0.9 <= guess / peak <= 1.1, (options, guess, peak)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Row kernels at N D >= 2^31; one tile's worth of rows is looked at."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 24 * 2**30:
+        pytest.skip("needs 24 GiB")
+    from supclap_kernels.backends import gpu
+    from supclap_kernels.options import Options
+
+    N, D = 2**20 + 64, 2048
+    audio = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
+    text = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
+    radius, scale = torch.tensor(0.1, device="cuda"), torch.tensor(0.01, device="cuda")
+    inputs = gpu.Inputs(audio, text, radius, scale, None, None, None)
+    options = Options(bilateral="none")
+    call = gpu.Call(inputs, options, gpu.tiling(torch.bfloat16, True), True)
+    positive = call.state[12 + 6, -64:]
+    wanted = (audio[-64:].double() * text[-64:].double()).sum(dim=1)
+    assert float((positive.double() - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+@BACKENDS
+def test_float16_upstream_of_a_grad_scaler(backend):
+    case = Case(N=300, D=64, dtype=torch.float16)
+    inputs = make_inputs(case, "cuda")
+    scaled = replace(inputs, upstream=torch.tensor(65536.0, device="cuda"))
+    result = evaluate(sk.fused_svr_loss, scaled, backend=backend)
+    assert all(bool(torch.isfinite(x).all()) for x in result.values())
