@@ -98,7 +98,7 @@ def calls() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"{str(dtype)[6:]} infonce mirror, every option", fields, full
 
 
-def launches(arch: int, only: str = "") -> list[Launch]:
+def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
     """Every kernel of every call (whose label contains `only`), once."""
     import triton
 
@@ -126,7 +126,7 @@ def launches(arch: int, only: str = "") -> list[Launch]:
                 label = label.replace("float32", "tf32")
             if only not in label:
                 continue
-            case = Case(**{"N": 200, "D": 128, **fields}, options=chosen)
+            case = Case(**{"N": N, "D": 128, **fields}, options=chosen)
             given = make_inputs(case)
             inputs = Inputs(
                 given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,

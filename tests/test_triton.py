@@ -1,6 +1,7 @@
 """Triton without a GPU: the interpreter's suite, in processes of its own, and what the compiler
 makes of every kernel."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,22 @@ def test_interpreter_suite():
         assert " passed" in output and "skipped" not in output, output[-2000:]
 
 
+SPECIALISED = """
+from bench import aot
+sizes = [set(aot.launches(90, "bfloat16", N)) for N in (200, 333, 1025)]
+print(len(sizes[0]), [sorted({launch.name for launch in sizes[0] ^ other}) for other in sizes[1:]])
+"""
+
+
+def test_another_N_compiles_nothing_new(native_triton):
+    """All that Triton specialises on is the same at every N (several tiles at each)."""
+    command = [sys.executable, "-W", "ignore", "-c", SPECIALISED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, differences = done.stdout.split(maxsplit=1)
+    assert int(count) > 60 and differences.strip() == "[[], []]", done.stdout
+
+
 SCRIPT = """
 import json, sys
 from bench import aot
@@ -51,8 +68,6 @@ REPORTS = [(90, ""), (80, "bfloat16"), (100, "bfloat16")]
 
 @pytest.mark.parametrize("arch, only", REPORTS, ids=["sm_90", "sm_80", "sm_100"])
 def test_kernels_compile_well(arch, only, native_triton):
-    import json
-
     from bench.aot import SHARED_LIMIT
     from supclap_kernels.backends.tiles import SPILLS
 
