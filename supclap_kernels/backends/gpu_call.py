@@ -62,10 +62,19 @@ def kernel_blocks(
     fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype, arch: int = 90
 ) -> tiles.Blocks:
     """Of the kernel that reads or makes the logits in a sweep."""
+    kernel = ("tile_" if fused else "panel_") + ("weights" if weights else "statistics")
+    found = tiles.tuned().get(f"{kernel} {grams} {infonce} {str(dtype)[6:]} {arch}")
+    if found is not None:
+        return found
     if fused:
         ieee = dtype == torch.float32 and precision(dtype) == "ieee"
         return tiles.tile_blocks(weights, grams, infonce, ieee, dtype.itemsize, arch)
     return tiles.PANEL_WEIGHTS if weights else tiles.PANEL_STATISTICS
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Vectors as the kernels read them; an expanded upstream gradient is one number N times."""
+    return None if x is None else x.contiguous()
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,7 +92,12 @@ class Call:
         fused: bool,
         state: Tensor | None = None,
     ) -> None:
-        self.inputs, self.options, self.fused = inputs, options, fused
+        self.inputs = inputs = inputs._replace(
+            radius=contiguous(inputs.radius),
+            ids=contiguous(inputs.ids),
+            weight=contiguous(inputs.weight),
+        )
+        self.options, self.fused = options, fused
         self.device, self.dtype = inputs.audio.device, inputs.audio.dtype
         self.N, self.D = N, D = inputs.audio.shape
         self.width = triton.cdiv(D, tiles.OPERAND_COLUMNS) * tiles.OPERAND_COLUMNS
@@ -283,6 +297,7 @@ class Call:
         self.factors, self.unit = self.new_zeros(8, N), self.new_empty()
         self.sums = self.new_zeros(SUMS + 1, N)  # and RHO_FAR
         common: dict[str, Any] = {"MODE": self.mode, "BLOCK_N": tiles.VECTOR}
+        upstream = contiguous(upstream)
         row_weights[(count,)](
             upstream, self.inputs.weight, self.state, self.omega, bounds, N, self.row_scale, alpha,
             PER_ROW=upstream is not None and upstream.ndim == 1, **common,

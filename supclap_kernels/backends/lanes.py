@@ -19,9 +19,9 @@ Scratch = TypeVar("Scratch")
 
 
 @functools.cache
-def side_stream(index: int) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each device: the library keeps a workspace for every stream it has seen."""
-    return torch.cuda.Stream(index)
+    return torch.cuda.Stream(device)
 
 
 def in_flight(
@@ -41,7 +41,7 @@ def in_flight(
             ordered(tile, lanes[n % len(lanes)])
         return
     main = torch.cuda.current_stream(device)
-    streams = (main, side_stream(main.device_index))
+    streams = (main, side_stream(device))
     streams[1].wait_stream(main)
     turn: torch.cuda.Event | None = None
     with contextlib.ExitStack() as joined:

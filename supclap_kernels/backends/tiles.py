@@ -1,5 +1,9 @@
 """Every tile size, with its reason."""
 
+import functools
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 CPU_TILE = 512
@@ -63,6 +67,28 @@ def tile_blocks(
     if grams == 0 and infonce and arch >= 90:
         return Blocks(128, 128, depth, warps=8, stages=3, parts=4)
     return Blocks(128, 64, depth, warps=8, stages=3, parts=4 if weights or arch < 90 else 2)
+
+
+def tuned() -> dict[str, Blocks]:
+    """What `python -m bench.tune` found faster on a GPU: the file that SUPCLAP_TILES names, if any.
+
+    {"kernel grams infonce dtype arch": [i, j, d, warps, stages, parts]}
+    """
+    return read_tuned(os.environ.get("SUPCLAP_TILES", ""))
+
+
+@functools.cache
+def read_tuned(path: str) -> dict[str, Blocks]:
+    if not path:
+        return {}
+    found = {key: Blocks(*values) for key, values in json.loads(Path(path).read_text()).items()}
+    for key, block in found.items():
+        if GPU_PAD % block.i or GPU_PAD % block.j or OPERAND_COLUMNS % max(block.d, 1):
+            raise ValueError(
+                f"SUPCLAP_TILES={path}: {key}: i and j must divide {GPU_PAD}, and d "
+                f"{OPERAND_COLUMNS}; got {list(block)}"
+            )
+    return found
 
 
 SPILLS = {

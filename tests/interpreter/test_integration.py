@@ -97,6 +97,27 @@ def test_one_pair_costs_nothing(backend):
 
 
 @BACKENDS
+def test_vectors_of_any_stride(backend):
+    """Every second value of ids, weight and radius; an expanded radius and upstream gradient."""
+    inputs = make_inputs(Case(N=40, D=16, radius="row", weighted=True, duplicates=True))
+    vectors = {name: getattr(inputs, name) for name in ("radius", "ids", "weight")}
+    twice = {name: torch.stack((x, x + 1), dim=1)[:, 0] for name, x in vectors.items()}
+    results = []
+    for given in (twice, {name: x.contiguous() for name, x in twice.items()}):
+        leaf = inputs.audio.clone().requires_grad_()
+        loss = sk.fused_svr_loss(leaf, inputs.text, reduction="none", backend=backend, **given)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], sk.fused_svr_loss(
+        inputs.audio, inputs.text, reduction="none", backend=backend))  # fmt: skip
+    R = torch.tensor(0.2).expand(40)
+    expanded, row = (sk.fused_svr_loss(inputs.audio, inputs.text, x, backend=backend)
+                     for x in (R, R.contiguous()))  # fmt: skip
+    assert torch.equal(expanded, row)
+
+
+@BACKENDS
 @pytest.mark.parametrize("scale", [0.0, 100.0, -5.0])
 def test_scales(backend, scale):
     """Equal logits, logits of +-100, and similar pairs that repel."""

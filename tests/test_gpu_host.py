@@ -1,5 +1,4 @@
-"""`memory_estimate` of the GPU backends against what they allocate: their passes on CPU tensors,
-with the kernels' launches left out."""
+"""The GPU backends without a GPU: passes on CPU tensors, with the kernels' launches left out."""
 
 import pytest
 import torch
@@ -55,3 +54,21 @@ def test_estimate_within_a_tenth(name, backend, no_launches):
     sizes = (case.N, case.D, torch.float32, case.radius != "none")
     guess = backend.memory(*sizes, Options(**case.options))
     assert 0.9 <= guess / found <= 1.1, f"{case}: estimated {guess}, measured {found} bytes"
+
+
+def test_tuned_blocks_are_opt_in(tmp_path, monkeypatch):
+    from supclap_kernels.backends.gpu_call import kernel_blocks
+    from supclap_kernels.backends.tiles import Blocks
+
+    request = (True, False, 1, True, torch.bfloat16, 90)
+    shipped = kernel_blocks(*request)
+    file = tmp_path / "tiles.json"
+    file.write_text('{"tile_statistics 1 True bfloat16 90": [64, 64, 32, 4, 2, 1]}')
+    monkeypatch.setenv("SUPCLAP_TILES", str(file))
+    assert kernel_blocks(*request) == Blocks(64, 64, 32, 4, 2, 1) != shipped
+    assert kernel_blocks(*request[:-1], 80) == kernel_blocks(*request[:-1], 86)
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"tile_statistics 1 True bfloat16 90": [96, 64]}')
+    monkeypatch.setenv("SUPCLAP_TILES", str(bad))
+    with pytest.raises(ValueError, match="must divide 128"):
+        kernel_blocks(*request)
