@@ -61,12 +61,13 @@ def tile_blocks(
     """
     if ieee:
         return Blocks(64, 32 if grams == 2 else 64, 32, warps=8, stages=2)
-    depth = (128 if arch >= 90 else 64) // itemsize
+    roomy = arch // 10 in (9, 10)  # over 200 KiB of shared memory; from 99 on the others
+    depth = (128 if roomy else 64) // itemsize
     if weights and grams == 2 and not infonce:  # one sweep does the work of both
         return Blocks(128, 32, 64 // itemsize, warps=8, stages=3, parts=2)
-    if grams == 0 and infonce and arch >= 90:
+    if grams == 0 and infonce and roomy:
         return Blocks(128, 128, depth, warps=8, stages=3, parts=4)
-    return Blocks(128, 64, depth, warps=8, stages=3, parts=4 if weights or arch < 90 else 2)
+    return Blocks(128, 64, depth, warps=8, stages=3, parts=2 if roomy and not weights else 4)
 
 
 def tuned() -> dict[str, Blocks]:

@@ -166,8 +166,7 @@ def finish_direction(
         total = others + tl.exp2(z - top)
         # log(total / exp(z - top)): exactly 0 without negatives, if exp2 does not overflow.
         y = others * tl.exp2(tl.minimum(top - z, 100.0, propagate_nan=tl.PropagateNan.ALL))
-        near = tl.where(y <= 1.0, log1p_unit(tl.minimum(y, 1.0)), tl.log(1.0 + y))
-        loss = tl.where(top - z > 100.0, (tl.log2(total) + (top - z)) / LOG2E, near)
+        loss = tl.where(top - z > 100.0, (tl.log2(total) + (top - z)) / LOG2E, tl.log(1.0 + y))
         tl.store(state + DIRECTION * N + i, top, mask=inside)
         tl.store(state + (STATE_L + DIRECTION) * N + i, total, mask=inside)
         tl.store(state + (STATE_OTHERS + DIRECTION) * N + i, others, mask=inside)
