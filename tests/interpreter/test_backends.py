@@ -47,7 +47,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 FIELDS: dict[str, tuple[Any, ...]] = {
     "N": (1, 2, 33, 65, 100, 129),
-    "D": (3, 16, 48, 100),
+    "D": (3, 16, 48, 64, 100),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "gap": (0.3, 0.02, 0.0),
     "weighted": (False, True),
@@ -159,3 +159,39 @@ def test_the_suite_is_large_enough():
 def test_options(backend, case, small, guard, request):
     request.getfixturevalue("small_tiles" if small else "large_tiles")
     verify(case, guard, backend, workspace=case.options["workspace"])
+
+
+def accepted(case: Case, inputs: Inputs, backend: str) -> None:
+    """The rule on inputs that are not the case's own."""
+    exact = truth(case, inputs)
+    result = evaluate(fused_svr_loss, inputs, **case.options, backend=backend)
+    base = baseline(case, inputs, case.dtype != torch.float32)
+    found = violations(result, exact, base, floors(case, inputs, exact))
+    assert not found, "\n  ".join([f"{backend} {case}:", *found])
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["panel", "triton"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", MODES[1:4] + MODES[5:], ids=str)
+@pytest.mark.parametrize("close", [[5], list(range(0, 120, 6))], ids=("one", "twenty"))
+def test_few_far_rows_are_split_among_programs(mode, close, backend, guard, small_tiles):
+    options = {**mode, "renormalize": len(close) == 1}
+    case = Case(N=129, D=20, options=options)
+    inputs = make_inputs(case)
+    inputs.audio[close] = inputs.text[close] + 0.02 * inputs.audio[close].flip(1)
+    accepted(case, inputs, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("length, scale, upstream", [(1.0, 1e-3, 1e7), (0.02, 2500.0, 0.1)])
+def test_float16_weights_stay_in_range(length, scale, upstream, backend, guard, large_tiles):
+    """Weights beyond float16 in gradients that are not: large upstream gradients of a small scale,
+    and short rows, whose support vectors are divided by their length."""
+    case = Case(N=60, D=16, dtype=torch.float16, scale=scale,
+                options={"renormalize": True, "reduction": "sum"})  # fmt: skip
+    plain = make_inputs(case)
+    moved = {name: (length * getattr(plain, name).float()).half() for name in ("audio", "text")}
+    inputs = replace(plain, **moved, radius=length * plain.radius, upstream=torch.tensor(upstream))
+    accepted(case, inputs, backend)
