@@ -31,7 +31,7 @@ CANDIDATES = {
 }
 CANDIDATES["tile_weights"] = CANDIDATES["tile_statistics"]
 ROUNDS, GAIN = 10, 0.98
-GRAMS = {"infonce": 0, "one-sided": 1, "mirror": 2, "siglip": 1}
+GRAMS = {"infonce": 0, "one-sided": 1, "mirror": 2, "siglip": 1, "siglip-plain": 0}
 
 
 def seconds(mode: str, backend: str, weights: bool, leaves: list[torch.Tensor]) -> float:
@@ -61,7 +61,7 @@ def main() -> None:
     tiles.tuned = lambda: best
     for (kernel, candidates), mode in itertools.product(CANDIDATES.items(), MODES):
         backend = "panel" if kernel.startswith("panel") else "triton"
-        weights, infonce = kernel.endswith("weights"), mode != "siglip"
+        weights, infonce = kernel.endswith("weights"), not mode.startswith("siglip")
         if not weights and not infonce:
             continue  # SigLIP has one sweep
         leaves = leaves_of(mode, given.N, given.D, dtype)

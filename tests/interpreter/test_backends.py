@@ -18,6 +18,7 @@ from supclap_kernels.backends import gpu_call, gpu_far, tiles
 from supclap_kernels.testing import (
     Case,
     Inputs,
+    Outputs,
     baseline,
     evaluate,
     floors,
@@ -116,19 +117,29 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verify(case: Case, guard: Guard, backend: str, **more: Any) -> None:
-    """The acceptance rule."""
-    plain = make_inputs(case)
-    inputs = Inputs(**{name: guard.copy(x) for name, x in vars(plain).items()})
+    """The acceptance rule. Of one or two rows the baseline's error is a few draws of chance, so
+    there the rule looks at several seeds at once."""
     case = replace(case, options={k: v for k, v in case.options.items() if k != "workspace"})
-    exact = truth(case, plain)
-    floor = floors(case, plain, exact)
-    dull = {"audio", "text"} & set(uninformative(exact, floor))
-    assert case.N < 3 or not dull, f"{case}: not informative for {dull}"
-    result = evaluate(fused_svr_loss, inputs, **case.options, **more, backend=backend)
-    rounded = case.dtype != torch.float32
-    found = violations(result, exact, baseline(case, plain, rounded), floor)
+    parts: list[tuple[Outputs, Outputs, Outputs, dict[str, float]]] = []
+    for seed in range(4 if case.N < 3 else 1):
+        one = replace(case, seed=seed)
+        plain = make_inputs(one)
+        inputs = Inputs(**{name: guard.copy(x) for name, x in vars(plain).items()})
+        exact = truth(one, plain)
+        floor = floors(one, plain, exact)
+        dull = {"audio", "text"} & set(uninformative(exact, floor))
+        assert case.N < 3 or not dull, f"{case}: not informative for {dull}"
+        result = evaluate(fused_svr_loss, inputs, **case.options, **more, backend=backend)
+        assert all(x is None or torch.equal(x, getattr(plain, n)) for n, x in vars(inputs).items())
+        base = baseline(one, plain, case.dtype != torch.float32)
+        parts.append((result, exact, base, floor))
+    together = [
+        {name: torch.cat([torch.atleast_1d(part[n][name]) for part in parts]) for name in exact}
+        for n in range(3)
+    ]
+    largest = {name: max(part[3][name] for part in parts) for name in exact}
+    found = violations(*together, largest)
     assert not found, "\n  ".join([f"{backend} {case}:", *found])
-    assert all(x is None or torch.equal(x, getattr(plain, n)) for n, x in vars(inputs).items())
 
 
 def suite() -> list[Any]:
