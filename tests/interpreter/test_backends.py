@@ -154,6 +154,8 @@ def suite() -> list[Any]:
                 fields = {name: row[name] for name in (*FIELDS, "radius")}
                 if fields["dtype"] == torch.float16:  # the gradient must not overflow
                     fields["gap"] = max(fields["gap"], 0.3 if fields["D"] == 3 else 0.02)
+                if fields["N"] < 3:  # the floor does not know R / r = 1500, and a row is a lottery
+                    fields["gap"] = max(fields["gap"], 0.02)
                 case = Case(**fields, options=options)
                 cases.append(pytest.param(backend, case, row["small"], id=f"{backend} {case}"))
     return cases
