@@ -58,7 +58,7 @@ def literal(compiled: bool) -> Callable[..., peers.Loss]:
 
 def plain_infonce(audio: Tensor, text: Tensor, radius: Tensor, scale: Tensor) -> Tensor:
     """open_clip's loss, as the sum of both directions."""
-    labels = torch.arange(len(text), device=text.device)
+    labels = labels_of(text)
     logits = scale * text @ audio.t()
     entropy = torch.nn.functional.cross_entropy
     return entropy(logits, labels) + entropy(logits.t(), labels)

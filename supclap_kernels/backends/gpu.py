@@ -11,6 +11,7 @@ outputs are float32 and PyTorch casts them.
 """
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,16 @@ from torch import Tensor
 from ..options import Options
 from . import contract, tiles
 from .contract import Inputs, grams, split_gradients
-from .gpu_call import PLANES, SUMS, Call, kernel_blocks, weights_dtype
+from .gpu_call import (
+    PLANES,
+    SUMS,
+    Call,
+    kernel_blocks,
+    lanes_of,
+    scratch_dtypes,
+    scratch_shapes,
+    weights_dtype,
+)
 from .panel import PLACEHOLDER, Layout, Tiling, kept_panels
 
 PARTIAL = 3
@@ -129,16 +139,13 @@ class Backend:
     def scratch_bytes(
         self, layout: Layout, dtype: torch.dtype, panel: bool, statistics: bool, weights: bool
     ) -> int:
-        """Of all tiles in flight; as `Call.lanes`."""
-        blocks = kernel_blocks(
-            self.fused, weights, layout.grams, not (statistics and weights), dtype
-        )
-        side = min(layout.side, layout.tiling.padded(layout.N))
-        slots = -(-side // blocks.j) * blocks.parts + -(-side // blocks.i)
-        bytes_of = 4 * (panel and not self.fused) + weights_dtype(dtype).itemsize * weights
-        planes = PLANES * statistics + SUMS * weights
-        lanes = 1 + (layout.N > layout.side and not self.fused)
-        return lanes * (bytes_of * layout.scratch_elements + 4 * planes * slots * side)
+        """Of all tiles in flight: what `Call.lanes` allocates."""
+        infonce = not (statistics and weights)
+        block = kernel_blocks(self.fused, weights, layout.grams, infonce, dtype)
+        shapes = scratch_shapes(layout, block, self.fused, panel, statistics, weights)
+        pairs = zip(shapes, scratch_dtypes(dtype), strict=True)
+        each = sum(kind.itemsize * math.prod(shape) for shape, kind in pairs if shape)
+        return lanes_of(layout, self.fused) * each
 
 
 PANEL, TRITON = Backend(fused=False), Backend(fused=True)

@@ -34,14 +34,47 @@ ROW_GRID = {"BLOCK_N": tiles.ROWS, "BLOCK_D": tiles.ROW_COLUMNS, "num_warps": 4}
 
 
 class Scratch(NamedTuple):
-    """Working memory of one tile in flight."""
+    """Working memory of one tile in flight (or its shapes); None for what a sweep does without."""
 
-    panel: Tensor | None
-    weights: Tensor | None
-    part_i: Tensor | None
-    part_j: Tensor | None
-    sums_i: Tensor | None
-    sums_j: Tensor | None
+    panel: Any
+    weights: Any
+    part_i: Any
+    part_j: Any
+    sums_i: Any
+    sums_j: Any
+
+
+def slots_of(ni: int, nj: int, block: tiles.Blocks) -> tuple[int, int]:
+    """Of the partial results of a tile's rows, and of its columns."""
+    return triton.cdiv(nj, block.j) * block.parts, triton.cdiv(ni, block.i)
+
+
+def lanes_of(layout: Layout, fused: bool) -> int:
+    """Two tiles are in flight where there are several and the library's products can hide the
+    epilogues; the tile kernels leave nothing to hide."""
+    return 1 + (layout.N > layout.side and not fused)
+
+
+def scratch_shapes(
+    layout: Layout,
+    block: tiles.Blocks,
+    fused: bool,
+    panel: bool,
+    statistics: bool,
+    weights: bool,
+) -> Scratch:
+    """The shapes of the largest tile's working memory."""
+    side = min(layout.side, layout.tiling.padded(layout.N))
+    i, j = slots_of(side, side, block)
+    size = (layout.scratch_elements,)
+    return Scratch(
+        size if panel and not fused else None,
+        size if weights else None,
+        (PLANES, i, side) if statistics else None,
+        (PLANES, j, side) if statistics else None,
+        (SUMS, i, side) if weights else None,
+        (SUMS, j, side) if weights else None,
+    )
 
 
 def architecture(device: torch.device) -> int:
@@ -79,6 +112,11 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED.value else dtype
+
+
+def scratch_dtypes(dtype: torch.dtype) -> Scratch:
+    single = torch.float32
+    return Scratch(single, weights_dtype(dtype), single, single, single, single)
 
 
 class Call:
@@ -130,8 +168,8 @@ class Call:
         self.fixed = (self.state, inputs.ids, inputs.scale, self.bias)
         self.far = FarRows(self.T, self.A, self.fixed, self.mode, self.infonce) if svr else None
 
-    def new_empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+    def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def new_zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -160,34 +198,31 @@ class Call:
         kind = (self.grams, self.infonce, self.dtype)
         return kernel_blocks(self.fused, weights, *kind, architecture(self.device))
 
-    def slots(self, tile: Tile, block: tiles.Blocks) -> tuple[int, int]:
-        """Of the partial results of a tile's rows, and of its columns."""
-        return triton.cdiv(tile.nj, block.j) * block.parts, triton.cdiv(tile.ni, block.i)
-
     def lanes(self, panel: bool, statistics: bool, weights: bool) -> list[Scratch]:
-        """Scratch of a sweep. Two tiles are in flight where there are several and the library's
-        products can hide the epilogues: the tile kernels leave nothing to hide."""
-        layout, block = self.layout, self.blocks(weights)
-        side = min(layout.side, layout.tiling.padded(self.N))
-        i, j = self.slots(Tile(0, side, 0, side, 0, side, 0), block)
-        dtype = weights_dtype(self.dtype)
-
-        def partial(wanted: bool, planes: int, slots: int) -> Tensor | None:
-            return self.new_empty(planes, slots, side) if wanted else None
-
+        """Scratch of a sweep."""
+        block = self.blocks(weights)
+        shapes = scratch_shapes(self.layout, block, self.fused, panel, statistics, weights)
+        dtypes = scratch_dtypes(self.dtype)
         return [
             Scratch(
-                self.new_empty(layout.scratch_elements) if panel and not self.fused else None,
-                torch.empty(layout.scratch_elements, dtype=dtype, device=self.device)
-                if weights
-                else None,
-                partial(statistics, PLANES, i),
-                partial(statistics, PLANES, j),
-                partial(weights, SUMS, i),
-                partial(weights, SUMS, j),
+                *(
+                    None if shape is None else self.new_empty(*shape, dtype=dtype)
+                    for shape, dtype in zip(shapes, dtypes, strict=True)
+                )
             )
-            for _ in range(1 + (self.N > layout.side and not self.fused))
+            for _ in range(lanes_of(self.layout, self.fused))
         ]
+
+    def logits(
+        self, tile: Tile, kept: Tensor | None, scratch: Scratch, multiply: bool
+    ) -> Tensor | None:
+        """The tile's panel, multiplied out if asked; None for the tile kernels."""
+        if self.fused:
+            return None
+        panel = panel_of(tile, kept, scratch.panel)
+        if multiply:
+            multiply_tile(tile, self.grams, panel, self.products)
+        return panel
 
     def launch(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
         """The kernel of one tile: statistics, weights, or both, as the scratch has room for."""
@@ -220,7 +255,7 @@ class Call:
     def merge(self, tile: Tile, scratch: Scratch) -> None:
         """Add the tile's partial results to the running ones."""
         block, vector = self.blocks(scratch.weights is not None), tiles.VECTOR
-        i, j = self.slots(tile, block)
+        i, j = slots_of(tile.ni, tile.nj, block)
         sides = [(scratch.part_i, scratch.sums_i, i, tile.ni, tile.i0)]
         if not tile.diagonal:
             sides.append((scratch.part_j, scratch.sums_j, j, tile.nj, tile.j0))
@@ -240,10 +275,7 @@ class Call:
         """Sweep 1: `running`; fills `kept` with every tile's logits if it is given."""
 
         def free(tile: Tile, scratch: Scratch) -> None:
-            panel = None if self.fused else panel_of(tile, kept, scratch.panel)
-            if panel is not None:
-                multiply_tile(tile, self.grams, panel, self.products)
-            self.launch(tile, panel, scratch)
+            self.launch(tile, self.logits(tile, kept, scratch, multiply=True), scratch)
 
         scratch = (kept is None, True, False)
         in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, self.merge)
@@ -256,10 +288,7 @@ class Call:
         """Sweep 2: `sums`, and the products into dT, dA. `with_statistics` adds sweep 1."""
 
         def free(tile: Tile, scratch: Scratch) -> None:
-            panel = None if self.fused else panel_of(tile, kept, scratch.panel)
-            if panel is not None and kept is None:
-                multiply_tile(tile, self.grams, panel, self.products)
-            self.launch(tile, panel, scratch)
+            self.launch(tile, self.logits(tile, kept, scratch, multiply=kept is None), scratch)
 
         def ordered(tile: Tile, scratch: Scratch) -> None:
             self.merge(tile, scratch)

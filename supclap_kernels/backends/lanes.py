@@ -6,7 +6,6 @@ result does not depend on timing. Everything is joined with the caller's stream 
 returns, also after an exception, so the caching allocator may reuse what was allocated there.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -44,8 +43,7 @@ def in_flight(
     streams = (main, side_stream(device))
     streams[1].wait_stream(main)
     turn: torch.cuda.Event | None = None
-    with contextlib.ExitStack() as joined:
-        joined.callback(main.wait_stream, streams[1])
+    try:
         for n, tile in enumerate(tiles):
             stream = streams[n % 2]
             with torch.cuda.stream(stream):
@@ -54,3 +52,5 @@ def in_flight(
                     stream.wait_event(turn)
                 ordered(tile, lanes[n % 2])
                 turn = stream.record_event()
+    finally:
+        main.wait_stream(streams[1])

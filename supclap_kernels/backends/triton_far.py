@@ -16,7 +16,6 @@ from .triton_tiles import (
     AUDIO_INVERSE,
     BIAS,
     HIDDEN,
-    LOG2E,
     OFFSET,
     OTHER_ROWS,
     RHO_FAR,
@@ -27,9 +26,11 @@ from .triton_tiles import (
     SUPPORT_TEXT,
     TEXT_INVERSE,
     C,
-    log1p_unit,
+    log_sum,
+    logit_bias_2,
     logit_scale_2,
     merge_pair,
+    negatives,
     slope,
 )
 
@@ -102,16 +103,6 @@ def far_row_scalars(state, i, in_i, N, DIRECTION: tl.constexpr):
 
 
 @triton.jit
-def kept(i, j, in_i, in_j, ids):
-    """Which pairs are negatives."""
-    keep = in_i[:, None] & in_j[None, :] & (i[:, None] != j[None, :])
-    if ids is not None:
-        id_i, id_j = tl.load(ids + i, mask=in_i, other=0), tl.load(ids + j, mask=in_j, other=0)
-        keep = keep & (id_i[:, None] != id_j[None, :])
-    return keep
-
-
-@triton.jit
 def far_slopes(
     product, factors, b, k2, i, j, in_i, in_j, ids, N,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
@@ -121,7 +112,7 @@ def far_slopes(
     h = slope(z + b, factors, DIRECTION, i, in_i, N, 1, INFONCE)
     if MODE == SHARED:
         h += slope(z, factors, OTHER_ROWS, j, in_j, N, 0, INFONCE)
-    return tl.where(kept(i, j, in_i, in_j, ids), h, 0.0)
+    return tl.where(negatives(i, j, in_i, in_j, ids, True), h, 0.0)
 
 
 @triton.jit(
@@ -144,7 +135,7 @@ def far_rows(
     if slot < 0:
         return
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
     first = tl.zeros([FAR], tl.float32) + (HIDDEN if factors is None else 0.0)
     second = tl.zeros([FAR], tl.float32)
@@ -154,13 +145,8 @@ def far_rows(
         product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         if factors is None:
-            z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product + b, HIDDEN)
-            m = tl.max(z, 1)
-            if INFONCE:
-                l = tl.sum(tl.exp2(z - m[:, None]), 1)
-            else:
-                softplus = tl.maximum(z, 0.0) / LOG2E + log1p_unit(tl.exp2(-tl.abs(z)))
-                l = tl.sum(softplus, 1)
+            z = tl.where(negatives(i, j, in_i, in_j, ids, True), k2 * product + b, HIDDEN)
+            m, l = log_sum(z, 1, INFONCE)
             first, second = merge_pair(first, second, m, l, INFONCE)
         else:
             h = far_slopes(
@@ -229,7 +215,7 @@ def far_gradient(
     if slot < 0:
         return
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
     total = tl.zeros([FAR, CHUNK], tl.float32)
     d0 = tl.program_id(1) * CHUNK
@@ -285,7 +271,7 @@ def finish_far(
         return
     c, inverse = far_row_scalars(state, i, in_i, N, DIRECTION)
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     _s, x_own, y_own = positive_products(state, i, in_i, N, MODE)
     z = k2 * (x_own if DIRECTION == SUPPORT_ROWS else y_own) + b
     slope_own = positive_slope(state, DIRECTION, z, i, in_i, N, INFONCE)
@@ -336,7 +322,7 @@ def far_columns(
     if total == 0:
         return
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     in_j = j < N
     d0 = tl.program_id(1) * CHUNK
@@ -356,9 +342,9 @@ def far_columns(
         product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         if factors is None:
-            z = tl.where(kept(i, j, in_i, in_j, ids), k2 * product, HIDDEN)
-            m_new = tl.max(z, 0)
-            m, l = merge_pair(m, l, m_new, tl.sum(tl.exp2(z - m_new[None, :]), 0), INFONCE)
+            z = tl.where(negatives(i, j, in_i, in_j, ids, True), k2 * product, HIDDEN)
+            m_new, l_new = log_sum(z, 0, INFONCE)
+            m, l = merge_pair(m, l, m_new, l_new, INFONCE)
         else:
             h = far_slopes(
                 product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE

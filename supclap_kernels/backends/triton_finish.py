@@ -15,7 +15,6 @@ from .triton_tiles import (
     BASE,
     BIAS,
     GAP,
-    LOG2E,
     MIRROR,
     NONE,
     OFFSET,
@@ -35,7 +34,9 @@ from .triton_tiles import (
     TEXT_INVERSE,
     TEXT_ROWS,
     C,
+    logit_bias_2,
     logit_scale_2,
+    sigmoid,
 )
 
 
@@ -48,8 +49,7 @@ def positive_slope(
         others = tl.load(state + (STATE_OTHERS + DIRECTION) * N + i, mask=inside, other=0.0)
         return -others / tl.load(state + (STATE_L + DIRECTION) * N + i, mask=inside, other=1.0)
     else:
-        e = tl.exp2(-tl.abs(z))
-        return -tl.where(z > 0.0, e, 1.0) / (1.0 + e)
+        return -sigmoid(-z)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def row_terms(
     """Coefficients of t, a and e = a - t in dT, and in dA; writes dk, db and dR of each row."""
     k = tl.load(scale).to(tl.float32)
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     one = tl.load(unit)
     product = one / k2  # of sums of slope times logit: slope times inner product
     w = tl.load(omega + i, mask=inside, other=0.0)

@@ -31,8 +31,9 @@ from .triton_tiles import (
     TEXT_ROWS,
     TILE_C,
     C,
-    log1p_unit,
+    logit_bias_2,
     logit_scale_2,
+    softplus,
 )
 
 EPS = tl.constexpr(1e-4)
@@ -54,13 +55,13 @@ def pack_rows(
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i[:, None] < N
     row = i.to(tl.int64)[:, None]
+    if length is not None:
+        of = tl.load(length + i, mask=i < N, other=1.0)
+        of = tl.maximum(of, 1e-12, propagate_nan=tl.PropagateNan.ALL)
     for d0 in range(0, width, BLOCK_D):
         d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
         x = tl.load(X + row * stride_n + d * stride_d, mask=inside & (d < D), other=0.0)
-        if length is not None:
-            # As F.normalize divides: where gaps are small, its roundings are the row.
-            of = tl.maximum(tl.load(length + i, mask=i < N, other=1.0), 1e-12,
-                            propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+        if length is not None:  # as F.normalize: where gaps are small, its roundings are the row
             x = tl.div_rn(x.to(tl.float32), of[:, None])
         tl.store(out + row * width + d, x.to(out.dtype.element_ty), mask=inside)
 
@@ -171,7 +172,7 @@ def finish_direction(
         tl.store(state + (STATE_L + DIRECTION) * N + i, total, mask=inside)
         tl.store(state + (STATE_OTHERS + DIRECTION) * N + i, others, mask=inside)
     else:
-        loss = l + tl.maximum(-z, 0.0) / LOG2E + log1p_unit(tl.exp2(-tl.abs(z)))
+        loss = l + softplus(-z)
     return loss
 
 
@@ -192,7 +193,7 @@ def finish_statistics(
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i < N
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     s, x, y = positive_products(state, i, inside, N, MODE)
     s, x, y = k2 * s + b, k2 * x + b, k2 * y + b
     text = finish_direction(running, state, TEXT_ROWS, s, i, inside, N, INFONCE)

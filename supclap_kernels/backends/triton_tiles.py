@@ -33,8 +33,8 @@ BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO, RHO_FAR = (
 )
 SIMILARITY = tl.constexpr(4)
 """After the directions, in partial results and `running`: sum of the negatives' logits, count."""
-STATE_M, STATE_L, STATE_OTHERS, ROWS = (tl.constexpr(n) for n in (0, 4, 8, 12))
-"""Where `state` (22, N) has m, l, l without the positive (each of 4 directions), and `rows`."""
+STATE_L, STATE_OTHERS, ROWS = (tl.constexpr(n) for n in (4, 8, 12))
+"""Where `state` (22, N) has, after m of 4 directions, l, l without the positive, and `rows`."""
 # Modes of the support vectors.
 NONE, ONE_SIDED, SHARED, MIRROR = (tl.constexpr(n) for n in range(4))
 
@@ -83,8 +83,27 @@ def logit_scale_2(scale):
 
 
 @triton.jit
-def reduce_direction(z, out, at, plane, mask, AXIS: tl.constexpr, INFONCE: tl.constexpr):
-    """out[at] = m, out[at + plane] = l of the logits z along AXIS.
+def logit_bias_2(bias, INFONCE: tl.constexpr):
+    """b log2(e); InfoNCE has none."""
+    return 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def softplus(z):
+    """log(1 + exp) of a logit in base 2, in nats."""
+    return tl.maximum(z, 0.0) / LOG2E + log1p_unit(tl.exp2(-tl.abs(z)))
+
+
+@triton.jit
+def sigmoid(z):
+    """Of a logit in base 2: never overflows."""
+    e = tl.exp2(-tl.abs(z))
+    return tl.where(z >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def log_sum(z, AXIS: tl.constexpr, INFONCE: tl.constexpr):
+    """(m, l) of the logits z along AXIS.
 
     InfoNCE: l = sum of exp2(z - m). SigLIP: l = sum of softplus, in nats.
     """
@@ -92,8 +111,14 @@ def reduce_direction(z, out, at, plane, mask, AXIS: tl.constexpr, INFONCE: tl.co
     if INFONCE:
         l = tl.sum(tl.exp2(z - tl.expand_dims(m, AXIS)), AXIS)
     else:
-        e = tl.exp2(-tl.abs(z))
-        l = tl.sum(tl.maximum(z, 0.0) / LOG2E + log1p_unit(e), AXIS)
+        l = tl.sum(softplus(z), AXIS)
+    return m, l
+
+
+@triton.jit
+def reduce_direction(z, out, at, plane, mask, AXIS: tl.constexpr, INFONCE: tl.constexpr):
+    """out[at], out[at + plane] = m, l of the logits z along AXIS."""
+    m, l = log_sum(z, AXIS, INFONCE)
     tl.store(out + at, m, mask=mask)
     tl.store(out + at + plane, l, mask=mask)
 
@@ -110,14 +135,21 @@ def merge_pair(m, l, m_new, l_new, INFONCE: tl.constexpr):
 
 
 @triton.jit
-def hide(S, P, Q, K, i, j, in_i, in_j, ids, DIAGONAL: tl.constexpr):
-    """The four tiles without the pairs that do not take part."""
+def negatives(i, j, in_i, in_j, ids, DIAGONAL: tl.constexpr):
+    """Which pairs take part. DIAGONAL: where i may be j."""
     keep = in_i[:, None] & in_j[None, :]
     if DIAGONAL:
         keep = keep & (i[:, None] != j[None, :])
     if ids is not None:
         id_i, id_j = tl.load(ids + i, mask=in_i, other=0), tl.load(ids + j, mask=in_j, other=0)
         keep = keep & (id_i[:, None] != id_j[None, :])
+    return keep
+
+
+@triton.jit
+def hide(S, P, Q, K, i, j, in_i, in_j, ids, DIAGONAL: tl.constexpr):
+    """The four tiles without the pairs that do not take part."""
+    keep = negatives(i, j, in_i, in_j, ids, DIAGONAL)
     S, P = tl.where(keep, S, HIDDEN), tl.where(keep, P, HIDDEN)
     return S, P, tl.where(keep, Q, HIDDEN), tl.where(keep, K, HIDDEN)
 
@@ -198,14 +230,39 @@ def slope(z, factors, direction, index, mask, N, AXIS: tl.constexpr, INFONCE: tl
     if INFONCE:
         p = tl.exp2(z - vector(factors, direction, index, mask, N, AXIS))
     else:
-        e = tl.exp2(-tl.abs(z))
-        p = tl.where(z >= 0, 1.0, e) / (1.0 + e)
+        p = sigmoid(z)
     return p * f
 
 
 @triton.jit
 def add_sum(sums, kind, plane, at, tile, mask, AXIS: tl.constexpr):
     tl.store(sums + kind * plane + at, tl.sum(tile, AXIS), mask=mask)
+
+
+@triton.jit
+def support_weights(
+    S, gram, W, total,  # logits; weights and slopes so far
+    rows, factors, b,
+    own, other, in_own, in_other,  # the rows that move, and those they are compared with
+    sums, at, plane,  # RHO and SUPPORT of the rows that move, or None
+    N,
+    AXIS: tl.constexpr,  # 1: the rows that move are the tile's rows
+    DIRECTION: tl.constexpr, INVERSE: tl.constexpr, RHO: tl.constexpr, SUPPORT: tl.constexpr,
+    SHARED_TOO: tl.constexpr, INFONCE: tl.constexpr,
+):  # fmt: skip
+    """Adds a side's support vectors to W and total; returns them and V = c H."""
+    c, inverse, offset = support_rows(rows, INVERSE, own, in_own, N, AXIS)
+    x = support_logit(S, gram, c, inverse, 0.0)
+    h = slope(x + offset + b, factors, DIRECTION, own, in_own, N, AXIS, INFONCE)
+    if SHARED_TOO:
+        h += slope(x + offset, factors, OTHER_ROWS, other, in_other, N, 1 - AXIS, INFONCE)
+    if sums is not None:
+        add_sum(sums, RHO, plane, at, h * (gram - S), in_own, AXIS)
+        add_sum(sums, SUPPORT, plane, at, h * x, in_own, AXIS)
+    total += h
+    h = h * inverse
+    V = c * h
+    return W + (h - V), total, V
 
 
 @triton.jit
@@ -229,29 +286,15 @@ def half_weights(
     base = tl.sum(g * S, 1)
     W, total, V_A, V_T = g, g, g, g
     if MODE != NONE:
-        c, inverse, offset = support_rows(rows, TEXT_INVERSE, t, in_t, N, T_AXIS)
-        x = support_logit(S, Q, c, inverse, 0.0)
-        h = slope(x + offset + b, factors, SUPPORT_ROWS, t, in_t, N, T_AXIS, INFONCE)
-        if MODE == SHARED:
-            h += slope(x + offset, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
-        if sums_t is not None:
-            add_sum(sums_t, RHO_TEXT, plane_t, at_t, h * (Q - S), in_t, T_AXIS)
-            add_sum(sums_t, SUPPORT_TEXT, plane_t, at_t, h * x, in_t, T_AXIS)
-        total += h
-        h = h * inverse
-        V_A = c * h
-        W += h - V_A
+        W, total, V_A = support_weights(
+            S, Q, W, total, rows, factors, b, t, a, in_t, in_a, sums_t, at_t, plane_t, N, T_AXIS,
+            SUPPORT_ROWS, TEXT_INVERSE, RHO_TEXT, SUPPORT_TEXT, MODE == SHARED, INFONCE,
+        )  # fmt: skip
     if MODE == MIRROR:
-        c, inverse, offset = support_rows(rows, AUDIO_INVERSE, a, in_a, N, A_AXIS)
-        y = support_logit(S, K, c, inverse, 0.0)
-        u = slope(y + offset + b, factors, OTHER_ROWS, a, in_a, N, A_AXIS, INFONCE)
-        if sums_a is not None:
-            add_sum(sums_a, RHO_AUDIO, plane_a, at_a, u * (K - S), in_a, A_AXIS)
-            add_sum(sums_a, SUPPORT_AUDIO, plane_a, at_a, u * y, in_a, A_AXIS)
-        total += u
-        u = u * inverse
-        V_T = c * u
-        W += u - V_T
+        W, total, V_T = support_weights(
+            S, K, W, total, rows, factors, b, a, t, in_a, in_t, sums_a, at_a, plane_a, N, A_AXIS,
+            OTHER_ROWS, AUDIO_INVERSE, RHO_AUDIO, SUPPORT_AUDIO, False, INFONCE,
+        )  # fmt: skip
     if out is not None:
         tl.store(out, W.to(out.dtype.element_ty))
     return V_A, V_T, base, tl.sum(total, 1)
@@ -304,7 +347,7 @@ def tile_epilogue(
     """All that happens to one tile of products."""
     rows = state + ROWS * N
     k2 = logit_scale_2(scale)
-    b = 0.0 if INFONCE else tl.load(bias).to(tl.float32) * LOG2E
+    b = logit_bias_2(bias, INFONCE)
     i, j, in_i, in_j = i0 + x, j0 + y, x < ni, y < nj
     S, P, Q, K = k2 * S, k2 * P, k2 * Q, k2 * K
     if DIAGONAL and STATS:

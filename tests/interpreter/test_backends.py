@@ -98,7 +98,8 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[Guard]:
     guard = Guard()
-    monkeypatch.setattr(gpu_call.Call, "new_empty", lambda self, *shape: guard.empty(shape))
+    empty = lambda self, *shape, dtype=torch.float32: guard.empty(shape, dtype)  # noqa: E731
+    monkeypatch.setattr(gpu_call.Call, "new_empty", empty)
     zeros = lambda self, *shape: guard.empty(shape).zero_()  # noqa: E731
     monkeypatch.setattr(gpu_call.Call, "new_zeros", zeros)
     yield guard
