@@ -23,7 +23,8 @@ TINY = ["--width", "16", "--heads", "1", "--audio-layers", "1", "--text-layers",
 
 
 def command(*arguments):
-    """`python -m supclap ...` in a process of its own."""
+    """`python -m supclap ...` in a process of its own, which hears Ctrl-C whoever started us: what
+    a shell runs in the background ignores it, and so would its children."""
     roots = {str(Path(package.__file__).parents[1]) for package in (supclap, supclap_kernels)}
     path = os.pathsep.join([*sorted(roots), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -32,6 +33,7 @@ def command(*arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
