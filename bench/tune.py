@@ -14,7 +14,7 @@ import torch
 
 from supclap_kernels import fused_svr_loss
 from supclap_kernels.backends import tiles
-from supclap_kernels.backends.gpu_call import architecture, kernel_blocks
+from supclap_kernels.backends.gpu_triton import architecture, kernel_blocks
 
 from .gpu import MODES, leaves_of, timed
 

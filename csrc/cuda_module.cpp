@@ -14,6 +14,8 @@ namespace py = pybind11;
 
 #if SUPCLAP_WITH_CUDA
 
+using namespace supclap::cuda;
+
 namespace {
 
 // GPU targets the kernels were compiled for, as SUPCLAP_CUDA_ARCHS spells them.
@@ -31,23 +33,99 @@ void raise_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error(error);
 }
 
+using Address = uintptr_t;
+
+template <class Type>
+Type* at(Address address) {
+  return reinterpret_cast<Type*>(address);
+}
+
+template <class Type>
+void pointer(py::class_<Problem>& cls, const char* name, Type* Problem::* field) {
+  cls.def_property(
+      name, [field](const Problem& p) { return reinterpret_cast<Address>(p.*field); },
+      [field](Problem& p, Address address) { p.*field = at<Type>(address); });
+}
+
+void bind_problem(py::module_& m) {
+  py::class_<Problem> problem(m, "CudaProblem", "See csrc/cuda/problem.h: fields and shapes.");
+  problem.def(py::init([] { return Problem{}; }));
+#define NUMBER(name) problem.def_readwrite(#name, &Problem::name)
+  NUMBER(N), NUMBER(D), NUMBER(width), NUMBER(dtype), NUMBER(mode), NUMBER(infonce);
+  NUMBER(renormalize), NUMBER(normalize), NUMBER(stats), NUMBER(per_row_radius);
+  NUMBER(per_row_upstream), NUMBER(out_single), NUMBER(alpha), NUMBER(beta), NUMBER(row_scale);
+  NUMBER(text_n), NUMBER(text_d), NUMBER(audio_n), NUMBER(audio_d);
+#undef NUMBER
+#define POINTER(name) pointer(problem, #name, &Problem::name)
+  POINTER(text), POINTER(audio), POINTER(T), POINTER(A), POINTER(radius), POINTER(scale);
+  POINTER(bias), POINTER(weight), POINTER(ids), POINTER(upstream), POINTER(state);
+  POINTER(running), POINTER(omega), POINTER(bounds), POINTER(factors), POINTER(unit);
+  POINTER(sums), POINTER(dT), POINTER(dA), POINTER(row_loss), POINTER(terms), POINTER(out_text);
+  POINTER(out_audio), POINTER(row_scalars), POINTER(out_scale), POINTER(out_bias);
+  POINTER(out_radius), POINTER(counter);
+#undef POINTER
+}
+
+// A launcher of (Problem, stream) that raises what it returns.
+template <class Launcher>
+void bind_rows(py::module_& m, const char* name, Launcher launcher) {
+  m.def(
+      name, [launcher](const Problem& p, Stream stream) { raise_if(launcher(p, stream)); },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+using FarLauncher = std::string (*)(const Problem&, const int*, const int*, Stream);
+void bind_far(py::module_& m, const char* name, FarLauncher launcher) {
+  m.def(
+      name,
+      [launcher](const Problem& p, Address index, Address count, Stream stream) {
+        raise_if(launcher(p, at<int>(index), at<int>(count), stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+using TileLauncher = std::string (*)(const Problem&, const PanelTile&, const PanelScratch&, Stream);
+void bind_tile(py::module_& m, const char* name, TileLauncher launcher) {
+  m.def(
+      name,
+      [launcher](const Problem& p, int64_t i0, int ni, int64_t j0, int nj, int64_t ld, int64_t size,
+                 Address panel, Address weights, Address part_i, Address part_j, Address sums_i,
+                 Address sums_j, Stream stream) {
+        const PanelTile tile{i0, j0, ni, nj, ld, size};
+        const PanelScratch scratch{at<float>(panel),  at<void>(weights), at<float>(part_i),
+                                   at<float>(part_j), at<float>(sums_i), at<float>(sums_j)};
+        raise_if(launcher(p, tile, scratch, stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.attr("built_with_cuda") = true;
   m.def("cuda_architectures", &architectures, "GPU targets the CUDA kernels were compiled for.");
-  m.def("cuda_device_count", &supclap::cuda::device_count,
-        "Devices the driver offers, 0 without one.");
+  m.def("cuda_device_count", &device_count, "Devices the driver offers, 0 without one.");
+  m.attr("THREADS") = kThreads;
+  m.attr("PANEL_BLOCK") = py::make_tuple(kPanelRows, kPanelColumns);
+  bind_problem(m);
   m.def(
-      "cuda_row_gap",
-      [](uintptr_t A, uintptr_t T, uintptr_t r, int64_t N, int64_t D, float eps, uintptr_t stream) {
-        py::gil_scoped_release release;
-        raise_if(supclap::cuda::launch_row_gap(A, T, r, N, D, eps, stream));
+      "pack_rows",
+      [](const Problem& p, bool text, Stream stream) { raise_if(pack_rows(p, text, stream)); },
+      py::call_guard<py::gil_scoped_release>());
+  bind_rows(m, "cuda_prepare_rows", &prepare_rows);
+  bind_rows(m, "cuda_finish_statistics", &finish_statistics);
+  bind_rows(m, "cuda_start_gradients", &start_gradients);
+  bind_rows(m, "cuda_finish_gradients", &finish_gradients);
+  bind_tile(m, "panel_tile", &panel_tile);
+  bind_tile(m, "panel_merge", &panel_merge);
+  m.def(
+      "far_list",
+      [](const Problem& p, Address index, Address count, Stream stream) {
+        raise_if(far_list(p, at<int>(index), at<int>(count), stream));
       },
-      py::arg("A"), py::arg("T"), py::arg("r"), py::arg("N"), py::arg("D"), py::arg("eps"),
-      py::arg("stream"),
-      "r_i = sqrt(|a_i - t_i|^2 + eps^2). A, T [N, D] and r [N] are addresses of contiguous\n"
-      "float32 device memory, stream that of a cudaStream_t (0: the default stream).");
+      py::call_guard<py::gil_scoped_release>());
+  bind_far(m, "far_statistics", &far_statistics);
+  bind_far(m, "far_gradients", &far_gradients);
 }
 
 #else

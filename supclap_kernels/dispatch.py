@@ -12,37 +12,53 @@ from . import native
 from .backends import cpu
 from .options import Options, check_choices
 
-GPU_BACKENDS = ("triton", "panel")
-"""Those that run Triton kernels."""
+GPU_BACKENDS = ("triton", "panel", "cuda")
+NO_DEVICE = "no CUDA device"
 
 
 @functools.cache
-def gpu_backends() -> tuple[Any, str]:
+def triton_backends() -> tuple[Any, str]:
     """The module with PANEL and TRITON and "ok", or None and why not. Imports Triton."""
     try:
-        return importlib.import_module("supclap_kernels.backends.gpu"), "ok"
+        return importlib.import_module("supclap_kernels.backends.gpu_triton"), "ok"
     except ImportError as error:
         return None, f"Triton is missing ({error}); install it with `pip install triton`"
 
 
-def interpreted() -> bool:
-    """Whether Triton's kernels run on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def triton_state() -> str:
+    """Whether Triton's kernels can run here, and on what: "ok", or why not."""
+    reason = triton_backends()[1]
+    if reason == "ok" and not torch.cuda.is_available() and not on_host("triton"):
+        return f"{NO_DEVICE} (Triton's interpreter takes CPU tensors: TRITON_INTERPRET=1)"
+    return reason
+
+
+def cuda_state() -> str:
+    """Whether the kernels of csrc/cuda can run here: "ok", or why not."""
+    if on_host("cuda"):
+        return "ok"
+    found, reason = native.load()
+    if found is None:
+        return reason
+    if not found.built_with_cuda:
+        return "not built: no nvcc at install"
+    return "ok" if torch.cuda.is_available() else NO_DEVICE
+
+
+def on_host(backend: str) -> bool:
+    """Whether a backend's kernels run on CPU tensors: in Triton's interpreter, or in the tests'
+    stand-in for the CUDA run time (SUPCLAP_SHIM)."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    shim = bool(os.environ.get("SUPCLAP_SHIM"))
+    return {"triton": interpreted, "cuda": shim, "panel": interpreted or shim}[backend]
 
 
 def available_backends() -> dict[str, str]:
     """Every backend by name: "ok", or why it cannot run here."""
-    found, reason = native.load()
-    if found is None:
-        cuda = reason
-    elif not found.built_with_cuda:
-        cuda = "not built: no nvcc at install"
-    else:
-        cuda = "not implemented yet: the CUDA kernels of the loss are not in this version"
-    gpu = gpu_backends()[1]
-    if gpu == "ok" and not torch.cuda.is_available() and not interpreted():
-        gpu = "no CUDA device (Triton's interpreter takes CPU tensors: TRITON_INTERPRET=1)"
-    return {"reference": "ok", "cpu": reason, "triton": gpu, "cuda": cuda, "panel": gpu}
+    _, reason = native.load()
+    triton, cuda = triton_state(), cuda_state()
+    panel = "ok" if "ok" in (triton, cuda) else triton
+    return {"reference": "ok", "cpu": reason, "triton": triton, "cuda": cuda, "panel": panel}
 
 
 @torch.compiler.assume_constant_result
@@ -61,7 +77,7 @@ def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tup
         if device == "cpu":
             return "reference", f"fallback: {available['cpu']}"
         if device == "cuda" and available["panel"] == "ok":
-            return "reference", "'panel' and 'triton' can run, but are not measured on a GPU yet"
+            return "reference", "the GPU backends can run, but are not measured on a GPU yet"
         return "reference", f"fallback: no kernel for {device} tensors here"
     if available[backend] != "ok":
         raise RuntimeError(
@@ -70,10 +86,9 @@ def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tup
     if backend == "cpu" and device != "cpu":
         raise RuntimeError(f"backend='cpu' takes CPU tensors, got {device}. Use backend='auto'.")
     if backend in GPU_BACKENDS:
-        if device != "cuda" and not (device == "cpu" and interpreted()):
+        if device != "cuda" and not (device == "cpu" and on_host(backend)):
             raise RuntimeError(
-                f"backend={backend!r} takes CUDA tensors (CPU tensors only in Triton's "
-                f"interpreter, TRITON_INTERPRET=1), got {device}. Use backend='auto'."
+                f"backend={backend!r} takes CUDA tensors, got {device}. Use backend='auto'."
             )
         if dtype == torch.float64:
             raise RuntimeError(
@@ -92,7 +107,9 @@ def implementation(name: str) -> Any:
     """What has `forward`, `backward`, `saved_elements` and `memory` for a backend's name."""
     if name == "cpu":
         return cpu
-    return getattr(gpu_backends()[0], name.upper())
+    if name == "cuda" or triton_state() != "ok":
+        return importlib.import_module("supclap_kernels.backends.gpu_cuda").CUDA_PANEL
+    return getattr(triton_backends()[0], name.upper())
 
 
 def backend_for(audio: Tensor, options: Options) -> Any:

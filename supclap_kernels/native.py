@@ -2,8 +2,11 @@
 
 import functools
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +24,30 @@ def module() -> ModuleType:
     if found is None:
         raise RuntimeError(f"supclap_kernels: {reason}")
     return found
+
+
+@functools.cache
+def shim() -> ModuleType | None:
+    """The CUDA kernels compiled for the host (tests/shim), if SUPCLAP_SHIM names that module: then
+    they take CPU tensors."""
+    path = os.environ.get("SUPCLAP_SHIM")
+    if not path:
+        return None
+    spec = importlib.util.spec_from_file_location("supclap_shim", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda() -> ModuleType:
+    """What launches the kernels of csrc/cuda."""
+    return shim() or module()
+
+
+def stream(device: torch.device) -> int:
+    """The current stream's address; 0 on the host."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def address(tensor: Tensor | None) -> int:

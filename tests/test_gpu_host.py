@@ -8,7 +8,7 @@ from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, make_inputs
 
 triton = pytest.importorskip("triton")
-gpu = pytest.importorskip("supclap_kernels.backends.gpu")
+gpu = pytest.importorskip("supclap_kernels.backends.gpu_triton")
 
 CASES = {
     "mirror": {},
@@ -57,7 +57,7 @@ def test_estimate_within_a_tenth(name, backend, no_launches):
 
 
 def test_tuned_blocks_are_opt_in(tmp_path, monkeypatch):
-    from supclap_kernels.backends.gpu_call import kernel_blocks
+    from supclap_kernels.backends.gpu_triton import kernel_blocks
     from supclap_kernels.backends.tiles import Blocks
 
     request = (True, False, 1, True, torch.bfloat16, 90)

@@ -1,22 +1,39 @@
 // What the C++ side may ask of the CUDA side.
 //
-// Pointers and streams are addresses of device memory and of a cudaStream_t as integers, so that
-// neither torch nor the CUDA headers are needed to call these. A launcher returns an empty string,
-// or a message that begins with its kernel's name; it never waits for the device.
+// Streams are addresses of a cudaStream_t as integers, so that neither torch nor the CUDA headers
+// are needed to call these. A launcher returns an empty string, or a message that begins with its
+// kernel's name; it never waits for the device.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "cuda/problem.h"
+
 namespace supclap::cuda {
+
+using Stream = uintptr_t;
 
 // Devices the driver offers; 0 also where there is no driver.
 int device_count();
 
-// r_i = sqrt(|a_i - t_i|^2 + eps^2), see row_gap.cuh.
-std::string launch_row_gap(uintptr_t A,  // [N, D] float32, row-major
-                           uintptr_t T,  // [N, D] float32, row-major
-                           uintptr_t r,  // [N] float32, written
-                           int64_t N, int64_t D, float eps, uintptr_t stream);
+// The rows (rows.cu).
+std::string pack_rows(const Problem& p, bool text, Stream stream);  // p.T or p.A
+std::string prepare_rows(const Problem& p, Stream stream);
+std::string finish_statistics(const Problem& p, Stream stream);
+std::string start_gradients(const Problem& p, Stream stream);  // omega, bounds, factors, unit
+std::string finish_gradients(const Problem& p, Stream stream);
+
+// One tile pair of the panel engine (panel.cu): what block sizes it has, and its two steps.
+constexpr int kPanelRows = 32, kPanelColumns = 128;
+std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                       Stream stream);
+std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                        Stream stream);
+
+// Far rows (far.cu): index [N] and count [1] int32.
+std::string far_list(const Problem& p, int* index, int* count, Stream stream);
+std::string far_statistics(const Problem& p, const int* index, const int* count, Stream stream);
+std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream);
 
 }  // namespace supclap::cuda

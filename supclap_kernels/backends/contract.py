@@ -15,6 +15,12 @@ STATE_ROWS = STATISTICS + 10
 """... and the geometry of the rows: Problem::state and Problem::rows of csrc/params.h."""
 
 
+GAP, C, TILE_C, OFFSET, TEXT_INVERSE, AUDIO_INVERSE, POSITIVE = range(7)
+"""Rows of that geometry which Python reads."""
+NONE, ONE_SIDED, SHARED, MIRROR = range(4)
+"""Modes of the support vectors, as the GPU kernels number them."""
+
+
 class Inputs(NamedTuple):
     """The tensors of one call, detached, on one device."""
 
@@ -30,6 +36,14 @@ class Inputs(NamedTuple):
 def grams(has_radius: bool, options: Options) -> int:
     """How many of Q and K the mode needs."""
     return options.support(has_radius) + options.mirror(has_radius)
+
+
+def mode(has_radius: bool, options: Options) -> int:
+    if not options.support(has_radius):
+        return NONE
+    if options.mirror(has_radius):
+        return MIRROR
+    return SHARED if options.shared(has_radius) else ONE_SIDED
 
 
 def saved_elements(

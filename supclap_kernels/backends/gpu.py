@@ -1,18 +1,18 @@
-"""The GPU backends: the panel engine with Triton kernels.
+"""The GPU backends: the panel engine with kernels between its products.
 
-    "panel"    the library multiplies the logits of a tile pair; an epilogue reads them
-    "triton"   a tile kernel multiplies and reduces them in registers
+    panel    the library multiplies the logits of a tile pair; an epilogue reads them
+    fused    a tile kernel (Triton) multiplies and reduces them in registers
 
 Both write the weights of a tile pair to a panel, which the library multiplies with the embeddings.
 No value is read back: k, b, ids, weights and which rows are far stay on the device. Deterministic:
 partial results go to slots of their own and are added in order. The same code runs on CPU tensors
-in Triton's interpreter (TRITON_INTERPRET=1), which rounds correctly only in float32, so there
-outputs are float32 and PyTorch casts them.
+where a host stands in for the device: Triton's interpreter (TRITON_INTERPRET=1; it rounds correctly
+only in float32, so there outputs are float32 and PyTorch casts them), and tests/shim for csrc/cuda.
 """
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,16 +20,7 @@ from torch import Tensor
 from ..options import Options
 from . import contract, tiles
 from .contract import Inputs, grams, split_gradients
-from .gpu_call import (
-    PLANES,
-    SUMS,
-    Call,
-    kernel_blocks,
-    lanes_of,
-    scratch_dtypes,
-    scratch_shapes,
-    weights_dtype,
-)
+from .gpu_call import PLANES, SUMS, Call, Kernels, lanes_of, scratch_dtypes, scratch_shapes
 from .panel import PLACEHOLDER, Layout, Tiling, kept_panels
 
 PARTIAL = 3
@@ -37,22 +28,43 @@ PARTIAL = 3
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Kernels are launched on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def tiling(dtype: torch.dtype, fused: bool) -> Tiling:
-    """Two tiles in flight, each with logits, weights and partial results; or one without logits."""
-    weight = weights_dtype(dtype).itemsize
+def tiling(weight: int, fused: bool) -> Tiling:
+    """Two tiles in flight, each with logits, weights (of `weight` bytes) and partial results; or
+    one without logits."""
     scratch = weight + PARTIAL if fused else 2 * (4 + weight + PARTIAL)
     return Tiling(tiles.GPU_TILE, tiles.GPU_PAD, tiles.GPU_PAD, scratch)
+
+
+class Engine(Protocol):
+    """Makes the `Kernels` of a call, and knows the size of their working memory."""
+
+    def __call__(self, call: Call) -> Kernels: ...
+
+    @staticmethod
+    def weights_dtype(dtype: torch.dtype) -> torch.dtype: ...
+
+    @staticmethod
+    def slots_for(
+        ni: int, nj: int, fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype
+    ) -> tuple[int, int]: ...
+
+    @staticmethod
+    def far_bytes(N: int, width: int) -> int:
+        """Working memory of the far rows' gradients."""
 
 
 class Backend:
     """What dispatch calls; `fused`: the tile kernels compute the logits."""
 
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
+    def __init__(self, engine: Engine, fused: bool) -> None:
+        self.engine, self.fused = engine, fused
+
+    def tiling(self, dtype: torch.dtype) -> Tiling:
+        return tiling(self.engine.weights_dtype(dtype).itemsize, self.fused)
 
     def saved_elements(
         self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
@@ -60,7 +72,7 @@ class Backend:
         """Length of the buffer that forward leaves for backward; N may be symbolic."""
         if self.fused and not options.gradient_in_forward:
             return PLACEHOLDER
-        rules = tiling(dtype, self.fused)
+        rules = self.tiling(dtype)
         return contract.saved_elements(N, D, has_radius, options, 4, keep, rules)
 
     def forward(
@@ -68,8 +80,8 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """loss (or rows of it), the values of SVRStats (or empty), state (22, N), and `saved`."""
         with device_of(inputs.audio):
-            rules = tiling(inputs.audio.dtype, self.fused)
-            call = Call(inputs, options, rules, self.fused)
+            rules = self.tiling(inputs.audio.dtype)
+            call = Call(inputs, options, rules, self.engine, self.fused)
             has_radius, keep = inputs.radius is not None, any(needs)
             size = self.saved_elements(call.N, call.D, call.dtype, has_radius, options, keep)
             saved = call.new_empty(size)
@@ -103,8 +115,8 @@ class Backend:
             if options.gradient_in_forward:
                 gradients = contract.reduced_gradients(inputs, saved, upstream)
                 return contract.returned(inputs, needs, *gradients)
-            rules = tiling(inputs.audio.dtype, self.fused)
-            call = Call(inputs, options, rules, self.fused, state)
+            rules = self.tiling(inputs.audio.dtype)
+            call = Call(inputs, options, rules, self.engine, self.fused, state)
             call.start_gradients(upstream)
             kept = None if self.fused else kept_panels(saved)
             return contract.returned(inputs, needs, *call.gradients(needs, kept))
@@ -112,10 +124,10 @@ class Backend:
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
         """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients:
         what `Call` allocates, in the same order."""
-        rules = tiling(dtype, self.fused)
+        rules = self.tiling(dtype)
         svr, single = options.support(has_radius), options.gradient_in_forward
         layout = Layout.choose(N, grams(has_radius, options), rules, options.workspace)
-        width = -(-D // tiles.OPERAND_COLUMNS) * tiles.OPERAND_COLUMNS
+        width = tiles.operand_width(D)
         saved = 4 * self.saved_elements(N, D, dtype, has_radius, options, True)
         kept = not single and not self.fused and saved > 4 * PLACEHOLDER
         packed = options.normalize or width != D
@@ -123,7 +135,7 @@ class Backend:
         held = 4 * contract.STATE_ROWS * N + saved + operands + 4 * N * svr
         total, returned = 2 * N * width * 4, 2 * N * D * dtype.itemsize
         outputs = 0 if dtype == torch.float32 and width == D and not single else returned
-        far = 4 * (min(-(-N // tiles.FAR_ROWS), tiles.FAR_PARTS) * tiles.FAR_ROWS * width + 2 * N)
+        far = self.engine.far_bytes(N, width)
         first = self.scratch_bytes(layout, dtype, not kept, True, single)
         second = self.scratch_bytes(layout, dtype, not kept, single, True)
         after = max(far * svr, outputs * (not single) + 4 * 3 * N)
@@ -141,11 +153,11 @@ class Backend:
     ) -> int:
         """Of all tiles in flight: what `Call.lanes` allocates."""
         infonce = not (statistics and weights)
-        block = kernel_blocks(self.fused, weights, layout.grams, infonce, dtype)
-        shapes = scratch_shapes(layout, block, self.fused, panel, statistics, weights)
-        pairs = zip(shapes, scratch_dtypes(dtype), strict=True)
+        slots = lambda ni, nj: self.engine.slots_for(  # noqa: E731
+            ni, nj, self.fused, weights, layout.grams, infonce, dtype
+        )
+        shapes = scratch_shapes(layout, slots, self.fused, panel, statistics, weights)
+        dtypes = scratch_dtypes(self.engine.weights_dtype(dtype))
+        pairs = zip(shapes, dtypes, strict=True)
         each = sum(kind.itemsize * math.prod(shape) for shape, kind in pairs if shape)
         return lanes_of(layout, self.fused) * each
-
-
-PANEL, TRITON = Backend(fused=False), Backend(fused=True)

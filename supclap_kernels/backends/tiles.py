@@ -27,6 +27,10 @@ OPERAND_COLUMNS = 64
 """Operands have a multiple of this many columns, the largest BLOCK_D: loops over D need no mask."""
 
 
+def operand_width(D: int) -> int:
+    return -(-D // OPERAND_COLUMNS) * OPERAND_COLUMNS
+
+
 class Blocks(NamedTuple):
     """One configuration of a kernel."""
 
@@ -59,12 +63,16 @@ def tile_blocks(
     Larger tiles read their operands less often; more accumulators (2 + grams) and the epilogue of
     sweep 2 leave fewer registers for them. `ieee`: float32 on the CUDA cores.
     """
-    if ieee:
+    if ieee and arch // 10 == 9:
         return Blocks(64, 32 if grams == 2 else 64, 32, warps=8, stages=2)
+    if ieee:  # the compiler spills one size earlier
+        return Blocks(64, 32, 16, warps=8, stages=2)
     roomy = arch // 10 in (9, 10)  # over 200 KiB of shared memory; from 99 on the others
     depth = (128 if roomy else 64) // itemsize
     if weights and grams == 2 and not infonce:  # one sweep does the work of both
         return Blocks(128, 32, 64 // itemsize, warps=8, stages=3, parts=2)
+    if weights and grams == 2 and itemsize == 4 and arch // 10 == 10:
+        return Blocks(64, 32, 16, warps=8, stages=3, parts=4)
     if grams == 0 and infonce and roomy:
         return Blocks(128, 128, depth, warps=8, stages=3, parts=4)
     return Blocks(128, 64, depth, warps=8, stages=3, parts=2 if roomy and not weights else 4)

@@ -14,7 +14,7 @@ from covering import covering
 from torch import Tensor
 
 from supclap_kernels import fused_svr_loss
-from supclap_kernels.backends import gpu_call, gpu_far, tiles
+from supclap_kernels.backends import gpu_call, gpu_far, gpu_triton, tiles
 from supclap_kernels.testing import (
     Case,
     Inputs,
@@ -84,7 +84,7 @@ class Guard:
 def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
     monkeypatch.setattr(tiles, "GPU_PAD", pad)
     monkeypatch.setattr(tiles, "ROWS", rows)
-    monkeypatch.setitem(gpu_call.ROW_GRID, "BLOCK_N", rows)
+    monkeypatch.setitem(gpu_triton.ROW_GRID, "BLOCK_N", rows)
     monkeypatch.setattr(gpu_far, "BLOCK_J", columns)
     monkeypatch.setattr(tiles, "FAR_SPLIT", split)
 

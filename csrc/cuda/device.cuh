@@ -1,0 +1,149 @@
+// What every kernel stands on: warp and block primitives, number formats, shared memory.
+//
+// Device code only touches the hardware through this file and mma.cuh, so that a host which stands
+// in for them (tests/shim) can run every kernel as it is. Barriers stand literally in the kernels,
+// one a line: the tests take each away in turn and must notice.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/problem.h"
+
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+// All dynamic shared memory of the block, as bytes.
+#define SUPCLAP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define SUPCLAP_UNROLL _Pragma("unroll")
+#else
+#include "shim.h"
+#define SUPCLAP_SHARED(name) unsigned char* name = shim::shared_memory()
+#define SUPCLAP_UNROLL
+#endif
+
+namespace supclap::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+
+#ifdef __CUDACC__
+// All blocks of a cooperative launch wait for each other; what they wrote is seen by all.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// Counts a block in; true for the last of `blocks`, which sees what all others wrote. The counter
+// is 0 again then. Called by one thread, behind a barrier of its block.
+__device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned blocks) {
+  unsigned old;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(counter), "r"(blocks - 1)
+               : "memory");
+  return old == blocks - 1;
+}
+#else
+using shim::arrive_last;
+#define grid_barrier() shim::grid_barrier(SHIM_SITE)
+#endif
+
+// ---------------------------------------------------------------- number formats
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(Bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+#ifdef __CUDACC__
+  return __uint_as_float(bits);
+#else
+  return shim::bit_cast<float>(bits);
+#endif
+}
+__device__ __forceinline__ float widen(Float16 x) {
+#ifdef __CUDACC__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
+  return shim::from_half(x.bits);
+#endif
+}
+
+// Rounds to nearest, ties to even.
+template <class Scalar>
+__device__ __forceinline__ Scalar narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ Bfloat16 narrow<Bfloat16>(float x) {
+  Bfloat16 y;
+#ifdef __CUDACC__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  y.bits = shim::to_bfloat16(x);
+#endif
+  return y;
+}
+template <>
+__device__ __forceinline__ Float16 narrow<Float16>(float x) {
+  Float16 y;
+#ifdef __CUDACC__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  y.bits = shim::to_half(x);
+#endif
+  return y;
+}
+
+// As many elements as 16 bytes hold: one access.
+template <class Scalar>
+struct alignas(16) Vector {
+  static constexpr int size = 16 / sizeof(Scalar);
+  Scalar at[size];
+};
+
+template <class Scalar>
+__device__ __forceinline__ Vector<Scalar> load_vector(const Scalar* from) {
+  return *reinterpret_cast<const Vector<Scalar>*>(from);
+}
+template <class Scalar>
+__device__ __forceinline__ void store_vector(Scalar* to, const Vector<Scalar>& value) {
+  *reinterpret_cast<Vector<Scalar>*>(to) = value;
+}
+
+// ---------------------------------------------------------------- sums and maxima
+
+// Over the `kLanes` lanes around this one; every lane gets it.
+template <int kLanes = kWarp, class Real = float>
+__device__ __forceinline__ Real warp_sum(Real x) {
+  SUPCLAP_UNROLL
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+template <int kLanes = kWarp>
+__device__ __forceinline__ float warp_max(float x) {
+  SUPCLAP_UNROLL
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Sum over the block in a fixed order; every thread gets it. `scratch` [kWarps]; ends in a barrier.
+template <class Real>
+__device__ Real block_sum(Real x, Real* scratch) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  Real total = 0;
+  for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp];
+  __syncthreads();
+  return total;
+}
+
+}  // namespace supclap::cuda

@@ -1,0 +1,271 @@
+// Rows with a small gap: their support vectors are taken literally, in float32 on the CUDA cores.
+//
+// The tiles skip these rows (kOffset). Here s = x + c (y_own - x) is built from the rows and
+// multiplied out: for kSupportRows with X, Y = T, A and, in kMirror, for kOtherRows with X, Y = A,
+// T. A block has one row (or one compared row) at a time; its warps take turns with the products.
+#pragma once
+
+#include "cuda/finish.cuh"
+
+namespace supclap::cuda {
+
+// One direction of support vectors: rows X move towards Y and are compared with Y.
+template <class Scalar>
+struct FarSide {
+  const Scalar *X, *Y;
+  float *dX, *dY;  // or null
+  int direction, inverse, support;
+
+  __device__ FarSide(const Problem& p, int direction) : direction(direction) {
+    const bool text = direction == kSupportRows;
+    X = static_cast<const Scalar*>(text ? p.T : p.A), Y = static_cast<const Scalar*>(text ? p.A : p.T);
+    dX = text ? p.dT : p.dA, dY = text ? p.dA : p.dT;
+    inverse = text ? kTextInverse : kAudioInverse;
+    support = text ? kSupportText : kSupportAudio;
+  }
+};
+
+// Which of them a mode has: kSupportRows, and kOtherRows for kMirror.
+__device__ __forceinline__ int far_sides(const Problem& p) { return p.mode == kMirror ? 2 : 1; }
+
+// Shared memory of a block: two rows and one number a thread. Floats.
+inline __host__ __device__ size_t far_scratch(int64_t width) { return 2 * width + kThreads; }
+struct FarScratch {
+  float *row, *other, *h;
+  __device__ FarScratch(float* scratch, int64_t width)
+      : row(scratch), other(row + width), h(other + width) {}
+};
+
+__device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t j) {
+  return i != j && !(p.ids && p.ids[i] == p.ids[j]);
+}
+
+// index [N], *count: the far rows, in order. Called by one block.
+__device__ inline void list_far(const Problem& p, int* index, int* count, int* scratch) {
+  int total = 0;
+  for (int64_t first = 0; first < p.N; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    const bool far = i < p.N && is_far(p, i);
+    const unsigned votes = __ballot_sync(0xffffffffu, far);
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (lane == 0) scratch[warp] = __popc(votes);
+    __syncthreads();
+    int before = total;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) before += scratch[w];
+      total += scratch[w];
+    }
+    if (far) index[before + __popc(votes & ((1u << lane) - 1))] = int(i);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *count = total;
+}
+
+// <x, Y_j> for a row x in shared memory; the whole warp calls it.
+template <class Scalar>
+__device__ float far_product(const float* x, const Scalar* y, int64_t width) {
+  using Piece = Vector<Scalar>;
+  float sum = 0;
+  for (int64_t d = threadIdx.x % kWarp * Piece::size; d < width; d += kWarp * Piece::size) {
+    const Piece piece = load_vector(y + d);
+    for (int n = 0; n < Piece::size; ++n) sum += x[d + n] * widen(piece.at[n]);
+  }
+  return warp_sum(sum);
+}
+// <s_i, y> with s_i built on the way.
+template <class Scalar>
+__device__ float far_product(const FarSide<Scalar>& side, float c, int64_t i, const float* y,
+                             int64_t width) {
+  using Piece = Vector<Scalar>;
+  float sum = 0;
+  for (int64_t d = threadIdx.x % kWarp * Piece::size; d < width; d += kWarp * Piece::size) {
+    const Piece a = load_vector(side.X + i * width + d), b = load_vector(side.Y + i * width + d);
+    for (int n = 0; n < Piece::size; ++n) {
+      const float x = widen(a.at[n]);
+      sum += (x + c * (widen(b.at[n]) - x)) * y[d + n];
+    }
+  }
+  return warp_sum(sum);
+}
+
+template <class Scalar>
+__device__ void load_support(const Problem& p, const FarSide<Scalar>& side, int64_t i, float* s) {
+  const float c = row_of(p, kC, i);
+  for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
+    const float x = widen(side.X[i * p.width + d]);
+    s[d] = x + c * (widen(side.Y[i * p.width + d]) - x);
+  }
+}
+
+// Adds (m, l) of the warps, in order, to running[direction] of row i. Ends in a barrier.
+__device__ inline void merge_far(const Problem& p, int direction, int64_t i, LogSum own,
+                                 float* scratch) {
+  if (threadIdx.x % kWarp == 0) {
+    scratch[threadIdx.x / kWarp] = own.m;
+    scratch[kWarps + threadIdx.x / kWarp] = own.l;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float* at = p.running + 2 * direction * p.N + i;
+    LogSum sum{at[0], at[p.N]};
+    for (int w = 0; w < kWarps; ++w) sum = merge(sum, {scratch[w], scratch[kWarps + w]}, p.infonce);
+    at[0] = sum.m, at[p.N] = sum.l;
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ LogSum one_logit(float z, bool infonce) {
+  return {z, infonce ? 1.0f : softplus_2(z)};
+}
+
+// Sweep 1 of far row i: its negatives join `running`, where the tiles left it out.
+template <class Scalar>
+__device__ void far_row_statistics(const Problem& p, int64_t i, float* memory) {
+  const FarScratch scratch(memory, p.width);
+  const float k2 = logit_scale_2(p), b = logit_bias_2(p);
+  for (int n = 0; n < far_sides(p); ++n) {
+    const FarSide<Scalar> side(p, kSupportRows + n);
+    load_support(p, side, i, scratch.row);
+    __syncthreads();
+    LogSum sum{kHidden, 0};
+    for (int64_t j = threadIdx.x / kWarp; j < p.N; j += kWarps) {
+      if (!is_negative(p, i, j)) continue;
+      const float product = far_product(scratch.row, side.Y + j * p.width, p.width);
+      sum = merge(sum, one_logit(k2 * (product * row_of(p, side.inverse, i)) + b, p.infonce),
+                  p.infonce);
+    }
+    merge_far(p, side.direction, i, sum, scratch.h);
+  }
+}
+
+// Sweep 1 of kShared: audio j has the far support vectors as negatives.
+template <class Scalar>
+__device__ void far_column_statistics(const Problem& p, int64_t j, const int* index, int count,
+                                      float* memory) {
+  const FarScratch scratch(memory, p.width);
+  const FarSide<Scalar> side(p, kSupportRows);
+  const float k2 = logit_scale_2(p);
+  for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
+    scratch.row[d] = widen(side.Y[j * p.width + d]);
+  __syncthreads();
+  LogSum sum{kHidden, 0};
+  for (int n = threadIdx.x / kWarp; n < count; n += kWarps) {
+    const int64_t i = index[n];
+    if (!is_negative(p, i, j)) continue;
+    const float product = far_product(side, row_of(p, kC, i), i, scratch.row, p.width);
+    sum = merge(sum, {k2 * (product * row_of(p, kTextInverse, i)), 1}, true);
+  }
+  merge_far(p, kOtherRows, j, sum, scratch.h);
+}
+
+// Slope towards the logit k2 product + b of far row i with row j; product with 1 / |s|.
+__device__ __forceinline__ float far_slope(const Problem& p, int direction, float product, int64_t i,
+                                           int64_t j) {
+  if (!is_negative(p, i, j)) return 0;
+  const auto factor = [&](int which, int64_t n) { return p.factors[which * p.N + n]; };
+  const float z = logit_scale_2(p) * product;
+  float h = slope(z + logit_bias_2(p), p.infonce ? factor(direction, i) : 0,
+                  factor(kDirections + direction, i), p.infonce);
+  if (p.mode == kShared)
+    h += slope(z, factor(kOtherRows, j), factor(kDirections + kOtherRows, j), true);
+  return h;
+}
+
+// Sweep 2 of far row i. The gradient of s is put together as a vector, positive included; made
+// tangent to the sphere with `renormalize`; then dX_i += (1 - c) ds, dY_i += c ds + H_ii s.
+template <class Scalar>
+__device__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
+  const FarScratch scratch(memory, p.width);
+  float *s = scratch.row, *g = scratch.other;
+  const float k2 = logit_scale_2(p), c = row_of(p, kC, i);
+  const Positive positive(p, i);
+  for (int n = 0; n < far_sides(p); ++n) {
+    const FarSide<Scalar> side(p, kSupportRows + n);
+    const float inverse = row_of(p, side.inverse, i);
+    load_support(p, side, i, s);
+    float own = positive_slope(p, side.direction, positive, i);
+    if (p.mode == kShared) own += positive_slope(p, kOtherRows, positive, i);
+    own *= p.alpha * p.omega[i] / p.unit[0];
+    for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
+      g[d] = own * widen(side.Y[i * p.width + d]);
+    float support = 0, bias = 0;
+    __syncthreads();
+    for (int64_t first = 0; first < p.N; first += kThreads) {
+      const int64_t end = first + kThreads < p.N ? first + kThreads : p.N;
+      for (int64_t j = first + threadIdx.x / kWarp; j < end; j += kWarps) {
+        const float product = far_product(s, side.Y + j * p.width, p.width) * inverse;
+        const float h = far_slope(p, side.direction, product, i, j);
+        if (threadIdx.x % kWarp == 0) {
+          scratch.h[j - first] = h;
+          support += h * (k2 * product), bias += h;
+        }
+      }
+      __syncthreads();
+      for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
+        float sum = 0;
+        for (int64_t j = first; j < end; ++j)
+          sum += scratch.h[j - first] * widen(side.Y[j * p.width + d]);
+        g[d] += sum;
+      }
+      __syncthreads();
+    }
+    support = block_sum(support, scratch.h);
+    bias = block_sum(bias, scratch.h);
+    float along = 0, rho = 0;
+    if (p.renormalize) {
+      for (int64_t d = threadIdx.x; d < p.width; d += kThreads) along += g[d] * (s[d] * inverse);
+      along = block_sum(along, scratch.h);
+    }
+    for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
+      const int64_t at = i * p.width + d;
+      const float unit = s[d] * inverse, ds = (g[d] - along * unit) * inverse;
+      rho += ds * (widen(side.Y[at]) - widen(side.X[at]));
+      if (side.dX) side.dX[at] += (1 - c) * ds;
+      if (side.dY) side.dY[at] += c * ds + own * unit;
+    }
+    rho = block_sum(rho, scratch.h);
+    if (threadIdx.x == 0) {
+      p.sums[side.support * p.N + i] += support;
+      p.sums[kBias * p.N + i] += bias;
+      p.sums[kRhoFar * p.N + i] += rho;
+    }
+  }
+}
+
+// Sweep 2 of a compared row: dY_j += sum_i H_ij s_i over all far rows i.
+template <class Scalar>
+__device__ void far_column_gradient(const Problem& p, int64_t j, const int* index, int count,
+                                    float* memory) {
+  const FarScratch scratch(memory, p.width);
+  for (int n = 0; n < far_sides(p); ++n) {
+    const FarSide<Scalar> side(p, kSupportRows + n);
+    if (!side.dY) continue;
+    for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
+      scratch.row[d] = widen(side.Y[j * p.width + d]);
+    __syncthreads();
+    for (int first = 0; first < count; first += kThreads) {
+      const int end = first + kThreads < count ? first + kThreads : count;
+      for (int n = first + threadIdx.x / kWarp; n < end; n += kWarps) {
+        const int64_t i = index[n];
+        const float inverse = row_of(p, side.inverse, i);
+        const float product =
+            far_product(side, row_of(p, kC, i), i, scratch.row, p.width) * inverse;
+        const float h = far_slope(p, side.direction, product, i, j) * inverse;
+        if (threadIdx.x % kWarp == 0) scratch.h[n - first] = h;
+      }
+      __syncthreads();
+      for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
+        float sum = 0;
+        for (int n = first; n < end; ++n) {
+          const int64_t i = index[n];
+          const float c = row_of(p, kC, i), x = widen(side.X[i * p.width + d]);
+          sum += scratch.h[n - first] * (x + c * (widen(side.Y[i * p.width + d]) - x));
+        }
+        side.dY[j * p.width + d] += sum;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace supclap::cuda

@@ -1,0 +1,82 @@
+// Launchers of panel.cuh.
+#include "cuda/panel.cuh"
+
+#include "cuda/launch.h"
+#include "cuda/launchers.h"
+
+namespace supclap::cuda {
+
+static_assert(PanelShape::kBlockRows == kPanelRows && PanelShape::kBlockColumns == kPanelColumns);
+
+namespace {
+
+template <int kMode, bool kInfonce, bool kStatistics, bool kWeights, class Scalar>
+std::string launch_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                        Stream stream) {
+  const Grid grid{{blocks_for(tile.ni, kPanelRows), blocks_for(tile.nj, kPanelColumns)},
+                  PanelShape::kScratch * sizeof(float)};
+  return launch("panel_tile", panel_tile_kernel<kMode, kInfonce, kStatistics, kWeights, Scalar>,
+                grid, stream, p, tile, scratch);
+}
+
+template <int kMode, bool kInfonce>
+std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                         Stream stream) {
+  if (!scratch.weights)
+    return launch_tile<kMode, kInfonce, true, false, float>(p, tile, scratch, stream);
+  return by_dtype(p.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    if constexpr (!kInfonce)  // no normaliser: one sweep may do the work of both
+      if (scratch.part_i)
+        return launch_tile<kMode, false, true, true, Scalar>(p, tile, scratch, stream);
+    return launch_tile<kMode, kInfonce, false, true, Scalar>(p, tile, scratch, stream);
+  });
+}
+
+// Adds one side's partial results to the running ones.
+std::string merge_side(const Problem& p, const float* part, const float* sums, int slots, int n,
+                       int64_t first, bool columns, Stream stream) {
+  const unsigned blocks = blocks_for(n, kThreads);
+  if (part) {
+    int used = 0;
+    for (int d = 0; d < kDirections; ++d) used |= direction_used(p, d) << d;
+    used |= (p.stats && !columns) << kDirections;
+    const std::string error = launch("merge_statistics", merge_statistics_kernel,
+                                     {{blocks, kDirections + 1}}, stream, p, part, slots, n, first,
+                                     used);
+    if (!error.empty()) return error;
+  }
+  const int of_support = p.mode == kNone ? 0 : (1 << kTileSums) - (1 << kRhoText);
+  const int used = of_support | (columns ? 0 : 1 << kBase | 1 << kBias);
+  if (!sums || !used) return "";
+  return launch("merge_sums", merge_sums_kernel, {{blocks, kTileSums}}, stream, p, sums, slots, n,
+                first, used);
+}
+
+}  // namespace
+
+std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                       Stream stream) {
+  const auto sweep = [&](auto go) { return go(p, tile, scratch, stream); };
+  if (p.infonce) {
+    if (p.mode == kNone) return sweep(launch_sweep<kNone, true>);
+    if (p.mode == kOneSided) return sweep(launch_sweep<kOneSided, true>);
+    if (p.mode == kShared) return sweep(launch_sweep<kShared, true>);
+    return sweep(launch_sweep<kMirror, true>);
+  }
+  if (p.mode == kNone) return sweep(launch_sweep<kNone, false>);
+  if (p.mode == kOneSided) return sweep(launch_sweep<kOneSided, false>);
+  return sweep(launch_sweep<kMirror, false>);
+}
+
+std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                        Stream stream) {
+  const int slots_i = int(blocks_for(tile.nj, kPanelColumns));
+  const int slots_j = int(blocks_for(tile.ni, kPanelRows));
+  const std::string error = merge_side(p, scratch.part_i, scratch.sums_i, slots_i, tile.ni, tile.i0,
+                                       false, stream);
+  if (!error.empty() || tile.i0 == tile.j0) return error;
+  return merge_side(p, scratch.part_j, scratch.sums_j, slots_j, tile.nj, tile.j0, true, stream);
+}
+
+}  // namespace supclap::cuda

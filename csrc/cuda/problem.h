@@ -1,0 +1,99 @@
+// What a CUDA kernel is given: one plain struct of device addresses and numbers, every field with
+// its shape. Symbols as in MATH.md; directions and row quantities as in params.h.
+//
+// Products and logits are in the units of the Triton kernels: logits in base 2, z = k log2(e)
+// <x, y>, and the sums and products of the gradient without k, as multiples of `unit`.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace supclap::cuda {
+
+constexpr int kThreads = 256;  // of every block
+
+enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Modes of the support vectors.
+enum Mode { kNone = 0, kOneSided = 1, kShared = 2, kMirror = 3 };
+
+// Rows of `sums`, [N] each.
+enum RowSum {
+  kBase = 0,      // sum_j g_ij z_ij
+  kBias,          // sum_j g + h + u
+  kRhoText,       // sum_j h_ij (Q_ij - S_ij)
+  kRhoAudio,      // sum_j u_ij (K_ij - S_ji)
+  kSupportText,   // sum_j h_ij x_ij
+  kSupportAudio,  // sum_j u_ij y_ij
+  kRhoFar,        // of rows treated literally, positive included
+  kRowSums
+};
+constexpr int kTileSums = kRhoFar;  // those that tiles add to
+
+// Planes of partial statistics: m and l of each direction, then sum and count of the negatives'
+// logits.
+constexpr int kSimilarity = 2 * kDirections;
+constexpr int kPlanes = kSimilarity + 2;
+
+// Rows of `state`: m of each direction, l, l without the positive, and params.h's Row.
+constexpr int kStateL = kDirections, kStateOthers = 2 * kDirections, kStateRows = 3 * kDirections;
+
+struct Problem {
+  int64_t N, D;
+  int64_t width;  // columns of the operands: D and zeros, a multiple of 16 bytes
+  int dtype, mode;
+  int infonce;  // else SigLIP
+  int renormalize, normalize;
+  int stats;             // what SVRStats needs is written, too
+  int per_row_radius;    // R is [N], else [1]
+  int per_row_upstream;  // the upstream gradient is [N], else [1]
+  int out_single;
+  float alpha, beta;
+  float row_scale;  // 1 / N for reduction "mean", else 1
+  // The embeddings as given, any strides (in elements), and as the products read them.
+  const void *text, *audio;                  // [N, D] dtype
+  int64_t text_n, text_d, audio_n, audio_d;  // strides
+  void *T, *A;                               // [N, width] dtype, contiguous
+  const float* radius;                       // [N] or [1], or null: no radius
+  const float* scale;                        // [1] k
+  const float* bias;                         // [1] b, SigLIP only
+  const float* weight;                       // [N], or null: ones
+  const int64_t* ids;                        // [N], or null
+  const float* upstream;                     // [N] or [1], or null: 1
+  // Passed from sweep to sweep, float32.
+  float* state;    // [22, N]
+  float* running;  // [10, N] planes of the statistics, of the negatives
+  float* omega;    // [N] upstream gradient x weight x row_scale
+  float* bounds;   // [2, blocks of row_weights] maxima over rows: |omega|, gain of the weights
+  float* factors;  // [8, N] m of each direction, then omega / (l unit), times alpha for s
+  float* unit;     // [1] a power of 2
+  float* sums;     // [7, N]
+  float *dT, *dA;  // [N, width] sums of products, or null: frozen
+  // Results.
+  float* row_loss;              // [N] weight x row_scale x the row's loss
+  float* terms;                 // [6, N] or null: l_t2a, l_a2t, l_svr, l_cons, beaten twice
+  void *out_text, *out_audio;   // [N, D] dtype, or float32 with out_single; or null
+  float* row_scalars;           // [3, N] dk, db, dR of each row
+  float *out_scale, *out_bias;  // [1]
+  float* out_radius;            // [1] or null; per row it is row_scalars[2]
+  unsigned* counter;            // [1] 0 between launches
+};
+
+// A tile pair of the panel engine: rows [i0, i0 + ni) against rows [j0, j0 + nj). Blocks S, P (off
+// the diagonal), Q, K of `size` float32 each, in rows of ld; both sides padded to whole blocks.
+struct PanelTile {
+  int64_t i0, j0;
+  int ni, nj;
+  int64_t ld, size;
+};
+
+// Working memory of one tile pair; null for what a sweep does without.
+struct PanelScratch {
+  const float* panel;
+  void* weights;           // laid out like the panel, in the embeddings' dtype
+  float *part_i, *part_j;  // [kPlanes, slots, n] partial statistics of rows and of columns
+  float *sums_i, *sums_j;  // [kTileSums, slots, n] partial sums
+};
+
+}  // namespace supclap::cuda

@@ -1,0 +1,127 @@
+// The kernels that have rows, not tiles: a warp, a thread or a block for each.
+#pragma once
+
+#include "cuda/far.cuh"
+
+namespace supclap::cuda {
+
+// A warp a row. T, A: the operands, written where they are not the rows as given.
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    pack_rows_kernel(const __grid_constant__ Problem p, const Scalar* X, int64_t stride_n,
+              int64_t stride_d, Scalar* out) {
+  const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (i < p.N) pack_row(p, X + i * stride_n, stride_d, out + i * p.width);
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_constant__ Problem p) {
+  const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (i < p.N) prepare_row<Scalar>(p, i);
+}
+
+static __global__ void finish_statistics_kernel(const __grid_constant__ Problem p) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < p.N) finish_row_statistics(p, i);
+}
+
+// Maximum over the block; valid in thread 0.
+__device__ inline float block_max(float x, float* scratch) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  for (int warp = 0; warp < kWarps; ++warp) x = fmaxf(x, scratch[warp]);
+  __syncthreads();
+  return x;
+}
+
+// omega, and per block what bounds the weights.
+static __global__ void row_weights_kernel(const __grid_constant__ Problem p) {
+  SUPCLAP_SHARED(memory);
+  auto* scratch = reinterpret_cast<float*>(memory);
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const bool inside = i < p.N;
+  const float omega = inside ? omega_of(p, i) : 0, gain = inside ? weight_gain(p, i) : 0;
+  if (inside) p.omega[i] = omega;
+  const float largest = block_max(fabsf(omega), scratch), widest = block_max(gain, scratch);
+  if (threadIdx.x != 0) return;
+  p.bounds[blockIdx.x] = largest, p.bounds[gridDim.x + blockIdx.x] = widest;
+}
+
+// m and omega / (l unit) of every direction; the grid is that of row_weights_kernel.
+static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
+  SUPCLAP_SHARED(memory);
+  auto* scratch = reinterpret_cast<float*>(memory);
+  float largest = 0, gain = 0;
+  for (unsigned n = threadIdx.x; n < gridDim.x; n += kThreads) {
+    largest = fmaxf(largest, p.bounds[n]), gain = fmaxf(gain, p.bounds[gridDim.x + n]);
+  }
+  largest = block_max(largest, scratch), gain = block_max(gain, scratch);
+  const float unit = unit_of(largest * gain);
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.unit[0] = unit;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.N) return;
+  for (int d = 0; d < kDirections; ++d) {
+    if (!direction_used(p, d)) continue;
+    p.factors[d * p.N + i] = p.infonce ? p.state[d * p.N + i] : 0;
+    p.factors[(kDirections + d) * p.N + i] =
+        factor_of(p, d, p.state[(kStateL + d) * p.N + i], p.omega[i], unit);
+  }
+}
+
+// A block a row; the last block adds up dk, db and dR.
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads) finish_gradients_kernel(const __grid_constant__ Problem p) {
+  SUPCLAP_SHARED(memory);
+  auto* scratch = reinterpret_cast<float*>(memory);
+  finish_row<Scalar>(p, blockIdx.x, 1, scratch);
+  auto* last = reinterpret_cast<int*>(memory);
+  __syncthreads();
+  if (threadIdx.x == 0) *last = arrive_last(p.counter, gridDim.x);
+  __syncthreads();
+  const bool is_last = *last;
+  __syncthreads();
+  if (is_last) finish_scalars(p, reinterpret_cast<double*>(memory));
+}
+
+// ---------------------------------------------------------------- far rows
+
+static __global__ void far_list_kernel(const __grid_constant__ Problem p, int* index, int* count) {
+  SUPCLAP_SHARED(memory);
+  list_far(p, index, count, reinterpret_cast<int*>(memory));
+}
+
+// Grids of any size: blocks take turns.
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    far_statistics_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+  SUPCLAP_SHARED(memory);
+  auto* scratch = reinterpret_cast<float*>(memory);
+  const int far = *count;
+  for (int n = blockIdx.x; n < far; n += gridDim.x)
+    far_row_statistics<Scalar>(p, index[n], scratch);
+  if (p.mode != kShared || far == 0) return;
+  for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
+    far_column_statistics<Scalar>(p, j, index, far, scratch);
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    far_rows_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+  SUPCLAP_SHARED(memory);
+  const int far = *count;
+  for (int n = blockIdx.x; n < far; n += gridDim.x)
+    far_row_gradient<Scalar>(p, index[n], reinterpret_cast<float*>(memory));
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads)
+    far_columns_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+  SUPCLAP_SHARED(memory);
+  const int far = *count;
+  if (far == 0) return;
+  for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
+    far_column_gradient<Scalar>(p, j, index, far, reinterpret_cast<float*>(memory));
+}
+
+}  // namespace supclap::cuda

@@ -1,0 +1,81 @@
+// Launchers of the kernels that have rows, not tiles.
+#include "cuda/launch.h"
+#include "cuda/launchers.h"
+#include "cuda/row_kernels.cuh"
+
+namespace supclap::cuda {
+
+int device_count() {
+#ifdef __CUDACC__
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // clears it: having no driver is no error of a later launch
+#endif
+  return 0;
+}
+
+std::string pack_rows(const Problem& p, bool text, Stream stream) {
+  return by_dtype(p.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const auto* from = static_cast<const Scalar*>(text ? p.text : p.audio);
+    auto* to = static_cast<Scalar*>(text ? p.T : p.A);
+    return launch("pack_rows", pack_rows_kernel<Scalar>, {blocks_for(p.N, kWarps)}, stream, p, from,
+                  text ? p.text_n : p.audio_n, text ? p.text_d : p.audio_d, to);
+  });
+}
+
+std::string prepare_rows(const Problem& p, Stream stream) {
+  return by_dtype(p.dtype, [&](auto scalar) {
+    return launch("prepare_rows", prepare_rows_kernel<decltype(scalar)>,
+                  {blocks_for(p.N, kWarps)}, stream, p);
+  });
+}
+
+std::string finish_statistics(const Problem& p, Stream stream) {
+  return launch("finish_statistics", finish_statistics_kernel, {blocks_for(p.N, kThreads)}, stream,
+                p);
+}
+
+std::string start_gradients(const Problem& p, Stream stream) {
+  const Grid grid{blocks_for(p.N, kThreads), kWarps * sizeof(float)};
+  const std::string error = launch("row_weights", row_weights_kernel, grid, stream, p);
+  return error.empty() ? launch("row_factors", row_factors_kernel, grid, stream, p) : error;
+}
+
+std::string finish_gradients(const Problem& p, Stream stream) {
+  const Grid grid{unsigned(p.N), kWarps * sizeof(double)};
+  return by_dtype(p.dtype, [&](auto scalar) {
+    return launch("finish_gradients", finish_gradients_kernel<decltype(scalar)>, grid, stream, p);
+  });
+}
+
+std::string far_list(const Problem& p, int* index, int* count, Stream stream) {
+  return launch("far_list", far_list_kernel, {1, kWarps * sizeof(int)}, stream, p, index, count);
+}
+
+namespace {
+// Two blocks a multiprocessor take turns with the rows: how many are far is not known here.
+Grid far_grid(const Problem& p) {
+  const int64_t most = 2 * int64_t(multiprocessors());
+  return {unsigned(p.N < most ? p.N : most), far_scratch(p.width) * sizeof(float)};
+}
+}  // namespace
+
+std::string far_statistics(const Problem& p, const int* index, const int* count, Stream stream) {
+  return by_dtype(p.dtype, [&](auto scalar) {
+    return launch("far_statistics", far_statistics_kernel<decltype(scalar)>, far_grid(p), stream, p,
+                  index, count);
+  });
+}
+
+std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream) {
+  return by_dtype(p.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const std::string error = launch("far_rows", far_rows_kernel<Scalar>, far_grid(p), stream, p,
+                                     index, count);
+    if (!error.empty()) return error;
+    return launch("far_columns", far_columns_kernel<Scalar>, far_grid(p), stream, p, index, count);
+  });
+}
+
+}  // namespace supclap::cuda

@@ -1,0 +1,187 @@
+// Work that is O(N D) before the sweeps, and O(N) between them: one warp, or one thread, a row.
+#pragma once
+
+#include "cuda/logits.cuh"
+
+namespace supclap::cuda {
+
+constexpr float kEps = 1e-4f;  // smoothing of the gap, as in reference.py
+// `is_far` of gradients.py, and the shortest support vector, over the longer row.
+constexpr float kFarC = 2, kFarGap = 1.0f / 8, kFarLength = 0.1f;
+constexpr float kMinLength = 1e-7f, kMinNorm = 1e-12f;
+constexpr float kLargestWeight = 16384;  // of a weight in its unit: float16 ends at 2^16
+
+// A row quantity of params.h.
+__device__ __forceinline__ float& row_of(const Problem& p, int quantity, int64_t i) {
+  return p.state[(kStateRows + quantity) * p.N + i];
+}
+__device__ __forceinline__ float radius_of(const Problem& p, int64_t i) {
+  return p.radius[p.per_row_radius ? i : 0];
+}
+
+// max(|x|, kMinNorm) of a row as given. The whole warp calls it.
+template <class Scalar>
+__device__ float row_length(const Scalar* X, int64_t stride, int64_t D) {
+  float square = 0;
+  for (int64_t d = threadIdx.x % kWarp; d < D; d += kWarp) {
+    const float x = widen(X[d * stride]);
+    square += x * x;
+  }
+  return fmaxf(sqrtf(warp_sum(square)), kMinNorm);
+}
+
+// An element of an operand: the row as given, or divided by its length and rounded to its dtype.
+template <class Scalar>
+__device__ __forceinline__ Scalar operand(Scalar x, float length, bool normalize) {
+  // As F.normalize: where gaps are small, its roundings are the row.
+  return normalize ? narrow<Scalar>(__fdiv_rn(widen(x), length)) : x;
+}
+
+// out [width] = the operand of row X, zeros beyond D.
+template <class Scalar>
+__device__ void pack_row(const Problem& p, const Scalar* X, int64_t stride, Scalar* out) {
+  const float length = p.normalize ? row_length(X, stride, p.D) : 1;
+  for (int64_t d = threadIdx.x % kWarp; d < p.width; d += kWarp)
+    out[d] = d < p.D ? operand(X[d * stride], length, p.normalize) : narrow<Scalar>(0.0f);
+}
+
+// Geometry of row i, from differences of the rows themselves: nothing cancels.
+template <class Scalar>
+__device__ void prepare_row(const Problem& p, int64_t i) {
+  using Piece = Vector<Scalar>;
+  const auto* T = static_cast<const Scalar*>(p.T) + i * p.width;
+  const auto* A = static_cast<const Scalar*>(p.A) + i * p.width;
+  const int lane = threadIdx.x % kWarp;
+  float ta = 0, ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
+  for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
+    const Piece t_piece = load_vector(T + d), a_piece = load_vector(A + d);
+    for (int n = 0; n < Piece::size; ++n) {
+      const float t = widen(t_piece.at[n]), a = widen(a_piece.at[n]), e = a - t;
+      ta += t * a, ee += e * e, et += e * t, ea += e * a, tt += t * t, aa += a * a;
+    }
+  }
+  ta = warp_sum(ta), ee = warp_sum(ee), et = warp_sum(et), ea = warp_sum(ea);
+  tt = warp_sum(tt), aa = warp_sum(aa);
+  if (lane == 0) {
+    row_of(p, kPositive, i) = ta;
+    for (int plane = 0; plane < kPlanes; ++plane)
+      p.running[plane * p.N + i] = plane < kSimilarity && plane % 2 == 0 ? kHidden : 0;
+  }
+  if (!p.radius) return;
+  const float r = sqrtf(ee + kEps * kEps), c = radius_of(p, i) / r;
+  const float length = sqrtf(fmaxf(tt, aa));
+  bool far = fabsf(c) > kFarC || r < length * kFarGap;
+  float text = 1, audio = 1;
+  if (p.renormalize) {
+    float tt = 0, aa = 0;
+    for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
+      const Piece t_piece = load_vector(T + d), a_piece = load_vector(A + d);
+      for (int n = 0; n < Piece::size; ++n) {
+        const float t = widen(t_piece.at[n]), a = widen(a_piece.at[n]), step = c * (a - t);
+        tt += (t + step) * (t + step), aa += (a - step) * (a - step);
+      }
+    }
+    const float length_t = sqrtf(warp_sum(tt)), length_a = sqrtf(warp_sum(aa));
+    far = far || fminf(length_t, length_a) < length * kFarLength;
+    text = 1 / fmaxf(length_t, kMinLength), audio = 1 / fmaxf(length_a, kMinLength);
+  }
+  if (lane != 0) return;
+  row_of(p, kGap, i) = r, row_of(p, kC, i) = c;
+  row_of(p, kStepText, i) = et, row_of(p, kStepAudio, i) = ea;
+  if (p.mode == kNone) return;
+  row_of(p, kTileC, i) = far ? 0 : c, row_of(p, kOffset, i) = far ? kHidden : 0;
+  row_of(p, kTextInverse, i) = text, row_of(p, kAudioInverse, i) = audio;
+}
+
+__device__ __forceinline__ bool is_far(const Problem& p, int64_t i) {
+  return p.mode != kNone && row_of(p, kOffset, i) != 0;
+}
+
+// <t_i, a_i>, <t_sup_i, a_i> / |t_sup_i| and <a_sup_i, t_i> / |a_sup_i|; 0 where the mode has none.
+struct Positive {
+  float s, x, y;
+  __device__ Positive(const Problem& p, int64_t i) : s(row_of(p, kPositive, i)), x(0), y(0) {
+    if (p.mode == kNone) return;
+    const float c = row_of(p, kC, i);
+    x = (s + c * row_of(p, kStepAudio, i)) * row_of(p, kTextInverse, i);
+    y = (s - c * row_of(p, kStepText, i)) * row_of(p, kAudioInverse, i);
+  }
+  // The logit of direction d.
+  __device__ float logit(const Problem& p, int d) const {
+    const float product = d < kSupportRows ? s : d == kSupportRows || p.mode == kShared ? x : y;
+    return logit_scale_2(p) * product + logit_bias_2(p);
+  }
+};
+
+// The row's loss in direction d: its positive joins the negatives' log-sum-exp. Fills `state`.
+__device__ __forceinline__ float finish_direction(const Problem& p, int d, LogSum negatives,
+                                                  float z, int64_t i) {
+  if (!p.infonce) return negatives.l + softplus_2(-z);
+  const float top = fmaxf(negatives.m, z), others = negatives.l * exp2f(negatives.m - top);
+  const float total = others + exp2f(z - top);
+  p.state[d * p.N + i] = top;
+  p.state[(kStateL + d) * p.N + i] = total;
+  p.state[(kStateOthers + d) * p.N + i] = others;
+  // log(total / exp(z - top)): exactly 0 without negatives, if exp2 does not overflow.
+  if (top - z > 100) return (log2f(total) + (top - z)) / kLog2e;
+  return log1pf(others * exp2f(top - z));
+}
+
+// Sweep 1 is over: the row's loss.
+__device__ inline void finish_row_statistics(const Problem& p, int64_t i) {
+  const Positive positive(p, i);
+  float loss[kDirections] = {}, beaten[2] = {};
+  for (int d = 0; d < kDirections; ++d) {
+    if (!direction_used(p, d)) continue;
+    const float* at = p.running + 2 * d * p.N + i;
+    loss[d] = finish_direction(p, d, {at[0], at[p.N]}, positive.logit(p, d), i);
+  }
+  if (p.stats)
+    for (int d = 0; d < 2; ++d)
+      beaten[d] = p.running[2 * d * p.N + i] >= row_of(p, kPanelPositive, i);
+  float constraint = 0;
+  if (p.radius) {
+    const float R = radius_of(p, i), r = row_of(p, kGap, i);
+    constraint = R != R ? R : (R > r ? R - r : 0) + (R < 0 ? -R : 0);
+  }
+  const float support = loss[kSupportRows] + loss[kOtherRows];
+  const float weight = (p.weight ? p.weight[i] : 1) * p.row_scale;
+  p.row_loss[i] = weight * (loss[kTextRows] + loss[kAudioRows] + p.alpha * support +
+                            p.beta * constraint);
+  if (!p.terms) return;
+  const float terms[6] = {loss[kTextRows], loss[kAudioRows], support, constraint, beaten[0],
+                          beaten[1]};
+  for (int n = 0; n < 6; ++n) p.terms[n * p.N + i] = terms[n];
+}
+
+// What arrives at the row's terms.
+__device__ __forceinline__ float omega_of(const Problem& p, int64_t i) {
+  float w = p.row_scale;
+  if (p.upstream) w *= p.upstream[p.per_row_upstream ? i : 0];
+  if (p.weight) w *= p.weight[i];
+  return w;
+}
+
+// Largest weight of a row's products, over its omega.
+__device__ __forceinline__ float weight_gain(const Problem& p, int64_t i) {
+  float gain = 2;
+  if (p.mode == kNone || is_far(p, i)) return gain;
+  const float inverse = fmaxf(row_of(p, kTextInverse, i), row_of(p, kAudioInverse, i));
+  return gain + 2 * fabsf(p.alpha) * (1 + 2 * fabsf(row_of(p, kTileC, i))) * inverse;
+}
+
+// The power of 2 that weights up to `bound` are multiples of: float16 weights stay in its range.
+__device__ __forceinline__ float unit_of(float bound) {
+  bound /= kLargestWeight;
+  if (!(bound > 1e-30f && bound < 1e30f)) return 1;
+  return exp2f(floorf(log2f(bound)));
+}
+
+// omega / (l unit), times alpha for support vectors: what turns exp2(z - m) into a weight.
+__device__ __forceinline__ float factor_of(const Problem& p, int d, float l, float omega,
+                                           float unit) {
+  const float f = (d >= kSupportRows ? p.alpha * omega : omega) / unit;
+  return p.infonce ? f / l : f;
+}
+
+}  // namespace supclap::cuda
