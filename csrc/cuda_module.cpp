@@ -59,9 +59,9 @@ void bind_problem(py::module_& m) {
 #define POINTER(name) pointer(problem, #name, &Problem::name)
   POINTER(text), POINTER(audio), POINTER(T), POINTER(A), POINTER(radius), POINTER(scale);
   POINTER(bias), POINTER(weight), POINTER(ids), POINTER(upstream), POINTER(state);
-  POINTER(running), POINTER(omega), POINTER(bounds), POINTER(factors), POINTER(unit);
+  POINTER(running), POINTER(similarity), POINTER(omega), POINTER(bounds), POINTER(factors), POINTER(unit);
   POINTER(sums), POINTER(dT), POINTER(dA), POINTER(row_loss), POINTER(terms), POINTER(out_text);
-  POINTER(out_audio), POINTER(row_scalars), POINTER(out_scale), POINTER(out_bias);
+  POINTER(out_audio), POINTER(after), POINTER(row_scalars), POINTER(row_radius), POINTER(out_scale), POINTER(out_bias);
   POINTER(out_radius), POINTER(counter);
 #undef POINTER
 }
@@ -99,6 +99,26 @@ void bind_tile(py::module_& m, const char* name, TileLauncher launcher) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_single(py::module_& m) {
+  py::class_<SinglePlan>(m, "SinglePlan", "See csrc/cuda/problem.h.")
+      .def_readonly("side", &SinglePlan::side)
+      .def_readonly("pairs", &SinglePlan::pairs)
+      .def_readonly("kept", &SinglePlan::kept)
+      .def_readonly("blocks", &SinglePlan::blocks)
+      .def_readonly("shared", &SinglePlan::shared)
+      .def_readonly("scratch", &SinglePlan::scratch);
+  m.def("plan_single", py::overload_cast<const Problem&, bool>(&plan_single));
+  m.def("single_limit", &single_limit);
+  m.def("plan_single_for", py::overload_cast<const Problem&, bool, int, int64_t>(&plan_single));
+  m.def(
+      "single",
+      [](const Problem& p, const SinglePlan& plan, Address scratch, Address loss, bool gradient,
+         Stream stream) {
+        raise_if(single(p, plan, scratch, at<float>(loss), gradient, stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -124,6 +144,7 @@ void bind_cuda(py::module_& m) {
         raise_if(far_list(p, at<int>(index), at<int>(count), stream));
       },
       py::call_guard<py::gil_scoped_release>());
+  bind_single(m);
   bind_far(m, "far_statistics", &far_statistics);
   bind_far(m, "far_gradients", &far_gradients);
 }

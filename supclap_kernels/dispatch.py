@@ -107,7 +107,9 @@ def implementation(name: str) -> Any:
     """What has `forward`, `backward`, `saved_elements` and `memory` for a backend's name."""
     if name == "cpu":
         return cpu
-    if name == "cuda" or triton_state() != "ok":
+    if name == "cuda":
+        return importlib.import_module("supclap_kernels.backends.gpu_single").CUDA
+    if triton_state() != "ok":
         return importlib.import_module("supclap_kernels.backends.gpu_cuda").CUDA_PANEL
     return getattr(triton_backends()[0], name.upper())
 

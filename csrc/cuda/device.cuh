@@ -146,4 +146,14 @@ __device__ Real block_sum(Real x, Real* scratch) {
   return total;
 }
 
+// Maximum over the block; every thread gets it. `scratch` [kWarps]; ends in a barrier.
+__device__ inline float block_max(float x, float* scratch) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  for (int warp = 0; warp < kWarps; ++warp) x = fmaxf(x, scratch[warp]);
+  __syncthreads();
+  return x;
+}
+
 }  // namespace supclap::cuda

@@ -103,14 +103,15 @@ struct FinishRow {
   }
 };
 
-// Gradients of row i. `scale` is what arrives at a loss whose sums were taken for 1.
+// Gradients of row i.
 template <class Scalar>
-__device__ void finish_row(const Problem& p, int64_t i, float scale, float* scratch) {
+__device__ void finish_row(const Problem& p, int64_t i, float* scratch) {
   const RowTerms terms(p, i);
+  const float scale = p.after ? *p.after : 1;
   if (threadIdx.x == 0) {
     p.row_scalars[i] = scale * terms.dk;
     p.row_scalars[p.N + i] = scale * terms.db;
-    p.row_scalars[2 * p.N + i] = scale * terms.dR;
+    if (p.row_radius) p.row_radius[i] = scale * terms.dR;
   }
   const auto* text = static_cast<const Scalar*>(p.text) + i * p.text_n;
   const auto* audio = static_cast<const Scalar*>(p.audio) + i * p.audio_n;
@@ -129,13 +130,16 @@ __device__ void finish_row(const Problem& p, int64_t i, float scale, float* scra
 
 // dk, db and dR: the sums of their rows, in order. Called by one block.
 __device__ inline void finish_scalars(const Problem& p, double* scratch) {
-  for (int which = 0; which < 3; ++which) {
+  const auto add = [&](const float* rows, float* out) {
+    if (!out) return;
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < p.N; i += kThreads) sum += p.row_scalars[which * p.N + i];
+    for (int64_t i = threadIdx.x; i < p.N; i += kThreads) sum += rows[i];
     sum = block_sum(sum, scratch);
-    float* out = which == 0 ? p.out_scale : which == 1 ? p.out_bias : p.out_radius;
-    if (threadIdx.x == 0 && out) *out = float(sum);
-  }
+    if (threadIdx.x == 0) *out = float(sum);
+  };
+  add(p.row_scalars, p.out_scale);
+  add(p.row_scalars + p.N, p.out_bias);
+  add(p.row_radius, p.out_radius);
 }
 
 }  // namespace supclap::cuda

@@ -63,7 +63,8 @@ struct Problem {
   const float* upstream;                     // [N] or [1], or null: 1
   // Passed from sweep to sweep, float32.
   float* state;    // [22, N]
-  float* running;  // [10, N] planes of the statistics, of the negatives
+  float* running;     // [10, N] planes of the statistics, of the negatives
+  float* similarity;  // [2, N] single launch: the last two of them, with `stats`
   float* omega;    // [N] upstream gradient x weight x row_scale
   float* bounds;   // [2, blocks of row_weights] maxima over rows: |omega|, gain of the weights
   float* factors;  // [8, N] m of each direction, then omega / (l unit), times alpha for s
@@ -74,11 +75,16 @@ struct Problem {
   float* row_loss;              // [N] weight x row_scale x the row's loss
   float* terms;                 // [6, N] or null: l_t2a, l_a2t, l_svr, l_cons, beaten twice
   void *out_text, *out_audio;   // [N, D] dtype, or float32 with out_single; or null
-  float* row_scalars;           // [3, N] dk, db, dR of each row
+  const float* after;           // [1] upstream gradient of sums that were taken for 1, or null
+  float* row_scalars;           // [2, N] dk, db of each row
+  float* row_radius;            // [N] dR of each row
   float *out_scale, *out_bias;  // [1]
-  float* out_radius;            // [1] or null; per row it is row_scalars[2]
+  float* out_radius;            // [1] sum of row_radius, or null
   unsigned* counter;            // [1] 0 between launches
 };
+
+// How many of Q and K the mode has.
+inline int grams_of(const Problem& p) { return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1; }
 
 // A tile pair of the panel engine: rows [i0, i0 + ni) against rows [j0, j0 + nj). Blocks S, P (off
 // the diagonal), Q, K of `size` float32 each, in rows of ld; both sides padded to whole blocks.
@@ -94,6 +100,25 @@ struct PanelScratch {
   void* weights;           // laid out like the panel, in the embeddings' dtype
   float *part_i, *part_j;  // [kPlanes, slots, n] partial statistics of rows and of columns
   float *sums_i, *sums_j;  // [kTileSums, slots, n] partial sums
+};
+
+// How the single launch cuts a problem.
+struct SinglePlan {
+  int side;       // B
+  int tiles;      // of N
+  int pairs;      // tile pairs
+  int kept;       // pairs whose tiles a block keeps; 1: for the moment
+  int blocks;
+  int64_t shared;   // bytes
+  int64_t scratch;  // bytes
+};
+
+// Its working memory on the device.
+struct SingleScratch {
+  void* matrices;  // [2 + grams, padded, padded] dtype: W^T, W, V_A + V_A^T, V_T + V_T^T
+  float* part;     // [kPlanes, tiles, padded] statistics of row i over the columns of a tile
+  float* sums;     // [kTileSums, tiles, padded]
+  int* far;        // [N] list of far rows, then how many
 };
 
 }  // namespace supclap::cuda

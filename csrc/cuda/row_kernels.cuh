@@ -22,17 +22,11 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
 
 static __global__ void finish_statistics_kernel(const __grid_constant__ Problem p) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < p.N) finish_row_statistics(p, i);
-}
-
-// Maximum over the block; valid in thread 0.
-__device__ inline float block_max(float x, float* scratch) {
-  x = warp_max(x);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) x = fmaxf(x, scratch[warp]);
-  __syncthreads();
-  return x;
+  if (i >= p.N) return;
+  LogSum negatives[kDirections];
+  for (int d = 0; d < kDirections; ++d)
+    negatives[d] = {p.running[2 * d * p.N + i], p.running[(2 * d + 1) * p.N + i]};
+  finish_row_statistics(p, i, negatives);
 }
 
 // omega, and per block what bounds the weights.
@@ -74,7 +68,7 @@ template <class Scalar>
 __global__ void __launch_bounds__(kThreads) finish_gradients_kernel(const __grid_constant__ Problem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
-  finish_row<Scalar>(p, blockIdx.x, 1, scratch);
+  finish_row<Scalar>(p, blockIdx.x, scratch);
   auto* last = reinterpret_cast<int*>(memory);
   __syncthreads();
   if (threadIdx.x == 0) *last = arrive_last(p.counter, gridDim.x);

@@ -52,6 +52,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   const auto* T = static_cast<const Scalar*>(p.T) + i * p.width;
   const auto* A = static_cast<const Scalar*>(p.A) + i * p.width;
   const int lane = threadIdx.x % kWarp;
+  if (lane < kStateRows + kRows) p.state[lane * p.N + i] = 0;
   float ta = 0, ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
   for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
     const Piece t_piece = load_vector(T + d), a_piece = load_vector(A + d);
@@ -62,6 +63,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   }
   ta = warp_sum(ta), ee = warp_sum(ee), et = warp_sum(et), ea = warp_sum(ea);
   tt = warp_sum(tt), aa = warp_sum(aa);
+  __syncwarp();
   if (lane == 0) {
     row_of(p, kPositive, i) = ta;
     for (int plane = 0; plane < kPlanes; ++plane)
@@ -113,32 +115,41 @@ struct Positive {
   }
 };
 
-// The row's loss in direction d: its positive joins the negatives' log-sum-exp. Fills `state`.
+// A direction's row with its positive: m and l, and l without it.
+struct WithPositive {
+  LogSum total;
+  float others;
+  __device__ WithPositive(LogSum negatives, float z) {
+    total.m = fmaxf(negatives.m, z);
+    others = negatives.l * exp2f(negatives.m - total.m);
+    total.l = others + exp2f(z - total.m);
+  }
+};
+
+// The row's loss in direction d: its positive, of logit z, joins the negatives. Fills `state`.
 __device__ __forceinline__ float finish_direction(const Problem& p, int d, LogSum negatives,
                                                   float z, int64_t i) {
   if (!p.infonce) return negatives.l + softplus_2(-z);
-  const float top = fmaxf(negatives.m, z), others = negatives.l * exp2f(negatives.m - top);
-  const float total = others + exp2f(z - top);
+  const WithPositive sum(negatives, z);
+  const float top = sum.total.m;
   p.state[d * p.N + i] = top;
-  p.state[(kStateL + d) * p.N + i] = total;
-  p.state[(kStateOthers + d) * p.N + i] = others;
+  p.state[(kStateL + d) * p.N + i] = sum.total.l;
+  p.state[(kStateOthers + d) * p.N + i] = sum.others;
   // log(total / exp(z - top)): exactly 0 without negatives, if exp2 does not overflow.
-  if (top - z > 100) return (log2f(total) + (top - z)) / kLog2e;
-  return log1pf(others * exp2f(top - z));
+  if (top - z > 100) return (log2f(sum.total.l) + (top - z)) / kLog2e;
+  return log1pf(sum.others * exp2f(top - z));
 }
 
-// Sweep 1 is over: the row's loss.
-__device__ inline void finish_row_statistics(const Problem& p, int64_t i) {
+// Sweep 1 is over: the row's loss, from the negatives of each direction.
+__device__ inline void finish_row_statistics(const Problem& p, int64_t i,
+                                             const LogSum (&negatives)[kDirections]) {
   const Positive positive(p, i);
   float loss[kDirections] = {}, beaten[2] = {};
-  for (int d = 0; d < kDirections; ++d) {
-    if (!direction_used(p, d)) continue;
-    const float* at = p.running + 2 * d * p.N + i;
-    loss[d] = finish_direction(p, d, {at[0], at[p.N]}, positive.logit(p, d), i);
-  }
+  for (int d = 0; d < kDirections; ++d)
+    if (direction_used(p, d))
+      loss[d] = finish_direction(p, d, negatives[d], positive.logit(p, d), i);
   if (p.stats)
-    for (int d = 0; d < 2; ++d)
-      beaten[d] = p.running[2 * d * p.N + i] >= row_of(p, kPanelPositive, i);
+    for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
   float constraint = 0;
   if (p.radius) {
     const float R = radius_of(p, i), r = row_of(p, kGap, i);

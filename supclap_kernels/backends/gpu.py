@@ -20,7 +20,7 @@ from torch import Tensor
 from ..options import Options
 from . import contract, tiles
 from .contract import Inputs, grams, split_gradients
-from .gpu_call import PLANES, SUMS, Call, Kernels, lanes_of, scratch_dtypes, scratch_shapes
+from .gpu_call import PLANES, SUMS, Call, Kernels, lanes_of, scratch_dtypes, scratch_shapes, statistics
 from .panel import PLACEHOLDER, Layout, Tiling, kept_panels
 
 PARTIAL = 3
@@ -98,7 +98,9 @@ class Backend:
                 if size == PLACEHOLDER:
                     saved.zero_()  # no output is undefined
             loss, terms = call.finish_statistics()
-            stats = call.new_empty(0) if terms is None else call.stats(terms)
+            stats = call.new_empty(0)
+            if terms is not None:
+                stats = statistics(call.inputs, terms, call.state, call.running)
             return loss, stats, call.state, saved
 
     def backward(

@@ -282,20 +282,20 @@ class Call:
             return total
         return torch.empty(self.N, self.D, dtype=dtype, device=self.device)
 
-    def stats(self, terms: Tensor) -> Tensor:
-        """(11,): the values of SVRStats."""
-        inputs, nan = self.inputs, self.new_empty(1).fill_(float("nan"))
-        weighted = terms[:4] if inputs.weight is None else terms[:4] * inputs.weight
-        means = torch.cat((weighted, 1.0 - terms[4:])).mean(dim=1)
-        rows = self.state[contract.STATISTICS :]
-        similarity, count = self.running[-2:].sum(dim=1, dtype=torch.float64)
-        k2 = inputs.scale.float() * math.log2(math.e)
-        negative = similarity / torch.where(k2 == 0.0, 1e-30, k2) / count
-        parts = [means, rows[POSITIVE].mean()[None], negative.float()[None]]
-        if inputs.radius is None:
-            parts.append(nan.expand(3))
-        else:
-            contraction = 1.0 - inputs.radius / rows[GAP]
-            values = (inputs.radius.float(), rows[GAP], contraction)
-            parts += [value.mean()[None].float() for value in values]
-        return torch.cat(parts)
+
+def statistics(inputs: Inputs, terms: Tensor, state: Tensor, running: Tensor) -> Tensor:
+    """(11,): the values of SVRStats, from what the kernels left of each row."""
+    weighted = terms[:4] if inputs.weight is None else terms[:4] * inputs.weight
+    means = torch.cat((weighted, 1.0 - terms[4:])).mean(dim=1)
+    rows = state[contract.STATISTICS :]
+    similarity, count = running[-2:].sum(dim=1, dtype=torch.float64)
+    k2 = inputs.scale.float() * math.log2(math.e)
+    negative = similarity / torch.where(k2 == 0.0, 1e-30, k2) / count
+    parts = [means, rows[POSITIVE].mean()[None], negative.float()[None]]
+    if inputs.radius is None:
+        parts.append(means.new_full((3,), math.nan))
+    else:
+        contraction = 1.0 - inputs.radius / rows[GAP]
+        values = (inputs.radius.float(), rows[GAP], contraction)
+        parts += [value.mean()[None].float() for value in values]
+    return torch.cat(parts)

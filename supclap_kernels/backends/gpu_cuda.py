@@ -6,16 +6,48 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..options import Options
+from .contract import Inputs
 from .gpu import Backend
-from .gpu_call import Call, Scratch
+from .gpu_call import Call, Scratch, contiguous
 from .panel import Tile
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def single(x: Tensor | None) -> Tensor | None:
-    """Numbers as the kernels read them."""
-    return None if x is None else x.float()
+class Given:
+    """A call as csrc/cuda/problem.h describes it: its numbers, and the tensors it came with."""
+
+    def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
+        self.inputs, self.native = inputs, native.cuda()
+        p = self.problem = self.native.CudaProblem()
+        audio, text, radius = inputs[:3]
+        p.N, p.D = audio.shape
+        p.width, p.dtype, p.mode, p.infonce = width, DTYPES[audio.dtype], mode, options.infonce
+        p.renormalize, p.normalize, p.stats = options.renormalize, options.normalize, options.stats
+        p.per_row_radius = radius is not None and radius.ndim == 1
+        p.alpha, p.beta = options.alpha, options.beta
+        p.row_scale = 1.0 / p.N if options.reduction == "mean" else 1.0
+        p.text_n, p.text_d = text.stride()
+        p.audio_n, p.audio_d = audio.stride()
+        p.text, p.audio = text.data_ptr(), audio.data_ptr()
+        self.alive: list[Tensor] = []
+        self.numbers(
+            radius=radius, scale=inputs.scale, bias=inputs.bias, weight=inputs.weight
+        )
+        self.set(ids=contiguous(inputs.ids))
+
+    def numbers(self, **tensors: Tensor | None) -> None:
+        """Numbers as the kernels read them, kept alive until they have been launched."""
+        for name, x in tensors.items():
+            if x is not None:
+                x = x.float().contiguous()
+                self.alive.append(x)
+                setattr(self.problem, name, x.data_ptr())
+
+    def set(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            setattr(self.problem, name, native.address(tensor))
 
 
 class CudaKernels:
@@ -37,27 +69,11 @@ class CudaKernels:
         return 4 * N
 
     def __init__(self, call: Call) -> None:
-        self.call, self.native = call, native.cuda()
+        self.call = call
+        self.given = Given(call.inputs, call.options, call.mode, call.width)
+        self.native, self.problem, self.set = self.given.native, self.given.problem, self.given.set
         self.stream = native.stream(call.device)
-        inputs, options = call.inputs, call.options
-        self.numbers = [single(x) for x in (inputs.radius, inputs.scale, call.bias, inputs.weight)]
         self.far: tuple[Tensor, Tensor] | None = None
-        p = self.problem = self.native.CudaProblem()
-        p.N, p.D, p.width = call.N, call.D, call.width
-        p.dtype, p.mode, p.infonce = DTYPES[call.dtype], call.mode, call.infonce
-        p.renormalize, p.normalize, p.stats = options.renormalize, options.normalize, options.stats
-        p.per_row_radius = call.per_row_radius
-        p.alpha, p.beta, p.row_scale = options.alpha, options.beta, call.row_scale
-        p.text_n, p.text_d = inputs.text.stride()
-        p.audio_n, p.audio_d = inputs.audio.stride()
-        p.text, p.audio = inputs.text.data_ptr(), inputs.audio.data_ptr()
-        self.set(ids=inputs.ids)
-        radius, scale, bias, weight = self.numbers
-        self.set(radius=radius, scale=scale, bias=bias, weight=weight)
-
-    def set(self, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
-            setattr(self.problem, name, native.address(tensor))
 
     def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
         call = self.call
@@ -113,10 +129,10 @@ class CudaKernels:
     def start_gradients(self, upstream: Tensor | None) -> None:
         call = self.call
         self.start_call()
-        self.upstream = single(upstream)
         self.problem.per_row_upstream = upstream is not None and upstream.ndim == 1
+        self.given.numbers(upstream=upstream)
         bounds = call.new_empty(2, -(-call.N // self.native.THREADS))
-        self.set(upstream=self.upstream, omega=call.omega, bounds=bounds)
+        self.set(omega=call.omega, bounds=bounds)
         self.set(factors=call.factors, unit=call.unit, sums=call.sums)
         self.native.cuda_start_gradients(self.problem, self.stream)
 
@@ -124,13 +140,15 @@ class CudaKernels:
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         call = self.call
-        rows, totals = call.new_empty(3, call.N), call.new_empty(3)
+        rows, radius, totals = call.new_empty(2, call.N), call.new_empty(call.N), call.new_empty(3)
         counter = torch.zeros(1, dtype=torch.int32, device=call.device)
-        self.problem.out_single = any(x is not None and x.dtype == torch.float32 for x in (text, audio))
-        self.set(dT=dT, dA=dA, out_text=text, out_audio=audio, row_scalars=rows, counter=counter)
+        given = [x for x in (text, audio) if x is not None]
+        self.problem.out_single = any(x.dtype == torch.float32 for x in given)
+        self.set(dT=dT, dA=dA, out_text=text, out_audio=audio, counter=counter)
+        self.set(row_scalars=rows, row_radius=radius)
         self.set(out_scale=totals[0], out_bias=totals[1], out_radius=totals[2])
         self.native.cuda_finish_gradients(self.problem, self.stream)
-        return rows[2], totals
+        return radius, totals
 
 
 CUDA_PANEL = Backend(CudaKernels, fused=False)

@@ -1,0 +1,227 @@
+// Products of the single launch: B x B tiles, on the CUDA cores (float32) or the tensor cores.
+//
+// Two shapes of product, each with several results at once:
+//     similarity   X_I Y_J^T, both operands [row, k]: the tiles of one pair
+//     gradient     M^T V, both operands [k, column]: sums of weighted rows
+//
+// A block is cut into teams that each cover a whole tile and share the depth k; their sums are
+// added in order.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/mma.cuh"
+
+namespace supclap::cuda {
+
+// A tile on its way from device memory through registers to shared memory: the next one is loaded
+// while this one is multiplied.
+template <class Scalar, int kTileRows, int kTileColumns>
+struct Mover {
+  using Piece = Vector<Scalar>;
+  static constexpr int kAcross = kTileColumns / Piece::size;
+  static constexpr int kPieces = kTileRows * kAcross;
+  static constexpr int kEach = (kPieces + kThreads - 1) / kThreads;
+  Piece held[kEach];
+
+  // Rows and columns beyond what is there are zeros; columns come in whole pieces.
+  __device__ void load(const Scalar* from, int64_t ld, int64_t rows, int64_t columns) {
+    SUPCLAP_UNROLL
+    for (int n = 0; n < kEach; ++n) {
+      const int e = threadIdx.x + n * kThreads, row = e / kAcross, column = e % kAcross * Piece::size;
+      if (e < kPieces && row < rows && column < columns)
+        held[n] = load_vector(from + row * ld + column);
+      else
+        SUPCLAP_UNROLL
+        for (int m = 0; m < Piece::size; ++m) held[n].at[m] = narrow<Scalar>(0.0f);
+    }
+  }
+  // to [kTileRows, pitch], or, transposed, [kTileColumns, pitch].
+  template <bool kTransposed>
+  __device__ void store(Scalar* to, int pitch) const {
+    SUPCLAP_UNROLL
+    for (int n = 0; n < kEach; ++n) {
+      const int e = threadIdx.x + n * kThreads, row = e / kAcross, column = e % kAcross * Piece::size;
+      if (e >= kPieces) continue;
+      if (!kTransposed)
+        store_vector(to + row * pitch + column, held[n]);
+      else
+        SUPCLAP_UNROLL
+        for (int m = 0; m < Piece::size; ++m) to[(column + m) * pitch + row] = held[n].at[m];
+    }
+  }
+};
+
+// ---------------------------------------------------------------- CUDA cores
+
+// A thread has 4 x 4 elements of each result.
+template <class Scalar, int B, int kResults>
+struct Product {
+  static_assert(sizeof(Scalar) == 4);
+  // Operands [k, kPitch], whole rows of 16 bytes.
+  static constexpr int kSimilarityDepth = 1024 / B, kGradientDepth = 32;
+  static constexpr int kSimilarityPitch = B + 4, kGradientPitch = B + 4;
+  static constexpr bool kTransposed = true;  // of similarity operands in shared memory
+  static constexpr int kSimilarityOperand = kSimilarityDepth * kSimilarityPitch;
+  static constexpr int kGradientOperand = kGradientDepth * kGradientPitch;
+  static constexpr int kTeam = B / 4 * (B / 4), kTeams = kThreads / kTeam;
+
+  float sum[kResults][4][4] = {};
+
+  __device__ static int team() { return threadIdx.x / kTeam; }
+  __device__ static int row() { return threadIdx.x % kTeam / (B / 4) * 4; }
+  __device__ static int column() { return threadIdx.x % (B / 4) * 4; }
+
+  struct Piece {
+    float at[4];
+    __device__ Piece(const float* from) {
+      const Vector<float> piece = load_vector(from);
+      for (int n = 0; n < 4; ++n) at[n] = piece.at[n];
+    }
+  };
+  __device__ void add(int result, const Piece& x, const Piece& y) {
+    SUPCLAP_UNROLL
+    for (int i = 0; i < 4; ++i)
+      SUPCLAP_UNROLL
+      for (int j = 0; j < 4; ++j) sum[result][i][j] += x.at[i] * y.at[j];
+  }
+
+  // S, P (off the diagonal), Q and K of one depth; operands T_I, A_I, T_J, A_J.
+  __device__ void similarity(const Scalar* const (&operand)[4], int grams, bool diagonal) {
+    for (int k = team(); k < kSimilarityDepth; k += kTeams) {
+      const int at = k * kSimilarityPitch;
+      const Piece t_i(operand[0] + at + row()), a_i(operand[1] + at + row());
+      const Piece t_j(operand[2] + at + column()), a_j(operand[3] + at + column());
+      add(0, t_i, a_j);
+      if (!diagonal) add(1, a_i, t_j);
+      if (grams > 0) add(2, a_i, a_j);
+      if (grams > 1) add(3, t_i, t_j);
+    }
+  }
+  // result += M^T V of one depth.
+  __device__ void gradient(int result, const Scalar* M, const Scalar* V) {
+    for (int k = team(); k < kGradientDepth; k += kTeams)
+      add(result, M + k * kGradientPitch + row(), V + k * kGradientPitch + column());
+  }
+
+  // Calls put(i, j, value, first) for this thread's elements; `first`: no team has put one there.
+  // Ends in a barrier.
+  template <class Put>
+  __device__ void write(int result, const Put& put) const {
+    for (int t = 0; t < kTeams; ++t) {
+      if (t == team())
+        SUPCLAP_UNROLL
+        for (int i = 0; i < 4; ++i)
+          SUPCLAP_UNROLL
+          for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j], t == 0);
+      __syncthreads();
+    }
+  }
+};
+
+// ---------------------------------------------------------------- tensor cores
+
+// A warp has kDown x kAcross fragments of 16 x 8 of each result.
+template <class Scalar, int B, int kResults>
+struct TensorProduct {
+  static_assert(sizeof(Scalar) == 2);
+  // Operands of a similarity [row, k], of a gradient [k, column]; 8 more elements a row keep the
+  // eight rows of an ldmatrix in different banks.
+  static constexpr int kSimilarityDepth = 4096 / B, kGradientDepth = 64;
+  static constexpr int kSimilarityPitch = kSimilarityDepth + 8, kGradientPitch = B + 8;
+  static constexpr bool kTransposed = false;
+  static constexpr int kSimilarityOperand = B * kSimilarityPitch;
+  static constexpr int kGradientOperand = kGradientDepth * kGradientPitch;
+  static constexpr int kDown = B == 64 ? 2 : 1, kAcross = 2;       // fragments of a warp
+  static constexpr int kWarpsAcross = B / (8 * kAcross);           // warps beside each other
+  static constexpr int kTeam = B / (16 * kDown) * kWarpsAcross;    // warps
+  static constexpr int kTeams = kWarps / kTeam;
+
+  float sum[kResults][kDown][kAcross][4] = {};
+
+  __device__ static int lane() { return threadIdx.x % kWarp; }
+  __device__ static int team() { return threadIdx.x / kWarp / kTeam; }
+  __device__ static int row() { return threadIdx.x / kWarp % kTeam / kWarpsAcross * 16 * kDown; }
+  __device__ static int column() { return threadIdx.x / kWarp % kWarpsAcross * 8 * kAcross; }
+
+  // Left operands, 16 x 16 each: X [row, k], or M [k, row] transposed.
+  struct Left {
+    uint32_t at[kDown][4];
+    __device__ static Left of_rows(const Scalar* X, int k) {
+      Left left;
+      SUPCLAP_UNROLL
+      for (int n = 0; n < kDown; ++n)
+        ldmatrix<false>(left.at[n],
+                        X + (row() + 16 * n + lane() % 16) * kSimilarityPitch + k + lane() / 16 * 8);
+      return left;
+    }
+    __device__ static Left of_columns(const Scalar* M, int k) {
+      Left left;
+      SUPCLAP_UNROLL
+      for (int n = 0; n < kDown; ++n)
+        ldmatrix<true>(left.at[n], M + (k + lane() / 16 * 8 + lane() % 8) * kGradientPitch + row() +
+                                       16 * n + lane() / 8 % 2 * 8);
+      return left;
+    }
+  };
+  // Right operands, 16 x 8 each: Y [column, k] transposed, or V [k, column].
+  struct Right {
+    uint32_t at[kAcross][2];
+    __device__ Right(const uint32_t (&both)[4])
+        : at{{both[0], both[1]}, {both[2], both[3]}} {}
+    __device__ static Right of_rows(const Scalar* Y, int k) {
+      uint32_t both[4];
+      ldmatrix<false>(both, Y + (column() + lane() / 16 * 8 + lane() % 8) * kSimilarityPitch + k +
+                                lane() / 8 % 2 * 8);
+      return Right(both);
+    }
+    __device__ static Right of_columns(const Scalar* V, int k) {
+      uint32_t both[4];
+      ldmatrix<true>(both, V + (k + lane() % 16) * kGradientPitch + column() + lane() / 16 * 8);
+      return Right(both);
+    }
+  };
+  __device__ void add(int result, const Left& x, const Right& y) {
+    SUPCLAP_UNROLL
+    for (int i = 0; i < kDown; ++i)
+      SUPCLAP_UNROLL
+      for (int j = 0; j < kAcross; ++j) mma(sum[result][i][j], x.at[i], y.at[j], Scalar{});
+  }
+
+  __device__ void similarity(const Scalar* const (&operand)[4], int grams, bool diagonal) {
+    for (int k = 16 * team(); k < kSimilarityDepth; k += 16 * kTeams) {
+      const Left t_i = Left::of_rows(operand[0], k), a_i = Left::of_rows(operand[1], k);
+      const Right t_j = Right::of_rows(operand[2], k), a_j = Right::of_rows(operand[3], k);
+      add(0, t_i, a_j);
+      if (!diagonal) add(1, a_i, t_j);
+      if (grams > 0) add(2, a_i, a_j);
+      if (grams > 1) add(3, t_i, t_j);
+    }
+  }
+  __device__ void gradient(int result, const Scalar* M, const Scalar* V) {
+    for (int k = 16 * team(); k < kGradientDepth; k += 16 * kTeams)
+      add(result, Left::of_columns(M, k), Right::of_columns(V, k));
+  }
+
+  template <class Put>
+  __device__ void write(int result, const Put& put) const {
+    for (int t = 0; t < kTeams; ++t) {
+      if (t == team())
+        SUPCLAP_UNROLL
+        for (int i = 0; i < kDown; ++i)
+          SUPCLAP_UNROLL
+          for (int j = 0; j < kAcross; ++j)
+            SUPCLAP_UNROLL
+            for (int n = 0; n < 4; ++n)
+              put(row() + 16 * i + lane() / 4 + n / 2 * 8, column() + 8 * j + lane() % 4 * 2 + n % 2,
+                  sum[result][i][j][n], t == 0);
+      __syncthreads();
+    }
+  }
+};
+
+template <class Scalar, int B, int kResults>
+using ProductOf = std::conditional_t<sizeof(Scalar) == 4, Product<Scalar, B, kResults>,
+                                     TensorProduct<Scalar, B, kResults>>;
+
+}  // namespace supclap::cuda

@@ -1,0 +1,195 @@
+"""The "cuda" backend: the whole loss in one launch where its tiles fit on the chip (csrc/cuda/
+single.cuh), else the panel engine with the kernels of csrc/cuda.
+
+The launch that computes the loss also computes the gradients, for an upstream gradient of 1, if any
+is wanted; backward is one small launch that applies the upstream gradient and casts. With
+reduction="none" the upstream gradient is a weight of each row, so backward launches the kernel
+again with it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..options import Options
+from . import contract
+from .contract import STATE_ROWS, Inputs
+from .gpu import device_of
+from .gpu_call import SUMS, statistics
+from .gpu_cuda import CUDA_PANEL, DTYPES, Given
+from .panel import PLACEHOLDER
+
+
+def width_of(D: int, dtype: torch.dtype) -> int:
+    """Rows of whole 16 bytes."""
+    size = 16 // dtype.itemsize
+    return -(-D // size) * size
+
+
+@functools.cache
+def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int) -> int:
+    """The largest batch whose tiles fit on the chip of the device `index`, the current one."""
+    module = native.cuda()
+    p = module.CudaProblem()
+    p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
+    return int(module.single_limit(p))
+
+
+def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
+    index = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    return limit(D, dtype, contract.mode(has_radius, options), options.infonce, index)
+
+
+class Sums:
+    """What a launch leaves for the gradients, as views of one buffer."""
+
+    def __init__(self, buffer: Tensor, N: int, width: int) -> None:
+        sizes = (N * width, N * width, (SUMS + 1) * N, N, 1, 1)
+        self.dT, self.dA, self.sums, self.omega, self.unit, self.counter = buffer.split(sizes)
+
+    @staticmethod
+    def size(N: Any, width: int) -> Any:
+        return 2 * N * width + (SUMS + 2) * N + 2
+
+    def give(self, given: Given, needs: tuple[bool, ...]) -> None:
+        given.set(dT=self.dT if needs[1] else None, dA=self.dA if needs[0] else None)
+        given.set(sums=self.sums, omega=self.omega, unit=self.unit, counter=self.counter)
+
+
+def launch(given: Given, loss: Tensor | None, gradient: bool) -> Tensor:
+    """One cooperative launch; returns its working memory."""
+    audio = given.inputs.audio
+    plan = given.native.plan_single(given.problem, gradient)
+    scratch = torch.empty(plan.scratch, dtype=torch.uint8, device=audio.device)
+    given.native.single(
+        given.problem, plan, scratch.data_ptr(), native.address(loss), gradient,
+        native.stream(audio.device),
+    )  # fmt: skip
+    return scratch
+
+
+class Single:
+    """What dispatch calls."""
+
+    def saved_elements(
+        self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
+    ) -> Any:
+        """Length of the buffer that forward leaves for backward; N may be symbolic."""
+        if not keep:
+            return PLACEHOLDER
+        panel = CUDA_PANEL.saved_elements(N, D, dtype, has_radius, options, keep)
+        single = Sums.size(N, width_of(D, dtype))
+        if options.reduction == "none":
+            single = PLACEHOLDER
+        fits = torch.sym_min(1, limit_of(D, dtype, has_radius, options) // N)
+        return fits * single + (1 - fits) * panel
+
+    def given(self, inputs: Inputs, options: Options) -> Given | None:
+        """The call as the kernel takes it, or None if it is one for the panel engine."""
+        (N, D), has_radius = inputs.audio.shape, inputs.radius is not None
+        if N > limit_of(D, inputs.audio.dtype, has_radius, options):
+            return None
+        mode = contract.mode(has_radius, options)
+        return Given(inputs, options, mode, width_of(D, inputs.audio.dtype))
+
+    def forward(
+        self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """loss (or rows of it), the values of SVRStats (or empty), state (22, N), and `saved`."""
+        with device_of(inputs.audio):
+            given = self.given(inputs, options)
+            if given is None:
+                return CUDA_PANEL.forward(inputs, options, needs)
+            audio, per_row = inputs.audio, options.reduction == "none"
+            N, width = len(audio), given.problem.width
+            gradient = any(needs) and not per_row
+            state = torch.empty(STATE_ROWS, N, device=audio.device)
+            loss = torch.empty((N,) if per_row else (), device=audio.device)
+            size = Sums.size(N, width) if gradient else PLACEHOLDER
+            saved = torch.empty(size, device=audio.device)
+            terms = torch.empty(6, N, device=audio.device) if options.stats else None
+            running = torch.empty(2, N, device=audio.device) if options.stats else None
+            if gradient:
+                Sums(saved, N, width).give(given, needs)
+            else:
+                saved.zero_()  # no output is undefined
+            given.set(state=state, terms=terms, similarity=running, row_loss=loss if per_row else None)
+            launch(given, None if per_row else loss, gradient)
+            stats = torch.empty(0, device=audio.device)
+            if terms is not None and running is not None:
+                stats = statistics(inputs, terms, state, running)
+            return loss, stats, state, saved
+
+    def backward(
+        self,
+        inputs: Inputs,
+        options: Options,
+        needs: tuple[bool, ...],
+        upstream: Tensor,
+        state: Tensor,
+        saved: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of audio, text, radius, scale, bias, each in its own dtype, or empty."""
+        with device_of(inputs.audio):
+            given = self.given(inputs, options)
+            if given is None:
+                return CUDA_PANEL.backward(inputs, options, needs, upstream, state, saved)
+            N, width = len(inputs.audio), given.problem.width
+            if options.reduction == "none":
+                saved = torch.empty(Sums.size(N, width), device=saved.device)
+                state, rows = torch.empty_like(state), torch.empty(N, device=saved.device)
+                given.problem.per_row_upstream = True
+                given.problem.stats = False
+                given.numbers(upstream=upstream)
+                given.set(state=state, row_loss=rows)
+                Sums(saved, N, width).give(given, needs)
+                launch(given, None, True)
+            else:
+                given.numbers(after=upstream)
+                given.set(state=state)
+                Sums(saved, N, width).give(given, needs)
+            return self.finish(given, needs, N)
+
+    def finish(self, given: Given, needs: tuple[bool, ...], N: int) -> tuple[Tensor, ...]:
+        """The launch of backward."""
+        like = given.inputs[:5]
+        single = {"dtype": torch.float32, "device": like[0].device}
+        out: list[Tensor] = [
+            torch.empty(x.shape, **(single if n > 1 else {"dtype": x.dtype, "device": x.device}))
+            if need and x is not None
+            else torch.empty(0, **single)
+            for n, (x, need) in enumerate(zip(like, needs, strict=True))
+        ]
+        audio, text, radius, scale, bias = (x if need else None for x, need in zip(out, needs))
+        per_row = bool(given.problem.per_row_radius)
+        rows = torch.empty(3, N, **single)
+        given.set(out_audio=audio, out_text=text, out_scale=scale, out_bias=bias)
+        given.set(row_scalars=rows, row_radius=radius if per_row and needs[2] else rows[2])
+        given.set(out_radius=None if per_row else radius)
+        given.native.cuda_finish_gradients(given.problem, native.stream(out[0].device))
+        return tuple(
+            value.to(x.dtype) if need and x is not None else value
+            for value, x, need in zip(out, like, needs, strict=True)
+        )
+
+    def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
+        """Bytes at the peak of forward and backward, beyond the inputs and the returned
+        gradients."""
+        if N > limit_of(D, dtype, has_radius, options):
+            return CUDA_PANEL.memory(N, D, dtype, has_radius, options)
+        module, width = native.cuda(), width_of(D, dtype)
+        p = module.CudaProblem()
+        p.N, p.width, p.dtype, p.infonce = N, width, DTYPES[dtype], options.infonce
+        p.mode, p.normalize = contract.mode(has_radius, options), options.normalize
+        scratch = module.plan_single(p, True).scratch
+        sums, returned = 4 * Sums.size(N, width), 2 * N * D * dtype.itemsize
+        per_row = options.reduction == "none"
+        forward = 4 * STATE_ROWS * N + sums * (not per_row) + scratch
+        backward = forward + (sums if per_row else -scratch) + 4 * 3 * N
+        return max(forward - returned, backward)
+
+
+CUDA = Single()
