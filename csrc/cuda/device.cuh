@@ -14,10 +14,16 @@
 // All dynamic shared memory of the block, as bytes.
 #define SUPCLAP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define SUPCLAP_UNROLL _Pragma("unroll")
+#define SUPCLAP_ROLLED _Pragma("unroll 1")
+#define SUPCLAP_UNROLL_BY(count) SUPCLAP_PRAGMA(unroll (count))
+#define SUPCLAP_PRAGMA(text) _Pragma(#text)
 #else
 #include "shim.h"
 #define SUPCLAP_SHARED(name) unsigned char* name = shim::shared_memory()
 #define SUPCLAP_UNROLL
+#define SUPCLAP_ROLLED
+#define SUPCLAP_UNROLL_BY(count)
+#define __noinline__ __attribute__((__noinline__))
 #endif
 
 namespace supclap::cuda {
@@ -43,6 +49,26 @@ __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned blocks) 
 using shim::arrive_last;
 #define grid_barrier() shim::grid_barrier(SHIM_SITE)
 #endif
+
+// ---------------------------------------------------------------- arithmetic
+
+// 2^x to 2 units in the last place; 0 where that is not a normal number. x / y to 2 units.
+__device__ __forceinline__ float exp_2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126 ? 0 : exp2f(x);
+#endif
+}
+__device__ __forceinline__ float quotient(float x, float y) {
+#ifdef __CUDACC__
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
 
 // ---------------------------------------------------------------- number formats
 

@@ -41,8 +41,9 @@ __device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t
 }
 
 // index [N], *count: the far rows, in order. Called by one block.
-__device__ inline void list_far(const Problem& p, int* index, int* count, int* scratch) {
+__device__ __noinline__ inline void list_far(const Problem& p, int* index, int* count, int* scratch) {
   int total = 0;
+  SUPCLAP_ROLLED
   for (int64_t first = 0; first < p.N; first += kThreads) {
     const int64_t i = first + threadIdx.x;
     const bool far = i < p.N && is_far(p, i);
@@ -51,6 +52,7 @@ __device__ inline void list_far(const Problem& p, int* index, int* count, int* s
     if (lane == 0) scratch[warp] = __popc(votes);
     __syncthreads();
     int before = total;
+    SUPCLAP_ROLLED
     for (int w = 0; w < kWarps; ++w) {
       if (w < warp) before += scratch[w];
       total += scratch[w];
@@ -66,6 +68,7 @@ template <class Scalar>
 __device__ float far_product(const float* x, const Scalar* y, int64_t width) {
   using Piece = Vector<Scalar>;
   float sum = 0;
+  SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x % kWarp * Piece::size; d < width; d += kWarp * Piece::size) {
     const Piece piece = load_vector(y + d);
     for (int n = 0; n < Piece::size; ++n) sum += x[d + n] * widen(piece.at[n]);
@@ -78,6 +81,7 @@ __device__ float far_product(const FarSide<Scalar>& side, float c, int64_t i, co
                              int64_t width) {
   using Piece = Vector<Scalar>;
   float sum = 0;
+  SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x % kWarp * Piece::size; d < width; d += kWarp * Piece::size) {
     const Piece a = load_vector(side.X + i * width + d), b = load_vector(side.Y + i * width + d);
     for (int n = 0; n < Piece::size; ++n) {
@@ -91,6 +95,7 @@ __device__ float far_product(const FarSide<Scalar>& side, float c, int64_t i, co
 template <class Scalar>
 __device__ void load_support(const Problem& p, const FarSide<Scalar>& side, int64_t i, float* s) {
   const float c = row_of(p, kC, i);
+  SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
     const float x = widen(side.X[i * p.width + d]);
     s[d] = x + c * (widen(side.Y[i * p.width + d]) - x);
@@ -108,6 +113,7 @@ __device__ inline void merge_far(const Problem& p, int direction, int64_t i, Log
   if (threadIdx.x == 0) {
     float* at = p.running + 2 * direction * p.N + i;
     LogSum sum{at[0], at[p.N]};
+    SUPCLAP_ROLLED
     for (int w = 0; w < kWarps; ++w) sum = merge(sum, {scratch[w], scratch[kWarps + w]}, p.infonce);
     at[0] = sum.m, at[p.N] = sum.l;
   }
@@ -120,14 +126,16 @@ __device__ __forceinline__ LogSum one_logit(float z, bool infonce) {
 
 // Sweep 1 of far row i: its negatives join `running`, where the tiles left it out.
 template <class Scalar>
-__device__ void far_row_statistics(const Problem& p, int64_t i, float* memory) {
+__device__ __noinline__ void far_row_statistics(const Problem& p, int64_t i, float* memory) {
   const FarScratch scratch(memory, p.width);
   const float k2 = logit_scale_2(p), b = logit_bias_2(p);
+  SUPCLAP_ROLLED
   for (int n = 0; n < far_sides(p); ++n) {
     const FarSide<Scalar> side(p, kSupportRows + n);
     load_support(p, side, i, scratch.row);
     __syncthreads();
     LogSum sum{kHidden, 0};
+    SUPCLAP_ROLLED
     for (int64_t j = threadIdx.x / kWarp; j < p.N; j += kWarps) {
       if (!is_negative(p, i, j)) continue;
       const float product = far_product(scratch.row, side.Y + j * p.width, p.width);
@@ -140,15 +148,17 @@ __device__ void far_row_statistics(const Problem& p, int64_t i, float* memory) {
 
 // Sweep 1 of kShared: audio j has the far support vectors as negatives.
 template <class Scalar>
-__device__ void far_column_statistics(const Problem& p, int64_t j, const int* index, int count,
+__device__ __noinline__ void far_column_statistics(const Problem& p, int64_t j, const int* index, int count,
                                       float* memory) {
   const FarScratch scratch(memory, p.width);
   const FarSide<Scalar> side(p, kSupportRows);
   const float k2 = logit_scale_2(p);
+  SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
     scratch.row[d] = widen(side.Y[j * p.width + d]);
   __syncthreads();
   LogSum sum{kHidden, 0};
+  SUPCLAP_ROLLED
   for (int n = threadIdx.x / kWarp; n < count; n += kWarps) {
     const int64_t i = index[n];
     if (!is_negative(p, i, j)) continue;
@@ -174,11 +184,12 @@ __device__ __forceinline__ float far_slope(const Problem& p, int direction, floa
 // Sweep 2 of far row i. The gradient of s is put together as a vector, positive included; made
 // tangent to the sphere with `renormalize`; then dX_i += (1 - c) ds, dY_i += c ds + H_ii s.
 template <class Scalar>
-__device__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
+__device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
   const FarScratch scratch(memory, p.width);
   float *s = scratch.row, *g = scratch.other;
   const float k2 = logit_scale_2(p), c = row_of(p, kC, i);
   const Positive positive(p, i);
+  SUPCLAP_ROLLED
   for (int n = 0; n < far_sides(p); ++n) {
     const FarSide<Scalar> side(p, kSupportRows + n);
     const float inverse = row_of(p, side.inverse, i);
@@ -186,12 +197,15 @@ __device__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
     float own = positive_slope(p, side.direction, positive, i);
     if (p.mode == kShared) own += positive_slope(p, kOtherRows, positive, i);
     own *= p.alpha * p.omega[i] / p.unit[0];
+    SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
       g[d] = own * widen(side.Y[i * p.width + d]);
     float support = 0, bias = 0;
     __syncthreads();
+    SUPCLAP_ROLLED
     for (int64_t first = 0; first < p.N; first += kThreads) {
       const int64_t end = first + kThreads < p.N ? first + kThreads : p.N;
+      SUPCLAP_ROLLED
       for (int64_t j = first + threadIdx.x / kWarp; j < end; j += kWarps) {
         const float product = far_product(s, side.Y + j * p.width, p.width) * inverse;
         const float h = far_slope(p, side.direction, product, i, j);
@@ -201,8 +215,10 @@ __device__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
         }
       }
       __syncthreads();
+      SUPCLAP_ROLLED
       for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
         float sum = 0;
+        SUPCLAP_ROLLED
         for (int64_t j = first; j < end; ++j)
           sum += scratch.h[j - first] * widen(side.Y[j * p.width + d]);
         g[d] += sum;
@@ -213,9 +229,11 @@ __device__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
     bias = block_sum(bias, scratch.h);
     float along = 0, rho = 0;
     if (p.renormalize) {
+      SUPCLAP_ROLLED
       for (int64_t d = threadIdx.x; d < p.width; d += kThreads) along += g[d] * (s[d] * inverse);
       along = block_sum(along, scratch.h);
     }
+    SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
       const int64_t at = i * p.width + d;
       const float unit = s[d] * inverse, ds = (g[d] - along * unit) * inverse;
@@ -234,17 +252,21 @@ __device__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
 
 // Sweep 2 of a compared row: dY_j += sum_i H_ij s_i over all far rows i.
 template <class Scalar>
-__device__ void far_column_gradient(const Problem& p, int64_t j, const int* index, int count,
+__device__ __noinline__ void far_column_gradient(const Problem& p, int64_t j, const int* index, int count,
                                     float* memory) {
   const FarScratch scratch(memory, p.width);
+  SUPCLAP_ROLLED
   for (int n = 0; n < far_sides(p); ++n) {
     const FarSide<Scalar> side(p, kSupportRows + n);
     if (!side.dY) continue;
+    SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
       scratch.row[d] = widen(side.Y[j * p.width + d]);
     __syncthreads();
+    SUPCLAP_ROLLED
     for (int first = 0; first < count; first += kThreads) {
       const int end = first + kThreads < count ? first + kThreads : count;
+      SUPCLAP_ROLLED
       for (int n = first + threadIdx.x / kWarp; n < end; n += kWarps) {
         const int64_t i = index[n];
         const float inverse = row_of(p, side.inverse, i);
@@ -254,8 +276,10 @@ __device__ void far_column_gradient(const Problem& p, int64_t j, const int* inde
         if (threadIdx.x % kWarp == 0) scratch.h[n - first] = h;
       }
       __syncthreads();
+      SUPCLAP_ROLLED
       for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
         float sum = 0;
+        SUPCLAP_ROLLED
         for (int n = first; n < end; ++n) {
           const int64_t i = index[n];
           const float c = row_of(p, kC, i), x = widen(side.X[i * p.width + d]);

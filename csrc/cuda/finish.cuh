@@ -88,10 +88,12 @@ struct FinishRow {
                        int64_t stride, float length, void* out, int64_t i) const {
     float inward = 0;
     if (p.normalize) {
+      SUPCLAP_ROLLED
       for (int64_t d = threadIdx.x; d < p.D; d += kThreads)
         inward += mixed(total, of_t, of_a, of_e, d) * widen(X[d * stride]);
       inward = block_sum(inward, scratch) / length / length;
     }
+    SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
       float g = mixed(total, of_t, of_a, of_e, d);
       if (p.normalize) g = (g - inward * widen(X[d * stride])) / length;
@@ -133,6 +135,7 @@ __device__ inline void finish_scalars(const Problem& p, double* scratch) {
   const auto add = [&](const float* rows, float* out) {
     if (!out) return;
     double sum = 0;
+    SUPCLAP_ROLLED
     for (int64_t i = threadIdx.x; i < p.N; i += kThreads) sum += rows[i];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) *out = float(sum);

@@ -17,7 +17,7 @@ struct alignas(8) LogSum {
 __device__ __forceinline__ LogSum merge(LogSum a, LogSum b, bool infonce) {
   const float top = fmaxf(a.m, b.m);
   if (!infonce) return {top, a.l + b.l};
-  return {top, a.l * exp2f(a.m - top) + b.l * exp2f(b.m - top)};
+  return {top, a.l * exp_2(a.m - top) + b.l * exp_2(b.m - top)};
 }
 
 // k log2(e); not 0, since sums of slope times logit are divided by it later.
@@ -36,21 +36,38 @@ SUPCLAP_HD bool direction_used(const Problem& p, int d) {
   return p.mode != kNone && (d == kSupportRows || p.mode != kOneSided);
 }
 
+// log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)): exact to rounding where y is tiny.
+__device__ __forceinline__ float log1p_unit(float y) {
+  const float s = quotient(y, 2 + y), s2 = s * s;
+  float sum = s2 * (2.0f / 15) + 2.0f / 13;
+  sum = sum * s2 + 2.0f / 11;
+  sum = sum * s2 + 2.0f / 9;
+  sum = sum * s2 + 2.0f / 7;
+  sum = sum * s2 + 2.0f / 5;
+  sum = sum * s2 + 2.0f / 3;
+  sum = sum * s2 + 2.0f;
+  return s * sum;
+}
+
 // log(1 + exp) of a logit in base 2, in nats.
 __device__ __forceinline__ float softplus_2(float z) {
-  return fmaxf(z, 0.0f) / kLog2e + log1pf(exp2f(-fabsf(z)));
+  return fmaxf(z, 0.0f) / kLog2e + log1p_unit(exp_2(-fabsf(z)));
 }
 // 1 / (1 + exp(-z)) of a logit in base 2.
-__device__ __forceinline__ float sigmoid_2(float z) { return sigmoid(z, exp2f(-fabsf(z))); }
+__device__ __forceinline__ float sigmoid_2(float z) {
+  const float e = exp_2(-fabsf(z));
+  return quotient(z >= 0 ? 1 : e, 1 + e);
+}
 
-// What a logit adds to l once its set's maximum is known.
-__device__ __forceinline__ float summand(float z, float m, bool infonce) {
-  return infonce ? exp2f(z - m) : softplus_2(z);
+// What a logit of direction d adds to l once its set's maximum is known.
+__device__ __forceinline__ float summand(float z, float m, int d, bool infonce) {
+  if (infonce) return exp_2(z - m);
+  return d == kAudioRows ? 0 : softplus_2(z);  // no direction of SigLIP: the ranks want its m
 }
 
 // Gradient towards a negative's logit z: softmax or sigmoid, weighted by f.
 __device__ __forceinline__ float slope(float z, float m, float f, bool infonce) {
-  return (infonce ? exp2f(z - m) : sigmoid_2(z)) * f;
+  return (infonce ? exp_2(z - m) : sigmoid_2(z)) * f;
 }
 
 }  // namespace supclap::cuda

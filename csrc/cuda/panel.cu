@@ -10,27 +10,15 @@ static_assert(PanelShape::kBlockRows == kPanelRows && PanelShape::kBlockColumns 
 
 namespace {
 
-template <int kMode, bool kInfonce, bool kStatistics, bool kWeights, class Scalar>
-std::string launch_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
-                        Stream stream) {
-  const Grid grid{{blocks_for(tile.ni, kPanelRows), blocks_for(tile.nj, kPanelColumns)},
-                  PanelShape::kScratch * sizeof(float)};
-  return launch("panel_tile", panel_tile_kernel<kMode, kInfonce, kStatistics, kWeights, Scalar>,
-                grid, stream, p, tile, scratch);
-}
-
 template <int kMode, bool kInfonce>
 std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                          Stream stream) {
-  if (!scratch.weights)
-    return launch_tile<kMode, kInfonce, true, false, float>(p, tile, scratch, stream);
-  return by_dtype(p.dtype, [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    if constexpr (!kInfonce)  // no normaliser: one sweep may do the work of both
-      if (scratch.part_i)
-        return launch_tile<kMode, false, true, true, Scalar>(p, tile, scratch, stream);
-    return launch_tile<kMode, kInfonce, false, true, Scalar>(p, tile, scratch, stream);
-  });
+  const auto kernel = !scratch.weights       ? panel_tile_kernel<kMode, kInfonce, false, 4>
+                      : p.dtype == kFloat32 ? panel_tile_kernel<kMode, kInfonce, true, 4>
+                                            : panel_tile_kernel<kMode, kInfonce, true, 2>;
+  const Grid grid{{blocks_for(tile.ni, kPanelRows), blocks_for(tile.nj, kPanelColumns)},
+                  kPanelScratch * sizeof(float)};
+  return launch("panel_tile", kernel, grid, stream, p, tile, scratch);
 }
 
 // Adds one side's partial results to the running ones.

@@ -12,7 +12,8 @@
 namespace supclap::cuda {
 
 // 32 x 128 of a panel to a block: a warp reads 4 rows of 512 bytes.
-using PanelShape = PatchShape<4, 4, kWarp, true>;
+using PanelShape = PatchShape<4, 4, kWarp, true, 1>;
+constexpr int kPanelScratch = 2 * kDirections * PanelShape::kGroups * PanelShape::kBlockColumns;
 
 __device__ __forceinline__ int slots_i() { return gridDim.y; }
 __device__ __forceinline__ int slots_j() { return gridDim.x; }
@@ -35,38 +36,163 @@ __device__ __forceinline__ Side panel_side(const Problem& p, int64_t first, int 
           n - at};
 }
 
-__device__ __forceinline__ void load_patch(const PanelTile& tile, const PanelPlace& place,
-                                           const float* panel, int mode,
-                                           Patch<PanelShape>& z) {
-  const bool diagonal = tile.i0 == tile.j0;
-  SUPCLAP_UNROLL
-  for (int r = 0; r < PanelShape::kRows; ++r) {
-    const int64_t x = place.x + PanelShape::row() + r, y = place.y + PanelShape::column(0);
-    const float* from = panel + x * tile.ld + y;
-    const auto take = [&](float(&to)[PanelShape::kColumns]) {
-      const Vector<float> piece = load_vector(from);
-      SUPCLAP_UNROLL
-      for (int c = 0; c < PanelShape::kColumns; ++c) to[c] = piece.at[c];
-    };
-    take(z.S[r]);
-    if (diagonal) {
-      SUPCLAP_UNROLL
-      for (int c = 0; c < PanelShape::kColumns; ++c) z.P[r][c] = panel[(y + c) * tile.ld + x];
-    } else {
-      from += tile.size;
-      take(z.P[r]);
+// A thread's logits of one row.
+struct PanelRow {
+  Products at[PanelShape::kColumns];
+};
+
+// Where a block reads its logits.
+struct PanelReader {
+  const Problem& p;
+  const PanelTile& tile;
+  const PanelPlace& place;
+  const float* panel;
+  const Side &I, &J;
+  int mode;
+  float k2, b;
+  bool diagonal;
+  Identity other[PanelShape::kColumns];
+
+  __device__ PanelReader(const Problem& p, const PanelTile& tile, const PanelPlace& place,
+                         const float* panel, const Side& I, const Side& J, int mode)
+      : p(p), tile(tile), place(place), panel(panel), I(I), J(J), mode(mode),
+        k2(logit_scale_2(p)), b(logit_bias_2(p)), diagonal(tile.i0 == tile.j0),
+        other{{J, PanelShape::column(0)}, {J, PanelShape::column(1)}, {J, PanelShape::column(2)},
+              {J, PanelShape::column(3)}} {}
+
+  __device__ __forceinline__ PanelRow operator()(int r) const {
+    const int x = PanelShape::row() + r;
+    const int64_t row = place.x + x, column = place.y + PanelShape::column(0);
+    const float* from = panel + row * tile.ld + column;
+    const Vector<float> S = load_vector(from);
+    Vector<float> P = S, Q = S, K = S;
+    if (!diagonal) P = load_vector(from += tile.size);
+    if (mode != kNone) Q = load_vector(from += tile.size);
+    if (mode == kMirror) K = load_vector(from += tile.size);
+    const Identity own(I, x);
+    PanelRow z;
+    SUPCLAP_UNROLL
+    for (int c = 0; c < PanelShape::kColumns; ++c) {
+      z.at[c] = {S.at[c], P.at[c], Q.at[c], K.at[c]};
+      if (diagonal) z.at[c].P = panel[(column + c) * tile.ld + row];
+      // The logit of a positive as this product gave it: ranks are compared with it.
+      if (p.stats && own.index >= 0 && own.index == other[c].index)
+        row_of(p, kPanelPositive, own.index) = k2 * z.at[c].S + b;
+      z.at[c] = to_logits(z.at[c], k2, !own.negatives(other[c]), mode);
     }
-    if (mode == kNone) continue;
-    from += tile.size;
-    take(z.Q[r]);
-    if (mode != kMirror) continue;
-    from += tile.size;
-    take(z.K[r]);
+    return z;
+  }
+};
+
+// Sweep 1: partial (m, l) of the negatives of every direction, into `slot_i` [kPlanes] for rows
+// and, off the diagonal, `slot_j` for columns. Ends in a barrier: `scratch` is free again.
+__device__ __forceinline__ void panel_statistics(const Problem& p, const PanelReader& read,
+                                                 const Side& I, const Side& J, float b, int mode,
+                                                 bool infonce, bool diagonal, Slot slot_i,
+                                                 Slot slot_j, float* scratch) {
+  using Shape = PanelShape;
+  constexpr int kR = Shape::kRows, kC = Shape::kColumns;
+  PanelRow z[kR];
+  SUPCLAP_UNROLL
+  for (int r = 0; r < kR; ++r) z[r] = read(r);
+  Support own[kR], other[kC];
+  SUPCLAP_UNROLL
+  for (int r = 0; r < kR; ++r) own[r] = Support(I, Shape::row() + r, mode);
+  SUPCLAP_UNROLL
+  for (int c = 0; c < kC; ++c) other[c] = Support(J, Shape::column(c), mode);
+  const bool writes = threadIdx.x % Shape::kLanes == 0;
+  SUPCLAP_UNROLL
+  for (int d = 0; d < kDirections; ++d) {
+    if (!uses(mode, d)) continue;
+    SUPCLAP_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      float row[kC], m = kHidden, l = 0;
+      SUPCLAP_UNROLL
+      for (int c = 0; c < kC; ++c) {
+        row[c] = direction_logit(d, mode, z[r].at[c], own[r], other[c], b);
+        m = fmaxf(m, row[c]);
+      }
+      m = warp_max<Shape::kLanes>(m);
+      SUPCLAP_UNROLL
+      for (int c = 0; c < kC; ++c) l += summand(row[c], m, d, infonce);
+      l = warp_sum<Shape::kLanes>(l);
+      const int x = Shape::row() + r;
+      if (writes && x < I.count) {
+        slot_i.at[2 * d * slot_i.plane + x] = m;
+        slot_i.at[(2 * d + 1) * slot_i.plane + x] = l;
+      }
+    }
+    if (diagonal) continue;
+    SUPCLAP_UNROLL
+    for (int c = 0; c < kC; ++c) {
+      float column[kR], m = kHidden, l = 0;
+      SUPCLAP_UNROLL
+      for (int r = 0; r < kR; ++r) {
+        column[r] = direction_logit(d, mode, exchanged(z[r].at[c]), other[c], own[r], b);
+        m = fmaxf(m, column[r]);
+      }
+      SUPCLAP_UNROLL
+      for (int r = 0; r < kR; ++r) l += summand(column[r], m, d, infonce);
+      float* to = scratch + (2 * d * Shape::kGroups + Shape::group()) * Shape::kBlockColumns;
+      to[Shape::column(c)] = m;
+      to[Shape::kGroups * Shape::kBlockColumns + Shape::column(c)] = l;
+    }
+  }
+  if (p.stats) {
+    SUPCLAP_UNROLL
+    for (int r = 0; r < kR; ++r) {
+      float sum = 0, pairs = 0;
+      SUPCLAP_UNROLL
+      for (int c = 0; c < kC; ++c) {
+        if (z[r].at[c].S <= 0.5f * kHidden) continue;
+        sum += z[r].at[c].S + (diagonal ? 0 : z[r].at[c].P);
+        pairs += diagonal ? 1 : 2;
+      }
+      sum = warp_sum<Shape::kLanes>(sum);
+      pairs = warp_sum<Shape::kLanes>(pairs);
+      const int x = Shape::row() + r;
+      if (writes && x < I.count) {
+        slot_i.at[kSimilarity * slot_i.plane + x] = sum;
+        slot_i.at[(kSimilarity + 1) * slot_i.plane + x] = pairs;
+      }
+    }
+  }
+  if (diagonal) return;
+  __syncthreads();
+  for (int e = threadIdx.x; e < kDirections * Shape::kBlockColumns; e += kThreads) {
+    const int d = e / Shape::kBlockColumns, y = e % Shape::kBlockColumns;
+    if (!uses(mode, d) || y >= J.count) continue;
+    const float* from = scratch + 2 * d * Shape::kGroups * Shape::kBlockColumns + y;
+    LogSum sum{kHidden, 0};
+    for (int g = 0; g < Shape::kGroups; ++g) {
+      const float* at = from + g * Shape::kBlockColumns;
+      sum = merge(sum, {at[0], at[Shape::kGroups * Shape::kBlockColumns]}, infonce);
+    }
+    slot_j.at[2 * d * slot_j.plane + y] = sum.m;
+    slot_j.at[(2 * d + 1) * slot_j.plane + y] = sum.l;
+  }
+  __syncthreads();
+}
+
+// Four neighbours, rounded to the embeddings' dtype of kItemsize bytes.
+template <int kItemsize>
+__device__ __forceinline__ void store_weights(void* weights, int64_t at, const float (&w)[4],
+                                              int dtype) {
+  if constexpr (kItemsize == 4) {
+    store_vector(static_cast<float*>(weights) + at, {w[0], w[1], w[2], w[3]});
+  } else {
+    struct alignas(8) Four {
+      uint16_t bits[4];
+    } four;
+    SUPCLAP_UNROLL
+    for (int n = 0; n < 4; ++n)
+      four.bits[n] = dtype == kBfloat16 ? narrow<Bfloat16>(w[n]).bits : narrow<Float16>(w[n]).bits;
+    *reinterpret_cast<Four*>(static_cast<uint16_t*>(weights) + at) = four;
   }
 }
 
-// One tile pair: statistics where part_i is given, weights where they are.
-template <int kMode, bool kInfonce, bool kStatistics, bool kWeights, class Scalar>
+// One tile pair: sweep 1, or sweep 2.
+template <int kMode, bool kInfonce, bool kWeights, int kItemsize>
 __global__ void __launch_bounds__(kThreads)
     panel_tile_kernel(const __grid_constant__ Problem p, const PanelTile tile, const PanelScratch to) {
   SUPCLAP_SHARED(memory);
@@ -76,37 +202,29 @@ __global__ void __launch_bounds__(kThreads)
   const Side J = panel_side(p, tile.j0, place.y, tile.nj);
   const bool diagonal = tile.i0 == tile.j0;
   const float b = logit_bias_2(p);
-  Patch<PanelShape> z;
-  load_patch(tile, place, to.panel, kMode, z);
-  // On the diagonal of the pair this block may lie beside it: equal indices tell.
-  z.finish(I, J, logit_scale_2(p), b, kMode, p.stats ? p.state + (kStateRows + kPanelPositive) * p.N : nullptr);
+  const PanelReader read(p, tile, place, to.panel, I, J, kMode);
   const int64_t plane_i = int64_t(slots_i()) * tile.ni, plane_j = int64_t(slots_j()) * tile.nj;
   const int64_t at_i = int64_t(blockIdx.y) * tile.ni + place.x;
   const int64_t at_j = int64_t(blockIdx.x) * tile.nj + place.y;
-  if (kStatistics)
-    tile_statistics(p, z, I, J, b, kMode, kInfonce, diagonal, {to.part_i + at_i, plane_i},
-                    {to.part_j + at_j, plane_j}, scratch);
+  if (!kWeights || (!kInfonce && to.part_i))  // without a normaliser one sweep may do both
+    panel_statistics(p, read, I, J, b, kMode, kInfonce, diagonal, {to.part_i + at_i, plane_i},
+                     {to.part_j + at_j, plane_j}, scratch);
   if (!kWeights) return;
-  auto* weights = static_cast<Scalar*>(to.weights);
-  tile_weights(z, I, J, b, kMode, kInfonce, diagonal, {to.sums_i + at_i, plane_i},
-               {to.sums_j + at_j, plane_j}, scratch,
-               [&](int r, float (&w)[4][PanelShape::kColumns]) {
-                 const int64_t x = place.x + PanelShape::row() + r;
-                 Scalar* out = weights + x * tile.ld + place.y + PanelShape::column(0);
-                 const auto put = [&](int block) {
-                   struct alignas(4 * sizeof(Scalar)) {
-                     Scalar at[4];
-                   } piece;
-                   SUPCLAP_UNROLL
-                   for (int c = 0; c < 4; ++c) piece.at[c] = narrow<Scalar>(w[block][c]);
-                   *reinterpret_cast<decltype(piece)*>(out) = piece;
-                   out += tile.size;
-                 };
-                 put(0);
-                 if (!diagonal) put(1);
-                 if (kMode != kNone) put(2);
-                 if (kMode == kMirror) put(3);
-               });
+  tile_weights<PanelShape>(
+      read, I, J, b, kMode, kInfonce, diagonal,
+      {to.sums_i + at_i, plane_i}, {to.sums_j + at_j, plane_j}, scratch,
+      [&](int r, float(&w)[4][PanelShape::kColumns]) {
+        const int64_t x = place.x + PanelShape::row() + r, y = place.y + PanelShape::column(0);
+        int64_t at = x * tile.ld + y;
+        const auto put = [&](int n) {
+          store_weights<kItemsize>(to.weights, at, w[n], p.dtype);
+          at += tile.size;
+        };
+        put(0);
+        if (!diagonal) put(1);
+        if (kMode != kNone) put(2);
+        if (kMode == kMirror) put(3);
+      });
 }
 
 // Adds one tile pair's partial statistics to `running`, slot after slot. Grid: (n / kThreads, 5).

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "formulas.h"
 #include "params.h"
 
 namespace supclap::cuda {
@@ -84,7 +85,7 @@ struct Problem {
 };
 
 // How many of Q and K the mode has.
-inline int grams_of(const Problem& p) { return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1; }
+SUPCLAP_HD int grams_of(const Problem& p) { return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1; }
 
 // A tile pair of the panel engine: rows [i0, i0 + ni) against rows [j0, j0 + nj). Blocks S, P (off
 // the diagonal), Q, K of `size` float32 each, in rows of ld; both sides padded to whole blocks.

@@ -23,6 +23,7 @@ __device__ __forceinline__ float radius_of(const Problem& p, int64_t i) {
 template <class Scalar>
 __device__ float row_length(const Scalar* X, int64_t stride, int64_t D) {
   float square = 0;
+  SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x % kWarp; d < D; d += kWarp) {
     const float x = widen(X[d * stride]);
     square += x * x;
@@ -41,6 +42,7 @@ __device__ __forceinline__ Scalar operand(Scalar x, float length, bool normalize
 template <class Scalar>
 __device__ void pack_row(const Problem& p, const Scalar* X, int64_t stride, Scalar* out) {
   const float length = p.normalize ? row_length(X, stride, p.D) : 1;
+  SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x % kWarp; d < p.width; d += kWarp)
     out[d] = d < p.D ? operand(X[d * stride], length, p.normalize) : narrow<Scalar>(0.0f);
 }
@@ -54,6 +56,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   const int lane = threadIdx.x % kWarp;
   if (lane < kStateRows + kRows) p.state[lane * p.N + i] = 0;
   float ta = 0, ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
+  SUPCLAP_ROLLED
   for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
     const Piece t_piece = load_vector(T + d), a_piece = load_vector(A + d);
     for (int n = 0; n < Piece::size; ++n) {
@@ -66,6 +69,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   __syncwarp();
   if (lane == 0) {
     row_of(p, kPositive, i) = ta;
+    SUPCLAP_ROLLED
     for (int plane = 0; plane < kPlanes; ++plane)
       p.running[plane * p.N + i] = plane < kSimilarity && plane % 2 == 0 ? kHidden : 0;
   }
@@ -76,6 +80,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   float text = 1, audio = 1;
   if (p.renormalize) {
     float tt = 0, aa = 0;
+    SUPCLAP_ROLLED
     for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
       const Piece t_piece = load_vector(T + d), a_piece = load_vector(A + d);
       for (int n = 0; n < Piece::size; ++n) {
@@ -121,8 +126,8 @@ struct WithPositive {
   float others;
   __device__ WithPositive(LogSum negatives, float z) {
     total.m = fmaxf(negatives.m, z);
-    others = negatives.l * exp2f(negatives.m - total.m);
-    total.l = others + exp2f(z - total.m);
+    others = negatives.l * exp_2(negatives.m - total.m);
+    total.l = others + exp_2(z - total.m);
   }
 };
 
@@ -145,10 +150,12 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
                                              const LogSum (&negatives)[kDirections]) {
   const Positive positive(p, i);
   float loss[kDirections] = {}, beaten[2] = {};
+  SUPCLAP_ROLLED
   for (int d = 0; d < kDirections; ++d)
     if (direction_used(p, d))
       loss[d] = finish_direction(p, d, negatives[d], positive.logit(p, d), i);
   if (p.stats)
+    SUPCLAP_ROLLED
     for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
   float constraint = 0;
   if (p.radius) {
@@ -162,6 +169,7 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
   if (!p.terms) return;
   const float terms[6] = {loss[kTextRows], loss[kAudioRows], support, constraint, beaten[0],
                           beaten[1]};
+  SUPCLAP_ROLLED
   for (int n = 0; n < 6; ++n) p.terms[n * p.N + i] = terms[n];
 }
 
