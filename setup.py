@@ -66,7 +66,6 @@ NVCC_FLAGS = [
     "-Icsrc",
     "-std=c++17",
     "-O3",
-    "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "--threads=2",
     "--resource-usage",  # registers, spills and shared memory of every kernel, kept in OBJECT.log
@@ -243,8 +242,9 @@ def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None) -> list[str]:
     archs = toolkit.archs(os.environ)
     names = ";".join(map(str, archs))
     notice(f"CUDA {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {names}")
+    smaller = ["--compress-mode=size"] if toolkit.version >= (12, 8) else []
     for source in sources("csrc/cuda/*.cu"):
-        graph.compile("cuda", source, [*NVCC_FLAGS, *gencode(archs)])
+        graph.compile("cuda", source, [*NVCC_FLAGS, *smaller, *gencode(archs)])
     return ["-DSUPCLAP_WITH_CUDA=1", f'-DSUPCLAP_CUDA_ARCHS="{names}"']
 
 

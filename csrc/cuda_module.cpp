@@ -48,7 +48,8 @@ void pointer(py::class_<Problem>& cls, const char* name, Type* Problem::* field)
 }
 
 void bind_problem(py::module_& m) {
-  py::class_<Problem> problem(m, "CudaProblem", "See csrc/cuda/problem.h: fields and shapes.");
+  py::class_<Problem> problem(m, "CudaProblem", py::module_local(),
+                              "See csrc/cuda/problem.h: fields and shapes.");
   problem.def(py::init([] { return Problem{}; }));
 #define NUMBER(name) problem.def_readwrite(#name, &Problem::name)
   NUMBER(N), NUMBER(D), NUMBER(width), NUMBER(dtype), NUMBER(mode), NUMBER(infonce);
@@ -100,16 +101,17 @@ void bind_tile(py::module_& m, const char* name, TileLauncher launcher) {
 }
 
 void bind_single(py::module_& m) {
-  py::class_<SinglePlan>(m, "SinglePlan", "See csrc/cuda/problem.h.")
+  py::class_<SinglePlan>(m, "SinglePlan", py::module_local(), "See csrc/cuda/problem.h.")
       .def_readonly("side", &SinglePlan::side)
       .def_readonly("pairs", &SinglePlan::pairs)
       .def_readonly("kept", &SinglePlan::kept)
       .def_readonly("blocks", &SinglePlan::blocks)
       .def_readonly("shared", &SinglePlan::shared)
       .def_readonly("scratch", &SinglePlan::scratch);
-  m.def("plan_single", py::overload_cast<const Problem&, bool>(&plan_single));
-  m.def("single_limit", &single_limit);
-  m.def("plan_single_for", py::overload_cast<const Problem&, bool, int, int64_t>(&plan_single));
+  m.def("plan_single", py::overload_cast<const Problem&, bool, int>(&plan_single));
+  m.def("plan_single", py::overload_cast<const Problem&, bool, int, int, int64_t>(&plan_single));
+  m.def("single_limit", py::overload_cast<const Problem&, int>(&single_limit));
+  m.def("single_limit", py::overload_cast<Problem, int, int, int64_t>(&single_limit));
   m.def(
       "single",
       [](const Problem& p, const SinglePlan& plan, Address scratch, Address loss, bool gradient,

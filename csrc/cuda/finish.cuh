@@ -71,32 +71,33 @@ struct RowTerms {
 template <class Scalar>
 struct FinishRow {
   const Problem& p;
-  const Scalar *text, *audio;         // the pair as given
-  float text_length, audio_length;    // they are divided by
+  const Scalar *text, *audio;           // the pair as given
+  double text_inverse, audio_inverse;   // 1 / length
   float factor, scale;
   float* scratch;                     // [kWarps]
 
   __device__ float mixed(const float* total, float of_t, float of_a, float of_e, int64_t d) const {
-    const float t = widen(operand(text[d * p.text_d], text_length, p.normalize));
-    const float a = widen(operand(audio[d * p.audio_d], audio_length, p.normalize));
+    const float t = widen(operand(text[d * p.text_d], text_inverse, p.normalize));
+    const float a = widen(operand(audio[d * p.audio_d], audio_inverse, p.normalize));
     return factor * total[d] + of_t * t + of_a * a + of_e * (a - t);
   }
 
   // Row i of out = scale (factor total + of_t t + of_a a + of_e e), made tangent to the sphere if the
   // rows were normalised, cast once. X: the tower's own row as given.
   __device__ void side(const float* total, float of_t, float of_a, float of_e, const Scalar* X,
-                       int64_t stride, float length, void* out, int64_t i) const {
+                       int64_t stride, double inverse, void* out, int64_t i) const {
+    const float over = float(inverse);
     float inward = 0;
     if (p.normalize) {
       SUPCLAP_ROLLED
       for (int64_t d = threadIdx.x; d < p.D; d += kThreads)
         inward += mixed(total, of_t, of_a, of_e, d) * widen(X[d * stride]);
-      inward = block_sum(inward, scratch) / length / length;
+      inward = block_sum(inward, scratch) * over * over;
     }
     SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
       float g = mixed(total, of_t, of_a, of_e, d);
-      if (p.normalize) g = (g - inward * widen(X[d * stride])) / length;
+      if (p.normalize) g = (g - inward * widen(X[d * stride])) * over;
       if (p.out_single)
         static_cast<float*>(out)[i * p.D + d] = scale * g;
       else
@@ -118,15 +119,15 @@ __device__ void finish_row(const Problem& p, int64_t i, float* scratch) {
   const auto* text = static_cast<const Scalar*>(p.text) + i * p.text_n;
   const auto* audio = static_cast<const Scalar*>(p.audio) + i * p.audio_n;
   // Every warp for itself: no barrier.
-  const float text_length = p.normalize ? row_length(text, p.text_d, p.D) : 1;
-  const float audio_length = p.normalize ? row_length(audio, p.audio_d, p.D) : 1;
+  const double text_inverse = p.normalize ? inverse_length(text, p.text_d, p.D) : 1;
+  const double audio_inverse = p.normalize ? inverse_length(audio, p.audio_d, p.D) : 1;
   const FinishRow<Scalar> row{
-      p, text, audio, text_length, audio_length, p.scale[0] * p.unit[0], scale, scratch};
+      p, text, audio, text_inverse, audio_inverse, p.scale[0] * p.unit[0], scale, scratch};
   if (p.out_text)
-    row.side(p.dT + i * p.width, terms.t_t, terms.t_a, terms.t_e, text, p.text_d, text_length,
+    row.side(p.dT + i * p.width, terms.t_t, terms.t_a, terms.t_e, text, p.text_d, text_inverse,
              p.out_text, i);
   if (p.out_audio)
-    row.side(p.dA + i * p.width, terms.a_t, terms.a_a, terms.a_e, audio, p.audio_d, audio_length,
+    row.side(p.dA + i * p.width, terms.a_t, terms.a_a, terms.a_e, audio, p.audio_d, audio_inverse,
              p.out_audio, i);
 }
 

@@ -36,11 +36,15 @@ std::string far_list(const Problem& p, int* index, int* count, Stream stream);
 std::string far_statistics(const Problem& p, const int* index, const int* count, Stream stream);
 std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream);
 
-// The loss in one launch (single.cu). How a problem is cut for a device; `blocks` is 0 where its
-// tiles do not fit on the chip. The problem needs its numbers and options, no tensors.
-SinglePlan plan_single(const Problem& p, bool gradient, int multiprocessors, int64_t shared_limit);
-SinglePlan plan_single(const Problem& p, bool gradient);  // the current device
-int64_t single_limit(Problem p);  // the largest N that fits there, gradients included; 0: none
+// The loss in one launch (single.cu). How a problem is cut for a device, in tiles of `side` (0: by
+// N); `blocks` is 0 where they do not fit on the chip. The problem needs its numbers and options,
+// no tensors. Without a device, the current one.
+SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiprocessors,
+                       int64_t shared_limit);
+SinglePlan plan_single(const Problem& p, bool gradient, int side);
+// The largest N that fits, gradients included; 0: none.
+int64_t single_limit(Problem p, int side, int multiprocessors, int64_t shared_limit);
+int64_t single_limit(const Problem& p, int side);
 // scratch: plan.scratch bytes. loss [1], or null where p.row_loss is enough. What the problem leaves
 // null of running, factors, row_loss, T and A is found in the scratch.
 std::string single(Problem p, const SinglePlan& plan, uintptr_t scratch, float* loss, bool gradient,

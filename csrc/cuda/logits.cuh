@@ -36,6 +36,11 @@ SUPCLAP_HD bool direction_used(const Problem& p, int d) {
   return p.mode != kNone && (d == kSupportRows || p.mode != kOneSided);
 }
 
+// ... or its negatives are wanted all the same: SigLIP's ranks compare with them.
+SUPCLAP_HD bool direction_kept(const Problem& p, int d) {
+  return direction_used(p, d) || (d == kAudioRows && p.stats);
+}
+
 // log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)): exact to rounding where y is tiny.
 __device__ __forceinline__ float log1p_unit(float y) {
   const float s = quotient(y, 2 + y), s2 = s * s;

@@ -27,7 +27,7 @@ std::string merge_side(const Problem& p, const float* part, const float* sums, i
   const unsigned blocks = blocks_for(n, kThreads);
   if (part) {
     int used = 0;
-    for (int d = 0; d < kDirections; ++d) used |= direction_used(p, d) << d;
+    for (int d = 0; d < kDirections; ++d) used |= direction_kept(p, d) << d;
     used |= (p.stats && !columns) << kDirections;
     const std::string error = launch("merge_statistics", merge_statistics_kernel,
                                      {{blocks, kDirections + 1}}, stream, p, part, slots, n, first,

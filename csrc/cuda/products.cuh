@@ -127,7 +127,7 @@ struct TensorProduct {
   static_assert(sizeof(Scalar) == 2);
   // Operands of a similarity [row, k], of a gradient [k, column]; 8 more elements a row keep the
   // eight rows of an ldmatrix in different banks.
-  static constexpr int kSimilarityDepth = 4096 / B, kGradientDepth = 64;
+  static constexpr int kSimilarityDepth = 2048 / B, kGradientDepth = 64;
   static constexpr int kSimilarityPitch = kSimilarityDepth + 8, kGradientPitch = B + 8;
   static constexpr bool kTransposed = false;
   static constexpr int kSimilarityOperand = B * kSimilarityPitch;

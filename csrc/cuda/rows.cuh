@@ -8,7 +8,8 @@ namespace supclap::cuda {
 constexpr float kEps = 1e-4f;  // smoothing of the gap, as in reference.py
 // `is_far` of gradients.py, and the shortest support vector, over the longer row.
 constexpr float kFarC = 2, kFarGap = 1.0f / 8, kFarLength = 0.1f;
-constexpr float kMinLength = 1e-7f, kMinNorm = 1e-12f;
+constexpr float kMinLength = 1e-7f;
+constexpr double kMinNorm = 1e-12;
 constexpr float kLargestWeight = 16384;  // of a weight in its unit: float16 ends at 2^16
 
 // A row quantity of params.h.
@@ -19,32 +20,33 @@ __device__ __forceinline__ float radius_of(const Problem& p, int64_t i) {
   return p.radius[p.per_row_radius ? i : 0];
 }
 
-// max(|x|, kMinNorm) of a row as given. The whole warp calls it.
+// 1 / max(|x|, kMinNorm) of a row as given, in double: where gaps are small, the roundings of a
+// normalised row are its gap. The whole warp calls it.
 template <class Scalar>
-__device__ float row_length(const Scalar* X, int64_t stride, int64_t D) {
-  float square = 0;
+__device__ double inverse_length(const Scalar* X, int64_t stride, int64_t D) {
+  double square = 0;
   SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x % kWarp; d < D; d += kWarp) {
-    const float x = widen(X[d * stride]);
+    const double x = widen(X[d * stride]);
     square += x * x;
   }
-  return fmaxf(sqrtf(warp_sum(square)), kMinNorm);
+  const double length = sqrt(warp_sum(square));
+  return 1 / (length < kMinNorm ? kMinNorm : length);
 }
 
 // An element of an operand: the row as given, or divided by its length and rounded to its dtype.
 template <class Scalar>
-__device__ __forceinline__ Scalar operand(Scalar x, float length, bool normalize) {
-  // As F.normalize: where gaps are small, its roundings are the row.
-  return normalize ? narrow<Scalar>(__fdiv_rn(widen(x), length)) : x;
+__device__ __forceinline__ Scalar operand(Scalar x, double inverse, bool normalize) {
+  return normalize ? narrow<Scalar>(float(widen(x) * inverse)) : x;
 }
 
 // out [width] = the operand of row X, zeros beyond D.
 template <class Scalar>
 __device__ void pack_row(const Problem& p, const Scalar* X, int64_t stride, Scalar* out) {
-  const float length = p.normalize ? row_length(X, stride, p.D) : 1;
+  const double inverse = p.normalize ? inverse_length(X, stride, p.D) : 1;
   SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x % kWarp; d < p.width; d += kWarp)
-    out[d] = d < p.D ? operand(X[d * stride], length, p.normalize) : narrow<Scalar>(0.0f);
+    out[d] = d < p.D ? operand(X[d * stride], inverse, p.normalize) : narrow<Scalar>(0.0f);
 }
 
 // Geometry of row i, from differences of the rows themselves: nothing cancels.

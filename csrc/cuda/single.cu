@@ -59,9 +59,10 @@ int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScrat
 
 }  // namespace
 
-SinglePlan plan_single(const Problem& p, bool gradient, int multiprocessors, int64_t shared_limit) {
+SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiprocessors,
+                       int64_t shared_limit) {
   for (const TileSide& choice : kSides) {
-    if (p.N > choice.until) continue;
+    if (side ? side != choice.side : p.N > choice.until) continue;
     SinglePlan plan{};
     plan.side = choice.side;
     const int64_t tiles = blocks_for(p.N, plan.side);
@@ -85,16 +86,18 @@ SinglePlan plan_single(const Problem& p, bool gradient, int multiprocessors, int
   return {};
 }
 
-SinglePlan plan_single(const Problem& p, bool gradient) {
-  return plan_single(p, gradient, multiprocessors(), shared_limit());
+SinglePlan plan_single(const Problem& p, bool gradient, int side) {
+  return plan_single(p, gradient, side, multiprocessors(), shared_limit());
 }
 
-int64_t single_limit(Problem p) {
-  const int processors = multiprocessors();
-  const int64_t shared = shared_limit();
+int64_t single_limit(Problem p, int side, int multiprocessors, int64_t shared_limit) {
   int64_t N = 0;
-  for (p.N = 16; plan_single(p, true, processors, shared).blocks; p.N += 16) N = p.N;
+  for (p.N = 16; plan_single(p, true, side, multiprocessors, shared_limit).blocks; p.N += 16)
+    N = p.N;
   return N;
+}
+int64_t single_limit(const Problem& p, int side) {
+  return single_limit(p, side, multiprocessors(), shared_limit());
 }
 
 std::string single(Problem p, const SinglePlan& plan, uintptr_t scratch, float* loss, bool gradient,

@@ -207,7 +207,7 @@ struct KeptTiles {
     LogSum negatives[kDirections];
     SUPCLAP_UNROLL
     for (int d = 0; d < kDirections; ++d)
-      negatives[d] = direction_used(p, d) ? merged(i, d) : LogSum{kHidden, 0};
+      negatives[d] = direction_kept(p, d) ? merged(i, d) : LogSum{kHidden, 0};
     finish_row_statistics(p, i, negatives);
     if (!gradient) return;
     p.omega[i] = omega_of(p, i);

@@ -270,7 +270,7 @@ class Call:
         rows, totals = self.kernels.finish_gradients(dT, dA, outputs[1], outputs[0])
         dR = None
         if radius is not None:
-            dR = rows.clone() if radius.ndim else totals[2]
+            dR = rows if radius.ndim else totals[2].clone()
         return outputs[0], outputs[1], dR, totals[:2]
 
     def output(self, total: Tensor | None, given: Tensor | None) -> Tensor | None:

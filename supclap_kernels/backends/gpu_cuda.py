@@ -32,13 +32,14 @@ class Given:
         p.audio_n, p.audio_d = audio.stride()
         p.text, p.audio = text.data_ptr(), audio.data_ptr()
         self.alive: list[Tensor] = []
-        self.numbers(
-            radius=radius, scale=inputs.scale, bias=inputs.bias, weight=inputs.weight
-        )
-        self.set(ids=contiguous(inputs.ids))
+        self.numbers(radius=radius, scale=inputs.scale, bias=inputs.bias, weight=inputs.weight)
+        ids = contiguous(inputs.ids)
+        if ids is not None:
+            self.alive.append(ids)
+            p.ids = ids.data_ptr()
 
     def numbers(self, **tensors: Tensor | None) -> None:
-        """Numbers as the kernels read them, kept alive until they have been launched."""
+        """Numbers as the kernels read them, kept alive until these are launched."""
         for name, x in tensors.items():
             if x is not None:
                 x = x.float().contiguous()

@@ -22,6 +22,9 @@ from .gpu_call import SUMS, statistics
 from .gpu_cuda import CUDA_PANEL, DTYPES, Given
 from .panel import PLACEHOLDER
 
+SIDE = 0
+"""Of the tiles: 16, 32, 64, or by the size of the batch (csrc/cuda/single.cu)."""
+
 
 def width_of(D: int, dtype: torch.dtype) -> int:
     """Rows of whole 16 bytes."""
@@ -35,7 +38,7 @@ def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int) -> i
     module = native.cuda()
     p = module.CudaProblem()
     p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
-    return int(module.single_limit(p))
+    return int(module.single_limit(p, SIDE))
 
 
 def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
@@ -62,7 +65,7 @@ class Sums:
 def launch(given: Given, loss: Tensor | None, gradient: bool) -> Tensor:
     """One cooperative launch; returns its working memory."""
     audio = given.inputs.audio
-    plan = given.native.plan_single(given.problem, gradient)
+    plan = given.native.plan_single(given.problem, gradient, SIDE)
     scratch = torch.empty(plan.scratch, dtype=torch.uint8, device=audio.device)
     given.native.single(
         given.problem, plan, scratch.data_ptr(), native.address(loss), gradient,
@@ -184,7 +187,7 @@ class Single:
         p = module.CudaProblem()
         p.N, p.width, p.dtype, p.infonce = N, width, DTYPES[dtype], options.infonce
         p.mode, p.normalize = contract.mode(has_radius, options), options.normalize
-        scratch = module.plan_single(p, True).scratch
+        scratch = module.plan_single(p, True, SIDE).scratch
         sums, returned = 4 * Sums.size(N, width), 2 * N * D * dtype.itemsize
         per_row = options.reduction == "none"
         forward = 4 * STATE_ROWS * N + sums * (not per_row) + scratch

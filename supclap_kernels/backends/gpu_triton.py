@@ -206,7 +206,7 @@ class TritonKernels:
             PER_ROW_RADIUS=call.per_row_radius, MODE=call.mode, INFONCE=call.infonce,
             RENORMALIZE=options.renormalize, NORMALIZE=options.normalize, **ROW_GRID,
         )  # fmt: skip
-        return rows[2], rows.sum(dim=1, dtype=torch.float64)
+        return rows[2].clone(), rows.sum(dim=1, dtype=torch.float64)
 
 
 PANEL, TRITON = Backend(TritonKernels, fused=False), Backend(TritonKernels, fused=True)

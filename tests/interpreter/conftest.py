@@ -1,8 +1,9 @@
-"""Speed alone: the interpreter patches Triton's language at every call inside a kernel, a third of
+"""Backends, and speed: the interpreter patches Triton's language at every call inside a kernel, a third of
 its time; once for each module is enough, since what a call patches stays patched."""
 
 from typing import Any
 
+import pytest
 from triton.runtime import interpreter
 
 patched: set[int] = set()
@@ -18,3 +19,8 @@ def call(self: Any, *arguments: Any, **named: Any) -> Any:
 
 if hasattr(interpreter, "_patch_lang") and hasattr(interpreter.InterpretedFunction, "rewrite"):
     interpreter.InterpretedFunction.__call__ = call
+
+
+@pytest.fixture(params=["panel", "triton"])
+def backend(request):
+    return request.param

@@ -161,4 +161,3 @@ SHIM_UNSEEN inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return votes;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline float __fdiv_rn(float x, float y) { return x / y; }

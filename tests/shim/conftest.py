@@ -1,0 +1,62 @@
+"""The kernels of csrc/cuda on CPU tensors. Run through tests/shim/run.py."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from supclap_kernels import native
+from supclap_kernels.backends import gpu_single
+
+LIMIT = float(os.environ.get("SHIM_LIMIT", "60"))
+"""Seconds a case may take."""
+
+
+@pytest.fixture(autouse=True)
+def watched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A case that hangs ends the run; one in which a sanitizer found something fails."""
+    import faulthandler
+
+    log = os.environ.get("SHIM_LOG")  # the sanitizer writes to LOG.PID
+    reports = Path(f"{log}.{os.getpid()}") if log else None
+    before = reports.stat().st_size if reports and reports.exists() else 0
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    if reports and reports.exists() and reports.stat().st_size > before:
+        pytest.fail(reports.read_text()[before : before + 4000], pytrace=False)
+
+
+@pytest.fixture
+def device() -> Iterator["Device"]:
+    device = Device()
+    yield device
+    device.set(*Device.DEFAULT)
+
+
+class Device:
+    """The stand-in's multiprocessors, the order in which threads run, and the side of tiles."""
+
+    DEFAULT = (5, 0, 0)
+
+    def set(self, multiprocessors: int, schedule: int, side: int) -> None:
+        module = native.cuda()
+        module.set_multiprocessors(multiprocessors)
+        module.set_schedule(schedule)
+        gpu_single.SIDE = side
+        gpu_single.limit.cache_clear()
+
+    def vary(self, n: int) -> None:
+        """Every combination, one after the other."""
+        schedules = native.cuda().SCHEDULES
+        sides = (16, 32, 64)
+        self.set((5, 8, 3)[n // 9 % 3], n % schedules, sides[n // 3 % 3])
+
+
+@pytest.fixture(params=["cuda", "panel"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
