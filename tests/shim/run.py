@@ -47,7 +47,7 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tests = ["mutants.py"] if chosen.mutants else ["test_options.py", "test_integration.py"]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
         command += [str(SHIM / name) for name in tests]
         if chosen.filter:
             command += ["-k", chosen.filter]

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_THREAD__)
+#if SHIM_TELLS_TSAN  // this file is not instrumented itself: it is no part of the kernels
 #include <sanitizer/tsan_interface.h>
 #define SHIM_TSAN(...) __VA_ARGS__
 #else
@@ -88,13 +88,21 @@ Schedule schedule = kAscending;
 std::string removed;
 int processors = 5;
 
-std::vector<std::unique_ptr<char[]>> free_stacks, used_stacks;
+// What a fiber runs on: a stack, and to the sanitizer a thread. Slow to make, so they are used
+// again; a stack stays with its thread. In a launch whose blocks run one after the other, blocks
+// that are kSets apart share them, so races between neighbours are seen.
+constexpr size_t kSets = 4;
+struct Lane {
+  std::unique_ptr<char[]> stack;
+  void* sanitizer = nullptr;
+};
+std::vector<Lane> lanes;
 
-char* take_stack() {
-  if (free_stacks.empty()) free_stacks.emplace_back(new char[kStack]);
-  used_stacks.push_back(std::move(free_stacks.back()));
-  free_stacks.pop_back();
-  return used_stacks.back().get();
+void make_lanes(size_t count) {
+  while (lanes.size() < count) {
+    lanes.push_back({std::unique_ptr<char[]>(new char[kStack]), nullptr});
+    SHIM_TSAN(lanes.back().sanitizer = __tsan_create_fiber(0);)
+  }
 }
 
 bool is_removed(Site site) {
@@ -103,12 +111,12 @@ bool is_removed(Site site) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line) == removed;
 }
 
-SHIM_UNSEEN void to_scheduler() {
+void to_scheduler() {
   SHIM_TSAN(__tsan_switch_to_fiber(running->main_sanitizer, 1);)
   shim_switch(&running->current->stack_pointer, running->main_stack);
 }
 
-SHIM_UNSEEN void wait(State state, char* tag) {
+void wait(State state, char* tag) {
   SHIM_TSAN(__tsan_release(tag);)
   running->current->state = state;
   to_scheduler();
@@ -116,13 +124,13 @@ SHIM_UNSEEN void wait(State state, char* tag) {
   (void)tag;
 }
 
-SHIM_UNSEEN Block& own_block() {
+Block& own_block() {
   const dim3 at = running->current->seen.block, of = running->current->seen.blocks;
   const size_t index = at.x + size_t(of.x) * (at.y + size_t(of.y) * at.z);
   return *running->blocks[index];
 }
 
-SHIM_UNSEEN void enter() {
+void enter() {
   SHIM_TSAN(__tsan_acquire(&running->start);)
   (*running->body)();
   SHIM_TSAN(__tsan_release(&running->end);)
@@ -131,8 +139,7 @@ SHIM_UNSEEN void enter() {
   abort();
 }
 
-SHIM_UNSEEN std::unique_ptr<Block> new_block(dim3 at, dim3 blocks, unsigned threads,
-                                             size_t shared) {
+std::unique_ptr<Block> new_block(dim3 at, dim3 blocks, unsigned threads, size_t shared) {
   auto block = std::make_unique<Block>();
   block->fibers.resize(threads);
   block->warps.resize(threads / 32 + 1);
@@ -140,23 +147,27 @@ SHIM_UNSEEN std::unique_ptr<Block> new_block(dim3 at, dim3 blocks, unsigned thre
   block->memory.reset(new unsigned char[shared + 128]);
   memset(block->memory.get(), 0xff, shared + 128);  // NaN
   const auto base = (reinterpret_cast<uintptr_t>(block->memory.get()) + 127) & ~uintptr_t(127);
-  for (unsigned n = 0; n < threads; ++n) {
-    Fiber& fiber = block->fibers[n];
-    fiber.seen = {dim3(n), at, dim3(threads), blocks, reinterpret_cast<unsigned char*>(base)};
-    fiber.seen.thread.y = fiber.seen.thread.z = 0;
-    char* stack = take_stack();
-    auto** top = reinterpret_cast<void**>(
-        ((reinterpret_cast<uintptr_t>(stack) + kStack) & ~uintptr_t(15)) - 64);
-    memset(top, 0, 64);
-    top[6] = reinterpret_cast<void*>(&enter);
-    fiber.stack_pointer = top;
-    SHIM_TSAN(fiber.sanitizer = __tsan_create_fiber(0);)
-  }
+  for (unsigned n = 0; n < threads; ++n)
+    block->fibers[n].seen = {dim3(n, 0, 0), at, dim3(threads), blocks,
+                             reinterpret_cast<unsigned char*>(base)};
   return block;
 }
 
+// Puts a block's fibers at the start of the kernel, on lanes from `first`.
+void start(Block& block, size_t first) {
+  for (size_t n = 0; n < block.fibers.size(); ++n) {
+    Lane& lane = lanes[first + n];
+    auto** top = reinterpret_cast<void**>(
+        ((reinterpret_cast<uintptr_t>(lane.stack.get()) + kStack) & ~uintptr_t(15)) - 64);
+    memset(top, 0, 64);
+    top[6] = reinterpret_cast<void*>(&enter);
+    block.fibers[n].stack_pointer = top;
+    block.fibers[n].sanitizer = lane.sanitizer;
+  }
+}
+
 // Opens the warp barriers and exchanges of a block that are complete.
-SHIM_UNSEEN bool open_warps(Block& block) {
+bool open_warps(Block& block) {
   bool opened = false;
   for (size_t first = 0; first < block.fibers.size(); first += 32) {
     const size_t end = std::min(block.fibers.size(), first + 32);
@@ -177,7 +188,7 @@ SHIM_UNSEEN bool open_warps(Block& block) {
   return opened;
 }
 
-SHIM_UNSEEN bool open_block(Block& block) {
+bool open_block(Block& block) {
   bool waiting = false;
   for (const Fiber& fiber : block.fibers) {
     if (fiber.state != kAtBlock && fiber.state != kDone) return false;
@@ -189,7 +200,7 @@ SHIM_UNSEEN bool open_block(Block& block) {
 }
 
 // Runs every fiber of a block that can run, once. Whether anything happened.
-SHIM_UNSEEN bool step(Block& block) {
+bool step(Block& block) {
   const size_t count = block.fibers.size();
   bool progress = false;
   for (size_t n = 0; n < count; ++n) {
@@ -211,7 +222,7 @@ SHIM_UNSEEN bool step(Block& block) {
   return progress;
 }
 
-SHIM_UNSEEN bool open_grid() {
+bool open_grid() {
   bool waiting = false;
   for (const auto& block : running->blocks)
     for (const Fiber& fiber : block->fibers) {
@@ -224,60 +235,47 @@ SHIM_UNSEEN bool open_grid() {
   return waiting;
 }
 
-// Runs the blocks that are there until all are done.
-SHIM_UNSEEN void run_blocks() {
+// Runs blocks [first, end) until all are done.
+void run_blocks(size_t first, size_t end) {
   for (size_t live = 1; live;) {
     bool progress = false;
     live = 0;
-    const size_t count = running->blocks.size();
-    for (size_t n = 0; n < count; ++n) {
-      auto& block = running->blocks[schedule == kGreedyDescending ? count - 1 - n : n];
-      if (!block) continue;
-      while (block->live && step(*block)) {
+    for (size_t n = first; n < end; ++n) {
+      Block& block = *running->blocks[schedule == kGreedyDescending ? first + end - 1 - n : n];
+      while (block.live && step(block)) {
         progress = true;
         if (schedule != kGreedyDescending) break;
       }
-      live += block->live;
+      live += block.live;
     }
     if (!live) break;
-    const bool all = count && running->blocks[0] && running->blocks[count - 1];
-    progress |= all && open_grid();
+    if (end - first == running->blocks.size()) progress |= open_grid();
     if (!progress) throw std::runtime_error("shim: deadlock: threads wait for some that never come");
   }
 }
 
-SHIM_UNSEEN void retire(std::unique_ptr<Block>& block) {
-  SHIM_TSAN(for (Fiber& fiber : block->fibers) __tsan_destroy_fiber(fiber.sanitizer);)
-  block.reset();
-}
-
-SHIM_UNSEEN void return_stacks() {
-  for (auto& stack : used_stacks) free_stacks.push_back(std::move(stack));
-  used_stacks.clear();
-}
-
 }  // namespace
 
-SHIM_UNSEEN const Thread& self() { return running->current->seen; }
+const Thread& self() { return running->current->seen; }
 
-SHIM_UNSEEN void block_barrier(Site site) {
+void block_barrier(Site site) {
   if (is_removed(site)) return;
   wait(kAtBlock, &own_block().tags.at[running->current->phase_block ^= 1]);
 }
 
-SHIM_UNSEEN void warp_barrier(Site site, unsigned mask) {
+void warp_barrier(Site site, unsigned mask) {
   if (is_removed(site)) return;
   Fiber& fiber = *running->current;
   fiber.mask = mask;
   wait(kAtWarp, &own_block().warps[fiber.seen.thread.x / 32].at[fiber.phase_warp ^= 1]);
 }
 
-SHIM_UNSEEN void grid_barrier(Site site) {
+void grid_barrier(Site site) {
   if (is_removed(site)) return;
   wait(kAtGrid, &running->grid.at[running->current->phase_grid ^= 1]);
 }
 
-SHIM_UNSEEN void exchange(unsigned mask, const void* value, size_t size,
+void exchange(unsigned mask, const void* value, size_t size,
                           const void* (&others)[32]) {
   Fiber& fiber = *running->current;
   if (size > sizeof fiber.left[0]) throw std::runtime_error("shim: too much to exchange");
@@ -293,7 +291,7 @@ SHIM_UNSEEN void exchange(unsigned mask, const void* value, size_t size,
     others[lane] = first + lane < fibers.size() ? fibers[first + lane].left[phase] : nullptr;
 }
 
-SHIM_UNSEEN bool arrive_last(unsigned* counter, unsigned blocks) {
+bool arrive_last(unsigned* counter, unsigned blocks) {
   unsigned old = __atomic_load_n(counter, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(counter, &old, old >= blocks - 1 ? 0 : old + 1, false,
                                       __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
@@ -302,34 +300,36 @@ SHIM_UNSEEN bool arrive_last(unsigned* counter, unsigned blocks) {
   return old == blocks - 1;
 }
 
-SHIM_UNSEEN void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
-                        const std::function<void()>& body) {
+void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
+            const std::function<void()>& body) {
   Launch launch;
   running = &launch;
   launch.body = &body;
-  SHIM_TSAN(launch.main_sanitizer = __tsan_get_current_fiber(); __tsan_release(&launch.start);)
+  SHIM_TSAN(launch.main_sanitizer = __tsan_get_current_fiber();)
   const size_t count = size_t(blocks.x) * blocks.y * blocks.z;
-  launch.blocks.resize(count);
+  for (size_t n = 0; n < count; ++n) {
+    const dim3 at(n % blocks.x, n / blocks.x % blocks.y, n / blocks.x / blocks.y);
+    launch.blocks.push_back(new_block(at, blocks, threads, shared));
+  }
+  make_lanes((cooperative ? count : kSets) * threads);
+  SHIM_TSAN(__tsan_release(&launch.start);)
   try {
-    for (size_t n = 0; n < count; ++n) {
-      const size_t index = schedule == kGreedyDescending ? count - 1 - n : n;
-      const dim3 at(index % blocks.x, index / blocks.x % blocks.y, index / blocks.x / blocks.y);
-      launch.blocks[index] = new_block(at, blocks, threads, shared);
-      if (cooperative) continue;
-      run_blocks();
-      retire(launch.blocks[index]);
-      return_stacks();
+    if (cooperative) {
+      for (size_t n = 0; n < count; ++n) start(*launch.blocks[n], n * threads);
+      run_blocks(0, count);
+    } else {
+      for (size_t n = 0; n < count; ++n) {
+        const size_t index = schedule == kGreedyDescending ? count - 1 - n : n;
+        start(*launch.blocks[index], n % kSets * threads);
+        run_blocks(index, index + 1);
+      }
     }
-    if (cooperative) run_blocks();
   } catch (...) {
+    SHIM_TSAN(__tsan_acquire(&launch.end);)
     running = nullptr;
-    return_stacks();
     throw;
   }
-  for (auto& block : launch.blocks)
-    if (block) retire(block);
   SHIM_TSAN(__tsan_acquire(&launch.end);)
-  return_stacks();
   running = nullptr;
 }
 
