@@ -1,6 +1,7 @@
 """Compile every Triton kernel as it is shipped, without a GPU, and report what came out.
 
     python -m bench.aot --arch sm_80|sm_90|sm_100 [--kernel NAME] [--jobs N]
+    python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100       (aot_cuda.py)
 
 prints one JSON object per line. What is shipped is not a list that could grow old: the backends run
 once for every mode and dtype with their launches recorded instead of made.
@@ -232,14 +233,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--only", default="", help="part of a label, such as bfloat16 or siglip")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing is compiled in the interpreter")
-    for line in report(ARCHITECTURES[given.arch], given.kernel, given.jobs, given.only):
+    if given.backend == "cuda":
+        from .aot_cuda import report as report_cuda
+
+        lines = report_cuda(given.arch, given.kernel)
+    elif given.arch in ARCHITECTURES:
+        lines = report(ARCHITECTURES[given.arch], given.kernel, given.jobs, given.only)
+    else:
+        parser.error(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {given.arch}")
+    for line in lines:
         print(json.dumps(line), flush=True)
 
 

@@ -128,6 +128,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_architectures", &architectures, "GPU targets the CUDA kernels were compiled for.");
   m.def("cuda_device_count", &device_count, "Devices the driver offers, 0 without one.");
   m.attr("THREADS") = kThreads;
+  m.attr("PANEL_SHARED") = panel_shared();
   m.attr("PANEL_BLOCK") = py::make_tuple(kPanelRows, kPanelColumns);
   bind_problem(m);
   m.def(

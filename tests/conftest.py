@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Triton reads the variable when it is imported: these run in a process of their own (test_triton).
+# These run in processes of their own: Triton reads its variable when it is imported (test_triton),
+# and the other names a module to load (test_shim).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+collect_ignore += [] if os.environ.get("SUPCLAP_SHIM") else ["shim"]
 
 
 @pytest.fixture(autouse=True, scope="session")

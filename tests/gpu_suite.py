@@ -109,7 +109,9 @@ def suite(*backends: str, least: int = 30) -> list[Any]:
         for n, mode in enumerate(MODES):
             seed = n + 100 * m
             radius = (mode["radius"],) if "radius" in mode else ("scalar", "row")
-            for row in covering(least, seed, **OPTIONS, **FIELDS, radius=radius, small=(True, False)):
+            for row in covering(
+                least, seed, **OPTIONS, **FIELDS, radius=radius, small=(True, False)
+            ):
                 options = {name: row[name] for name in OPTIONS}
                 options |= {k: v for k, v in mode.items() if k != "radius"}
                 fields = {name: row[name] for name in (*FIELDS, "radius")}

@@ -4,6 +4,7 @@ No test here compiles the module: the questions are in csrc/toolchain.py and the
 and both are called with compilers made for the purpose.
 """
 
+import json
 import re
 import runpy
 import shlex
@@ -198,7 +199,7 @@ def fake_nvcc(folder: Path, *, release: str = "13.0", compiles: bool = True) -> 
   --version) echo "Cuda compilation tools, release {release}, V{release}.1";;
   --dryrun) echo '#$ TOP={toolkit}/bin/..' >&2;;
   --list-gpu-arch) echo compute_80; echo compute_90; echo compute_120;;
-  *) {compile_ if compiles else "echo 'row_gap.cu(7): error: no such thing' >&2; exit 2"};;
+  *) {compile_ if compiles else "echo 'kernel.cu(7): error: no such thing' >&2; exit 2"};;
 esac""",
     )
     (toolkit / "bin").mkdir()
@@ -280,13 +281,13 @@ class TestNvcc:
             folder = tmp_path / str(compiles)
             nvcc = fake_nvcc(folder, compiles=compiles) / "bin" / "nvcc"
             graph = SETUP["NinjaGraph"](folder, cxx="touch", nvcc=shlex.quote(str(nvcc)), shared="")
-            graph.compile("cuda", Path("csrc/cuda/row_gap.cu"), [])
+            graph.compile("cuda", Path("csrc/cuda/kernel.cu"), [])
             graph.link(folder / "module.so", [])
             if compiles:
                 graph.lines[-2:] = [f"default {graph.objects[0]}"]
                 graph.run()
             else:
-                with pytest.raises(BuildError, match=r"row_gap\.cu\(7\): error: no such thing"):
+                with pytest.raises(BuildError, match=r"kernel\.cu\(7\): error: no such thing"):
                     graph.run()
 
 
@@ -304,30 +305,32 @@ def test_cuda_module_lists_its_targets():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_launch_without_a_device_names_the_kernel():
     assert _native.cuda_device_count() == 0
-    with pytest.raises(RuntimeError, match="^row_gap: .+"):
-        _native.cuda_row_gap(A=16, T=16, r=16, N=1, D=4, eps=1e-6, stream=0)
-    _native.cuda_row_gap(A=0, T=0, r=0, N=0, D=4, eps=1e-6, stream=0)  # no row, no launch
+    p = _native.CudaProblem()
+    p.N = p.D = p.width = 4
+    with pytest.raises(RuntimeError, match="^prepare_rows: .+"):
+        _native.cuda_prepare_rows(p, 0)
 
 
-@pytest.mark.gpu
 @needs_cuda_build
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("N", [1, 8, 129])
-@pytest.mark.parametrize("D", [1, 3, 16, 513, 1024])
-@pytest.mark.parametrize("offset", [0, 1])  # 1: rows that no 16-byte load may touch
-def test_row_gap_values(N, D, offset):
-    eps = 1e-6
-    generator = torch.Generator().manual_seed(N * D)
-    A, T = torch.randn(2, N, D, generator=generator)
-    T[0] = A[0]  # the smallest gap there is
-    device_A, device_T, r = (torch.full([n + 2], torch.nan).cuda() for n in (N * D, N * D, N))
-    device_A[offset : offset + N * D] = A.flatten()
-    device_T[offset : offset + N * D] = T.flatten()
-    stream = torch.cuda.current_stream().cuda_stream
-    a, t = (x[offset:].data_ptr() for x in (device_A, device_T))
-    _native.cuda_row_gap(a, t, r[1:].data_ptr(), N, D, eps, stream)
-    truth = ((A.double() - T.double()).square().sum(1) + eps**2).sqrt()
-    got = r.cpu()
-    ulp = truth * torch.finfo(torch.float32).eps
-    assert ((got[1:-1].double() - truth).abs() < 4 * ulp).all()
-    assert got[0].isnan() and got[-1].isnan()  # nothing written beyond the rows
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_cuda_kernels_compile_well(arch):
+    """No spills; tensor cores wherever 16-bit numbers are multiplied; the chip's shared memory."""
+    pytest.importorskip("triton")  # its cuobjdump
+    if arch[3:] not in _native.cuda_architectures():
+        pytest.skip(f"not compiled for {arch}")
+    command = [sys.executable, "-m", "bench.aot", "--backend", "cuda", "--arch", arch]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) > 40
+    for line in lines:
+        assert line["spill_bytes"] == 0, line
+        assert line["registers"] <= 255 and line["static_shared"] == 0, line
+        assert line["dynamic_shared"] <= 227 * 1024, line
+        if "single_kernel" in line["name"]:
+            assert (line["hmma"] > 0) == ("float16" in line["name"].lower()), line
+
+
+@needs_cuda_build
+def test_module_is_small():
+    assert Path(_native.__file__).stat().st_size < 5e6

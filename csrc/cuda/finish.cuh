@@ -94,7 +94,7 @@ struct FinishRow {
         inward += mixed(total, of_t, of_a, of_e, d) * widen(X[d * stride]);
       inward = block_sum(inward, scratch) * over * over;
     }
-    SUPCLAP_ROLLED
+    SUPCLAP_UNROLL_BY(4)
     for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
       float g = mixed(total, of_t, of_a, of_e, d);
       if (p.normalize) g = (g - inward * widen(X[d * stride])) * over;

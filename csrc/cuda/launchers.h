@@ -26,6 +26,7 @@ std::string finish_gradients(const Problem& p, Stream stream);
 
 // One tile pair of the panel engine (panel.cu): what block sizes it has, and its two steps.
 constexpr int kPanelRows = 32, kPanelColumns = 128;
+int64_t panel_shared();  // bytes of shared memory of a block
 std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                        Stream stream);
 std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,

@@ -17,7 +17,7 @@ std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScr
                       : p.dtype == kFloat32 ? panel_tile_kernel<kMode, kInfonce, true, 4>
                                             : panel_tile_kernel<kMode, kInfonce, true, 2>;
   const Grid grid{{blocks_for(tile.ni, kPanelRows), blocks_for(tile.nj, kPanelColumns)},
-                  kPanelScratch * sizeof(float)};
+                  size_t(panel_shared())};
   return launch("panel_tile", kernel, grid, stream, p, tile, scratch);
 }
 
@@ -42,6 +42,8 @@ std::string merge_side(const Problem& p, const float* part, const float* sums, i
 }
 
 }  // namespace
+
+int64_t panel_shared() { return kPanelScratch * sizeof(float); }
 
 std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                        Stream stream) {

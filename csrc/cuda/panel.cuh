@@ -193,7 +193,7 @@ __device__ __forceinline__ void store_weights(void* weights, int64_t at, const f
 
 // One tile pair: sweep 1, or sweep 2.
 template <int kMode, bool kInfonce, bool kWeights, int kItemsize>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     panel_tile_kernel(const __grid_constant__ Problem p, const PanelTile tile, const PanelScratch to) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);

@@ -7,7 +7,7 @@ namespace supclap::cuda {
 
 // A warp a row. T, A: the operands, written where they are not the rows as given.
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pack_rows_kernel(const __grid_constant__ Problem p, const Scalar* X, int64_t stride_n,
               int64_t stride_d, Scalar* out) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) prepare_rows_kernel(const __grid_constant__ Problem p) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i < p.N) prepare_row<Scalar>(p, i);
 }
@@ -65,7 +65,7 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
 
 // A block a row; the last block adds up dk, db and dR.
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads) finish_gradients_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) finish_gradients_kernel(const __grid_constant__ Problem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   finish_row<Scalar>(p, blockIdx.x, scratch);
@@ -87,7 +87,7 @@ static __global__ void far_list_kernel(const __grid_constant__ Problem p, int* i
 
 // Grids of any size: blocks take turns.
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     far_statistics_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     far_rows_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
   SUPCLAP_SHARED(memory);
   const int far = *count;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     far_columns_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
   SUPCLAP_SHARED(memory);
   const int far = *count;

@@ -58,7 +58,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   const int lane = threadIdx.x % kWarp;
   if (lane < kStateRows + kRows) p.state[lane * p.N + i] = 0;
   float ta = 0, ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
-  SUPCLAP_ROLLED
+  SUPCLAP_UNROLL_BY(4)
   for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
     const Piece t_piece = load_vector(T + d), a_piece = load_vector(A + d);
     for (int n = 0; n < Piece::size; ++n) {
@@ -152,12 +152,12 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
                                              const LogSum (&negatives)[kDirections]) {
   const Positive positive(p, i);
   float loss[kDirections] = {}, beaten[2] = {};
-  SUPCLAP_ROLLED
+  SUPCLAP_UNROLL
   for (int d = 0; d < kDirections; ++d)
     if (direction_used(p, d))
       loss[d] = finish_direction(p, d, negatives[d], positive.logit(p, d), i);
   if (p.stats)
-    SUPCLAP_ROLLED
+    SUPCLAP_UNROLL
     for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
   float constraint = 0;
   if (p.radius) {
@@ -171,7 +171,7 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
   if (!p.terms) return;
   const float terms[6] = {loss[kTextRows], loss[kAudioRows], support, constraint, beaten[0],
                           beaten[1]};
-  SUPCLAP_ROLLED
+  SUPCLAP_UNROLL
   for (int n = 0; n < 6; ++n) p.terms[n * p.N + i] = terms[n];
 }
 

@@ -161,7 +161,7 @@ struct KeptTiles {
     LogSum sum{running[0], running[p.N]};  // of far rows
     const int64_t plane = int64_t(plan.tiles) * padded();
     const float* from = to.part + 2 * d * plane + i;
-    SUPCLAP_ROLLED
+    SUPCLAP_UNROLL_BY(8)  // that many loads at once
     for (int tile = 0; tile < plan.tiles; ++tile, from += padded())
       sum = merge(sum, {from[0], from[plane]}, p.infonce);
     return sum;
@@ -258,7 +258,7 @@ struct KeptTiles {
       const int which = int(e / p.N);
       const auto total = [&](const float* part, int first) {
         float sum = 0;
-        SUPCLAP_ROLLED
+        SUPCLAP_UNROLL_BY(8)
         for (int tile = first; tile < plan.tiles; ++tile) sum += part[tile * padded() + i];
         return sum;
       };
@@ -443,7 +443,7 @@ struct Single : KeptTiles<B> {
       __syncthreads();
     }
     float* sums = memory + Layout::kItem - 2 * Tiles::kTile;
-    SUPCLAP_ROLLED
+    SUPCLAP_UNROLL
     for (int tower = 0; tower < 2; ++tower) {
       float* out = tower ? p.dA : p.dT;
       float* tile = sums + tower * Tiles::kTile;

@@ -20,7 +20,16 @@ from torch import Tensor
 from ..options import Options
 from . import contract, tiles
 from .contract import Inputs, grams, split_gradients
-from .gpu_call import PLANES, SUMS, Call, Kernels, lanes_of, scratch_dtypes, scratch_shapes, statistics
+from .gpu_call import (
+    PLANES,
+    SUMS,
+    Call,
+    Kernels,
+    lanes_of,
+    scratch_dtypes,
+    scratch_shapes,
+    statistics,
+)
 from .panel import PLACEHOLDER, Layout, Tiling, kept_panels
 
 PARTIAL = 3

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..options import Options
 from . import contract, tiles
-from .contract import GAP, MIRROR, NONE, ONE_SIDED, POSITIVE, SHARED, STATE_ROWS, Inputs, grams
+from .contract import GAP, MIRROR, NONE, POSITIVE, SHARED, STATE_ROWS, Inputs, grams
 from .lanes import in_flight
 from .panel import (
     Layout,

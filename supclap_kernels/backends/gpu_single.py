@@ -119,7 +119,9 @@ class Single:
                 Sums(saved, N, width).give(given, needs)
             else:
                 saved.zero_()  # no output is undefined
-            given.set(state=state, terms=terms, similarity=running, row_loss=loss if per_row else None)
+            given.set(
+                state=state, terms=terms, similarity=running, row_loss=loss if per_row else None
+            )
             launch(given, None if per_row else loss, gradient)
             stats = torch.empty(0, device=audio.device)
             if terms is not None and running is not None:
@@ -154,28 +156,28 @@ class Single:
                 given.numbers(after=upstream)
                 given.set(state=state)
                 Sums(saved, N, width).give(given, needs)
-            return self.finish(given, needs, N)
+            return self.finish(given, needs)
 
-    def finish(self, given: Given, needs: tuple[bool, ...], N: int) -> tuple[Tensor, ...]:
-        """The launch of backward."""
-        like = given.inputs[:5]
-        single = {"dtype": torch.float32, "device": like[0].device}
-        out: list[Tensor] = [
-            torch.empty(x.shape, **(single if n > 1 else {"dtype": x.dtype, "device": x.device}))
+    def finish(self, given: Given, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        """The launch of backward. Numbers' gradients come out in float32."""
+        like, p = given.inputs[:5], given.problem
+        out = [
+            torch.empty(x.shape, dtype=x.dtype if n < 2 else torch.float32, device=x.device)
             if need and x is not None
-            else torch.empty(0, **single)
+            else None
             for n, (x, need) in enumerate(zip(like, needs, strict=True))
         ]
-        audio, text, radius, scale, bias = (x if need else None for x, need in zip(out, needs))
-        per_row = bool(given.problem.per_row_radius)
-        rows = torch.empty(3, N, **single)
-        given.set(out_audio=audio, out_text=text, out_scale=scale, out_bias=bias)
-        given.set(row_scalars=rows, row_radius=radius if per_row and needs[2] else rows[2])
-        given.set(out_radius=None if per_row else radius)
-        given.native.cuda_finish_gradients(given.problem, native.stream(out[0].device))
+        audio, text, radius, scale, bias = out
+        rows = torch.empty(3, p.N, dtype=torch.float32, device=given.inputs.audio.device)
+        given.set(out_audio=audio, out_text=text, out_scale=scale, out_bias=bias, row_scalars=rows)
+        if p.per_row_radius and radius is not None:
+            given.set(row_radius=radius)
+        else:
+            given.set(row_radius=rows[2], out_radius=radius)
+        given.native.cuda_finish_gradients(p, native.stream(rows.device))
         return tuple(
-            value.to(x.dtype) if need and x is not None else value
-            for value, x, need in zip(out, like, needs, strict=True)
+            rows.new_empty(0) if value is None or x is None else value.to(x.dtype)
+            for value, x in zip(out, like, strict=True)
         )
 
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:

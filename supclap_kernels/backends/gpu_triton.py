@@ -56,7 +56,6 @@ def slots_of(ni: int, nj: int, block: tiles.Blocks) -> tuple[int, int]:
 class TritonKernels:
     """`Kernels` of gpu_call.py, and (the static methods) `Engine` of gpu.py."""
 
-
     @staticmethod
     def weights_dtype(dtype: torch.dtype) -> torch.dtype:
         """The interpreter rounds correctly only in float32."""

@@ -1,5 +1,5 @@
-"""Backends, and speed: the interpreter patches Triton's language at every call inside a kernel, a third of
-its time; once for each module is enough, since what a call patches stays patched."""
+"""Backends, and speed: the interpreter patches Triton's language at every call inside a kernel, a
+third of its time; once for each module is enough, since what a call patches stays patched."""
 
 from typing import Any
 

@@ -14,6 +14,7 @@ from gpu_suite import MODES, Guard, accepted, suite, verify
 from supclap_kernels.backends import gpu_call, gpu_far, gpu_triton, tiles
 from supclap_kernels.testing import Case, make_inputs
 
+
 def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
     monkeypatch.setattr(tiles, "GPU_PAD", pad)
     monkeypatch.setattr(tiles, "ROWS", rows)

@@ -1,6 +1,6 @@
 """Builds the Python module `supclap_shim`: csrc/cuda compiled for the host.
 
-    path = build(sanitize="")  # or "thread", "address"
+path = build(sanitize="")  # or "thread", "address"
 """
 
 import hashlib
@@ -48,7 +48,8 @@ def build(sanitize: str = "") -> Path:
     for source in sources():
         target = folder / f"{source.stem}.o"
         own = SCHEDULER if source.name == "shim.cpp" else SANITIZE
-        command = ["g++", *flags, *own[sanitize].split(), "-x", "c++", "-c", str(source), "-o", str(target)]
+        command = ["g++", *flags, *own[sanitize].split(), "-x", "c++", "-c", str(source)]
+        command += ["-o", str(target)]
         objects.append(str(target))
         running.append((command, subprocess.Popen(command, cwd=ROOT)))
         if len(running) == 2:

@@ -27,7 +27,8 @@ def watched(request: pytest.FixtureRequest) -> Iterator[None]:
     signal.alarm(LIMIT)
     yield
     signal.alarm(0)
-    if reports and reports.exists() and reports.stat().st_size > before:
+    mutant = request.module.__name__ == "mutants"  # reports are what it hopes for
+    if not mutant and reports and reports.exists() and reports.stat().st_size > before:
         pytest.fail(reports.read_text()[before : before + 4000], pytrace=False)
 
 

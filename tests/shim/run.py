@@ -19,7 +19,6 @@ from build import ROOT, SHIM, build
 
 # A sanitizer must be there before Python is.
 LIBRARY = {"thread": "libtsan.so", "address": "libasan.so"}
-SMALL = "one or two_far or larger or grid or gradient or twice or capacity"
 
 
 def environment(sanitize: str, log: Path) -> dict[str, str]:
@@ -47,12 +46,13 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tests = ["mutants.py"] if chosen.mutants else ["test_options.py", "test_integration.py"]
+        sanitize = "thread" if chosen.mutants else chosen.sanitize
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
         command += [str(SHIM / name) for name in tests]
         if chosen.filter:
             command += ["-k", chosen.filter]
         done = subprocess.run(
-            command, cwd=ROOT / "tests", env=environment(chosen.sanitize, Path(folder) / "log"),
+            command, cwd=ROOT / "tests", env=environment(sanitize, Path(folder) / "log"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     print(done.stdout[-6000:] if done.returncode else "", end="")

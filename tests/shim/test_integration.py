@@ -20,7 +20,9 @@ from supclap_kernels.backends import gpu_cuda, gpu_single
 from supclap_kernels.testing import Case, check, make_inputs
 
 by_mode = pytest.mark.parametrize(
-    "options", [{}, {"objective": "siglip"}, {"bilateral": "none"}, {"bilateral": "shared"}], ids=str
+    "options",
+    [{}, {"objective": "siglip"}, {"bilateral": "none"}, {"bilateral": "shared"}],
+    ids=str,
 )
 
 
