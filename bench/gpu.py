@@ -130,12 +130,13 @@ PEERS: dict[str, Callable[..., peers.Loss | None]] = {
     "panel": fused("panel"),
     "panel-32GiB": fused("panel", 32 * GIB),
     "triton-128MiB": fused("triton", 128 * 2**20),
+    "cuda": fused("cuda"),
     "linear_cross_entropy": native,
     "inf_cl": optional("inf_cl", "infonce", inf_cl_infonce),
     "memeff": optional("memeff", "infonce", memeff_infonce),
     "siglip-kernel": optional("siglip_kernel", "siglip", siglip_kernel),
 }
-OURS = ("panel", "panel-32GiB", "triton-128MiB")
+OURS = ("panel", "panel-32GiB", "triton-128MiB", "cuda")
 MODES = {
     "infonce": ("infonce", "none", True),
     "one-sided": ("infonce", "none", False),

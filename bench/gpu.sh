@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bash bench/gpu.sh [correct|large|small|sanitize ...], all by default.
+# Everything that needs a GPU: bash bench/gpu.sh [correct|large|small|latency|sanitize ...], all by default.
 # Each part stays under 8 minutes. Results go to $OUT, or bench/results/gpu.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -19,21 +19,23 @@ run() { # name, seconds, command ...
   ((code == 0)) || status=1
 }
 
-for part in "${@:-correct large small sanitize}"; do
+for part in "${@:-correct large small latency sanitize}"; do
   for name in $part; do
     case $name in
       correct) run correct 470 "$python" -m pytest -q tests/test_gpu.py tests/test_build.py -p no:cacheprovider ;;
       large | small) run "$name" 470 "$python" -m bench.gpu "$name" --out "$out" ;;
+      latency) run latency 470 "$python" -m bench.latency --out "$out" ;;
       sanitize)
         for tool in memcheck racecheck; do
           run "sanitize-$tool" 235 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             --kernel-regex kns=panel --kernel-regex kns=tile --kernel-regex kns=far \
             --kernel-regex kns=row --kernel-regex kns=merge --kernel-regex kns=finish \
+            --kernel-regex kns=single_kernel \
             "$python" -m bench.sanitize
         done
         ;;
       *)
-        echo "no part $name: correct, large, small, sanitize" >&2
+        echo "no part $name: correct, large, small, latency, sanitize" >&2
         exit 2
         ;;
     esac

@@ -21,9 +21,20 @@ from supclap_kernels.testing import (
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BACKENDS = pytest.mark.parametrize("backend", ["panel", "triton"])
 MODES = [{}, {"bilateral": "none"}, {"bilateral": "shared"}, {"objective": "siglip"}]
 by_mode = pytest.mark.parametrize("options", MODES, ids=str)
+
+
+@pytest.fixture(params=["panel", "triton", "cuda", "cuda panel"])
+def backend(request, monkeypatch):
+    """ "cuda": one launch where the batch fits on the chip; "cuda panel": as if it did not."""
+    from supclap_kernels.backends import gpu_single
+
+    if request.param == "cuda panel":
+        monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
+    if "cuda" in request.param and sk.available_backends()["cuda"] != "ok":
+        pytest.skip(sk.available_backends()["cuda"])
+    return request.param.split()[0]
 
 
 def run(case: Case, backend: str, **options: Any) -> None:
@@ -31,7 +42,6 @@ def run(case: Case, backend: str, **options: Any) -> None:
     check(sk.fused_svr_loss, case, "cuda", rounded_weights=rounded, backend=backend, **options)
 
 
-@BACKENDS
 @pytest.mark.parametrize(
     "chosen",
     covering(
@@ -63,14 +73,12 @@ def test_options(chosen, backend, poisoned_memory):
     run(Case(dtype=dtype, options=chosen, **fields), backend, workspace=workspace)
 
 
-@BACKENDS
 @by_mode
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_tiles(backend, options, dtype):
     run(Case(N=4300, D=256, dtype=DTYPES[dtype], options=options), backend, workspace=2**26)
 
 
-@BACKENDS
 @pytest.mark.parametrize("gap", [0.1, 1e-2, 1e-3, 0.0])
 def test_gaps(backend, gap):
     for bilateral in ("none", "mirror", "shared"):
@@ -78,7 +86,6 @@ def test_gaps(backend, gap):
         run(Case(N=700, D=96, gap=gap, radius="row", options=options), backend)
 
 
-@BACKENDS
 @by_mode
 def test_tf32_is_allowed_by_pytorchs_switch(backend, options):
     """Ten bits of the products: as wrong as eager PyTorch under the same switch."""
@@ -96,7 +103,6 @@ def test_tf32_is_allowed_by_pytorchs_switch(backend, options):
     assert not found
 
 
-@BACKENDS
 @by_mode
 def test_bit_equal_when_run_again(backend, options):
     inputs = make_inputs(Case(N=2500, D=128, dtype=torch.bfloat16, options=options), "cuda")
@@ -108,7 +114,6 @@ def test_bit_equal_when_run_again(backend, options):
         assert all(torch.equal(x, other[name]) for name, x in runs[0].items())
 
 
-@BACKENDS
 @by_mode
 def test_no_host_synchronisation_and_no_compilation(backend, options, monkeypatch):
     """In the second step, also at another N."""
@@ -129,7 +134,6 @@ def test_no_host_synchronisation_and_no_compilation(backend, options, monkeypatc
     step(1203)
 
 
-@BACKENDS
 @by_mode
 def test_cuda_graph(backend, options):
     case = Case(N=600, D=128, dtype=torch.bfloat16, options=options)
@@ -150,7 +154,6 @@ def test_cuda_graph(backend, options):
     assert all(torch.equal(x, wanted[name]) for name, x in result.items())
 
 
-@BACKENDS
 def test_on_a_side_stream(backend):
     """Memory that a stream of ours uses must not be given away early."""
     case = Case(N=2500, D=128, dtype=torch.bfloat16)
@@ -167,7 +170,6 @@ def test_on_a_side_stream(backend):
     assert all(torch.equal(x, result[name]) for name, x in wanted.items())
 
 
-@BACKENDS
 def test_memory_estimate(backend):
     for options in MODES:
         case = Case(N=3000, D=512, dtype=torch.bfloat16, options=options)
@@ -189,22 +191,26 @@ def test_more_than_2_to_the_31_elements():
     free, _ = torch.cuda.mem_get_info()
     if free < 24 * 2**30:
         pytest.skip("needs 24 GiB")
-    from supclap_kernels.backends import gpu
+    from supclap_kernels.backends.contract import Inputs
+    from supclap_kernels.backends.gpu_call import Call
+    from supclap_kernels.backends.gpu_cuda import CUDA_PANEL
+    from supclap_kernels.backends.gpu_triton import TRITON
     from supclap_kernels.options import Options
 
     N, D = 2**20 + 64, 2048
     audio = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     text = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     radius, scale = torch.tensor(0.1, device="cuda"), torch.tensor(0.01, device="cuda")
-    inputs = gpu.Inputs(audio, text, radius, scale, None, None, None)
+    inputs = Inputs(audio, text, radius, scale, None, None, None)
     options = Options(bilateral="none")
-    call = gpu.Call(inputs, options, gpu.tiling(torch.bfloat16, True), True)
-    positive = call.state[12 + 6, -64:]
     wanted = (audio[-64:].double() * text[-64:].double()).sum(dim=1)
-    assert float((positive.double() - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    for backend in (TRITON, CUDA_PANEL):
+        rules = backend.tiling(torch.bfloat16)
+        call = Call(inputs, options, rules, backend.engine, backend.fused)
+        positive = call.state[12 + 6, -64:].double()
+        assert float((positive - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
-@BACKENDS
 def test_float16_upstream_of_a_grad_scaler(backend):
     case = Case(N=300, D=64, dtype=torch.float16)
     inputs = make_inputs(case, "cuda")

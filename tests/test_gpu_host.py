@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_memory import traced
 
+from supclap_kernels.backends.contract import Inputs
 from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, make_inputs
 
@@ -31,7 +32,7 @@ def no_launches(monkeypatch):
 def measured(case: Case, backend) -> int:
     """Bytes at the peak of forward and backward beyond inputs and returned gradients."""
     given, options = make_inputs(case), Options(**case.options)
-    inputs = gpu.Inputs(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
+    inputs = Inputs(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
                         given.ids, given.weight)  # fmt: skip
     needs = (True, True, given.radius is not None, True, False)
 
