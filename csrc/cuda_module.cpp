@@ -60,9 +60,11 @@ void bind_problem(py::module_& m) {
 #define POINTER(name) pointer(problem, #name, &Problem::name)
   POINTER(text), POINTER(audio), POINTER(T), POINTER(A), POINTER(radius), POINTER(scale);
   POINTER(bias), POINTER(weight), POINTER(ids), POINTER(upstream), POINTER(state);
-  POINTER(running), POINTER(similarity), POINTER(omega), POINTER(bounds), POINTER(factors), POINTER(unit);
+  POINTER(running), POINTER(similarity), POINTER(omega), POINTER(bounds), POINTER(factors),
+      POINTER(unit);
   POINTER(sums), POINTER(dT), POINTER(dA), POINTER(row_loss), POINTER(terms), POINTER(out_text);
-  POINTER(out_audio), POINTER(after), POINTER(row_scalars), POINTER(row_radius), POINTER(out_scale), POINTER(out_bias);
+  POINTER(out_audio), POINTER(after), POINTER(row_scalars), POINTER(row_radius), POINTER(out_scale),
+      POINTER(out_bias);
   POINTER(out_radius), POINTER(counter);
 #undef POINTER
 }
@@ -115,9 +117,7 @@ void bind_single(py::module_& m) {
   m.def(
       "single",
       [](const Problem& p, const SinglePlan& plan, Address scratch, Address loss, bool gradient,
-         Stream stream) {
-        raise_if(single(p, plan, scratch, at<float>(loss), gradient, stream));
-      },
+         Stream stream) { raise_if(single(p, plan, scratch, at<float>(loss), gradient, stream)); },
       py::call_guard<py::gil_scoped_release>());
 }
 

@@ -15,7 +15,7 @@
 #define SUPCLAP_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define SUPCLAP_UNROLL _Pragma("unroll")
 #define SUPCLAP_ROLLED _Pragma("unroll 1")
-#define SUPCLAP_UNROLL_BY(count) SUPCLAP_PRAGMA(unroll (count))
+#define SUPCLAP_UNROLL_BY(count) SUPCLAP_PRAGMA(unroll(count))
 #define SUPCLAP_PRAGMA(text) _Pragma(#text)
 #else
 #include "shim.h"

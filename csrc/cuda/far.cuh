@@ -18,7 +18,8 @@ struct FarSide {
 
   __device__ FarSide(const Problem& p, int direction) : direction(direction) {
     const bool text = direction == kSupportRows;
-    X = static_cast<const Scalar*>(text ? p.T : p.A), Y = static_cast<const Scalar*>(text ? p.A : p.T);
+    X = static_cast<const Scalar*>(text ? p.T : p.A),
+    Y = static_cast<const Scalar*>(text ? p.A : p.T);
     dX = text ? p.dT : p.dA, dY = text ? p.dA : p.dT;
     inverse = text ? kTextInverse : kAudioInverse;
     support = text ? kSupportText : kSupportAudio;
@@ -41,7 +42,8 @@ __device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t
 }
 
 // index [N], *count: the far rows, in order. Called by one block.
-__device__ __noinline__ inline void list_far(const Problem& p, int* index, int* count, int* scratch) {
+__device__ __noinline__ inline void list_far(const Problem& p, int* index, int* count,
+                                             int* scratch) {
   int total = 0;
   SUPCLAP_ROLLED
   for (int64_t first = 0; first < p.N; first += kThreads) {
@@ -148,8 +150,8 @@ __device__ __noinline__ void far_row_statistics(const Problem& p, int64_t i, flo
 
 // Sweep 1 of kShared: audio j has the far support vectors as negatives.
 template <class Scalar>
-__device__ __noinline__ void far_column_statistics(const Problem& p, int64_t j, const int* index, int count,
-                                      float* memory) {
+__device__ __noinline__ void far_column_statistics(const Problem& p, int64_t j, const int* index,
+                                                   int count, float* memory) {
   const FarScratch scratch(memory, p.width);
   const FarSide<Scalar> side(p, kSupportRows);
   const float k2 = logit_scale_2(p);
@@ -169,8 +171,8 @@ __device__ __noinline__ void far_column_statistics(const Problem& p, int64_t j, 
 }
 
 // Slope towards the logit k2 product + b of far row i with row j; product with 1 / |s|.
-__device__ __forceinline__ float far_slope(const Problem& p, int direction, float product, int64_t i,
-                                           int64_t j) {
+__device__ __forceinline__ float far_slope(const Problem& p, int direction, float product,
+                                           int64_t i, int64_t j) {
   if (!is_negative(p, i, j)) return 0;
   const auto factor = [&](int which, int64_t n) { return p.factors[which * p.N + n]; };
   const float z = logit_scale_2(p) * product;
@@ -252,8 +254,8 @@ __device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float
 
 // Sweep 2 of a compared row: dY_j += sum_i H_ij s_i over all far rows i.
 template <class Scalar>
-__device__ __noinline__ void far_column_gradient(const Problem& p, int64_t j, const int* index, int count,
-                                    float* memory) {
+__device__ __noinline__ void far_column_gradient(const Problem& p, int64_t j, const int* index,
+                                                 int count, float* memory) {
   const FarScratch scratch(memory, p.width);
   SUPCLAP_ROLLED
   for (int n = 0; n < far_sides(p); ++n) {

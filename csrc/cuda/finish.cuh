@@ -71,10 +71,10 @@ struct RowTerms {
 template <class Scalar>
 struct FinishRow {
   const Problem& p;
-  const Scalar *text, *audio;           // the pair as given
-  double text_inverse, audio_inverse;   // 1 / length
+  const Scalar *text, *audio;          // the pair as given
+  double text_inverse, audio_inverse;  // 1 / length
   float factor, scale;
-  float* scratch;                     // [kWarps]
+  float* scratch;  // [kWarps]
 
   __device__ float mixed(const float* total, float of_t, float of_a, float of_e, int64_t d) const {
     const float t = widen(operand(text[d * p.text_d], text_inverse, p.normalize));
@@ -82,8 +82,8 @@ struct FinishRow {
     return factor * total[d] + of_t * t + of_a * a + of_e * (a - t);
   }
 
-  // Row i of out = scale (factor total + of_t t + of_a a + of_e e), made tangent to the sphere if the
-  // rows were normalised, cast once. X: the tower's own row as given.
+  // Row i of out = scale (factor total + of_t t + of_a a + of_e e), made tangent to the sphere if
+  // the rows were normalised, cast once. X: the tower's own row as given.
   __device__ void side(const float* total, float of_t, float of_a, float of_e, const Scalar* X,
                        int64_t stride, double inverse, void* out, int64_t i) const {
     const float over = float(inverse);

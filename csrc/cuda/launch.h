@@ -44,17 +44,17 @@ std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& 
                    uintptr_t stream, const Arguments&... arguments) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (grid.shared > 48 * 1024) {
-    const auto error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
+    const auto error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            int(grid.shared));
     if (error != cudaSuccess) return message(name, error);
   }
   const auto to = reinterpret_cast<cudaStream_t>(stream);
   const auto go = [&](Parameters... values) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&values))...};
-    return grid.cooperative ? cudaLaunchCooperativeKernel(function, grid.blocks, dim3(kThreads),
-                                                          pointers, grid.shared, to)
-                            : cudaLaunchKernel(function, grid.blocks, dim3(kThreads), pointers,
-                                               grid.shared, to);
+    return grid.cooperative
+               ? cudaLaunchCooperativeKernel(function, grid.blocks, dim3(kThreads), pointers,
+                                             grid.shared, to)
+               : cudaLaunchKernel(function, grid.blocks, dim3(kThreads), pointers, grid.shared, to);
   };
   const auto error = go(arguments...);
   if (error == cudaSuccess) return "";
@@ -71,8 +71,7 @@ template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, uintptr_t,
                    const Arguments&... arguments) {
   (void)name;
-  shim::launch(grid.blocks, kThreads, grid.shared, grid.cooperative,
-               [&] { kernel(arguments...); });
+  shim::launch(grid.blocks, kThreads, grid.shared, grid.cooperative, [&] { kernel(arguments...); });
   return "";
 }
 
@@ -82,9 +81,12 @@ std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& 
 template <class Go>
 std::string by_dtype(int dtype, const Go& go) {
   switch (dtype) {
-    case kFloat32: return go(float{});
-    case kBfloat16: return go(Bfloat16{});
-    default: return go(Float16{});
+    case kFloat32:
+      return go(float{});
+    case kBfloat16:
+      return go(Bfloat16{});
+    default:
+      return go(Float16{});
   }
 }
 

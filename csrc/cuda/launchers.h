@@ -46,8 +46,8 @@ SinglePlan plan_single(const Problem& p, bool gradient, int side);
 // The largest N that fits, gradients included; 0: none.
 int64_t single_limit(Problem p, int side, int multiprocessors, int64_t shared_limit);
 int64_t single_limit(const Problem& p, int side);
-// scratch: plan.scratch bytes. loss [1], or null where p.row_loss is enough. What the problem leaves
-// null of running, factors, row_loss, T and A is found in the scratch.
+// scratch: plan.scratch bytes. loss [1], or null where p.row_loss is enough. What the problem
+// leaves null of running, factors, row_loss, T and A is found in the scratch.
 std::string single(Problem p, const SinglePlan& plan, uintptr_t scratch, float* loss, bool gradient,
                    Stream stream);
 

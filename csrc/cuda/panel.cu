@@ -1,8 +1,7 @@
 // Launchers of panel.cuh.
-#include "cuda/panel.cuh"
-
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
+#include "cuda/panel.cuh"
 
 namespace supclap::cuda {
 
@@ -13,7 +12,7 @@ namespace {
 template <int kMode, bool kInfonce>
 std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                          Stream stream) {
-  const auto kernel = !scratch.weights       ? panel_tile_kernel<kMode, kInfonce, false, 4>
+  const auto kernel = !scratch.weights      ? panel_tile_kernel<kMode, kInfonce, false, 4>
                       : p.dtype == kFloat32 ? panel_tile_kernel<kMode, kInfonce, true, 4>
                                             : panel_tile_kernel<kMode, kInfonce, true, 2>;
   const Grid grid{{blocks_for(tile.ni, kPanelRows), blocks_for(tile.nj, kPanelColumns)},
@@ -29,9 +28,9 @@ std::string merge_side(const Problem& p, const float* part, const float* sums, i
     int used = 0;
     for (int d = 0; d < kDirections; ++d) used |= direction_kept(p, d) << d;
     used |= (p.stats && !columns) << kDirections;
-    const std::string error = launch("merge_statistics", merge_statistics_kernel,
-                                     {{blocks, kDirections + 1}}, stream, p, part, slots, n, first,
-                                     used);
+    const std::string error =
+        launch("merge_statistics", merge_statistics_kernel, {{blocks, kDirections + 1}}, stream, p,
+               part, slots, n, first, used);
     if (!error.empty()) return error;
   }
   const int of_support = p.mode == kNone ? 0 : (1 << kTileSums) - (1 << kRhoText);
@@ -63,8 +62,8 @@ std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScra
                         Stream stream) {
   const int slots_i = int(blocks_for(tile.nj, kPanelColumns));
   const int slots_j = int(blocks_for(tile.ni, kPanelRows));
-  const std::string error = merge_side(p, scratch.part_i, scratch.sums_i, slots_i, tile.ni, tile.i0,
-                                       false, stream);
+  const std::string error =
+      merge_side(p, scratch.part_i, scratch.sums_i, slots_i, tile.ni, tile.i0, false, stream);
   if (!error.empty() || tile.i0 == tile.j0) return error;
   return merge_side(p, scratch.part_j, scratch.sums_j, slots_j, tile.nj, tile.j0, true, stream);
 }

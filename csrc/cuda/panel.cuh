@@ -55,9 +55,19 @@ struct PanelReader {
 
   __device__ PanelReader(const Problem& p, const PanelTile& tile, const PanelPlace& place,
                          const float* panel, const Side& I, const Side& J, int mode)
-      : p(p), tile(tile), place(place), panel(panel), I(I), J(J), mode(mode),
-        k2(logit_scale_2(p)), b(logit_bias_2(p)), diagonal(tile.i0 == tile.j0),
-        other{{J, PanelShape::column(0)}, {J, PanelShape::column(1)}, {J, PanelShape::column(2)},
+      : p(p),
+        tile(tile),
+        place(place),
+        panel(panel),
+        I(I),
+        J(J),
+        mode(mode),
+        k2(logit_scale_2(p)),
+        b(logit_bias_2(p)),
+        diagonal(tile.i0 == tile.j0),
+        other{{J, PanelShape::column(0)},
+              {J, PanelShape::column(1)},
+              {J, PanelShape::column(2)},
               {J, PanelShape::column(3)}} {}
 
   __device__ __forceinline__ PanelRow operator()(int r) const {
@@ -194,7 +204,8 @@ __device__ __forceinline__ void store_weights(void* weights, int64_t at, const f
 // One tile pair: sweep 1, or sweep 2.
 template <int kMode, bool kInfonce, bool kWeights, int kItemsize>
 __global__ void __launch_bounds__(kThreads, 1)
-    panel_tile_kernel(const __grid_constant__ Problem p, const PanelTile tile, const PanelScratch to) {
+    panel_tile_kernel(const __grid_constant__ Problem p, const PanelTile tile,
+                      const PanelScratch to) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   const PanelPlace place;
@@ -211,9 +222,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                      {to.part_j + at_j, plane_j}, scratch);
   if (!kWeights) return;
   tile_weights<PanelShape>(
-      read, I, J, b, kMode, kInfonce, diagonal,
-      {to.sums_i + at_i, plane_i}, {to.sums_j + at_j, plane_j}, scratch,
-      [&](int r, float(&w)[4][PanelShape::kColumns]) {
+      read, I, J, b, kMode, kInfonce, diagonal, {to.sums_i + at_i, plane_i},
+      {to.sums_j + at_j, plane_j}, scratch, [&](int r, float (&w)[4][PanelShape::kColumns]) {
         const int64_t x = place.x + PanelShape::row() + r, y = place.y + PanelShape::column(0);
         int64_t at = x * tile.ld + y;
         const auto put = [&](int n) {
@@ -229,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Adds one tile pair's partial statistics to `running`, slot after slot. Grid: (n / kThreads, 5).
 static __global__ void merge_statistics_kernel(const __grid_constant__ Problem p, const float* part,
-                                        int slots, int n, int64_t first, int used) {
+                                               int slots, int n, int64_t first, int used) {
   const int direction = blockIdx.y, x = blockIdx.x * kThreads + threadIdx.x;
   if (x >= n || !(used >> direction & 1)) return;
   const int64_t plane = int64_t(slots) * n;
@@ -246,8 +256,8 @@ static __global__ void merge_statistics_kernel(const __grid_constant__ Problem p
 }
 
 // Adds one tile pair's partial sums, slot after slot. Grid: (n / kThreads, kTileSums).
-static __global__ void merge_sums_kernel(const __grid_constant__ Problem p, const float* part, int slots,
-                                  int n, int64_t first, int used) {
+static __global__ void merge_sums_kernel(const __grid_constant__ Problem p, const float* part,
+                                         int slots, int n, int64_t first, int used) {
   const int sum = blockIdx.y, x = blockIdx.x * kThreads + threadIdx.x;
   if (x >= n || !(used >> sum & 1)) return;
   float total = p.sums[sum * p.N + first + x];

@@ -63,15 +63,15 @@ struct Problem {
   const int64_t* ids;                        // [N], or null
   const float* upstream;                     // [N] or [1], or null: 1
   // Passed from sweep to sweep, float32.
-  float* state;    // [22, N]
+  float* state;       // [22, N]
   float* running;     // [10, N] planes of the statistics, of the negatives
   float* similarity;  // [2, N] single launch: the last two of them, with `stats`
-  float* omega;    // [N] upstream gradient x weight x row_scale
-  float* bounds;   // [2, blocks of row_weights] maxima over rows: |omega|, gain of the weights
-  float* factors;  // [8, N] m of each direction, then omega / (l unit), times alpha for s
-  float* unit;     // [1] a power of 2
-  float* sums;     // [7, N]
-  float *dT, *dA;  // [N, width] sums of products, or null: frozen
+  float* omega;       // [N] upstream gradient x weight x row_scale
+  float* bounds;      // [2, blocks of row_weights] maxima over rows: |omega|, gain of the weights
+  float* factors;     // [8, N] m of each direction, then omega / (l unit), times alpha for s
+  float* unit;        // [1] a power of 2
+  float* sums;        // [7, N]
+  float *dT, *dA;     // [N, width] sums of products, or null: frozen
   // Results.
   float* row_loss;              // [N] weight x row_scale x the row's loss
   float* terms;                 // [6, N] or null: l_t2a, l_a2t, l_svr, l_cons, beaten twice
@@ -85,7 +85,9 @@ struct Problem {
 };
 
 // How many of Q and K the mode has.
-SUPCLAP_HD int grams_of(const Problem& p) { return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1; }
+SUPCLAP_HD int grams_of(const Problem& p) {
+  return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1;
+}
 
 // A tile pair of the panel engine: rows [i0, i0 + ni) against rows [j0, j0 + nj). Blocks S, P (off
 // the diagonal), Q, K of `size` float32 each, in rows of ld; both sides padded to whole blocks.
@@ -105,10 +107,10 @@ struct PanelScratch {
 
 // How the single launch cuts a problem.
 struct SinglePlan {
-  int side;       // B
-  int tiles;      // of N
-  int pairs;      // tile pairs
-  int kept;       // pairs whose tiles a block keeps; 1: for the moment
+  int side;   // B
+  int tiles;  // of N
+  int pairs;  // tile pairs
+  int kept;   // pairs whose tiles a block keeps; 1: for the moment
   int blocks;
   int64_t shared;   // bytes
   int64_t scratch;  // bytes

@@ -28,12 +28,13 @@ struct Mover {
   __device__ void load(const Scalar* from, int64_t ld, int64_t rows, int64_t columns) {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
-      const int e = threadIdx.x + n * kThreads, row = e / kAcross, column = e % kAcross * Piece::size;
+      const int e = threadIdx.x + n * kThreads, row = e / kAcross,
+                column = e % kAcross * Piece::size;
       if (e < kPieces && row < rows && column < columns)
         held[n] = load_vector(from + row * ld + column);
       else
         SUPCLAP_UNROLL
-        for (int m = 0; m < Piece::size; ++m) held[n].at[m] = narrow<Scalar>(0.0f);
+      for (int m = 0; m < Piece::size; ++m) held[n].at[m] = narrow<Scalar>(0.0f);
     }
   }
   // to [kTileRows, pitch], or, transposed, [kTileColumns, pitch].
@@ -41,13 +42,14 @@ struct Mover {
   __device__ void store(Scalar* to, int pitch) const {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
-      const int e = threadIdx.x + n * kThreads, row = e / kAcross, column = e % kAcross * Piece::size;
+      const int e = threadIdx.x + n * kThreads, row = e / kAcross,
+                column = e % kAcross * Piece::size;
       if (e >= kPieces) continue;
       if (!kTransposed)
         store_vector(to + row * pitch + column, held[n]);
       else
         SUPCLAP_UNROLL
-        for (int m = 0; m < Piece::size; ++m) to[(column + m) * pitch + row] = held[n].at[m];
+      for (int m = 0; m < Piece::size; ++m) to[(column + m) * pitch + row] = held[n].at[m];
     }
   }
 };
@@ -81,9 +83,8 @@ struct Product {
   };
   __device__ void add(int result, const Piece& x, const Piece& y) {
     SUPCLAP_UNROLL
-    for (int i = 0; i < 4; ++i)
-      SUPCLAP_UNROLL
-      for (int j = 0; j < 4; ++j) sum[result][i][j] += x.at[i] * y.at[j];
+    for (int i = 0; i < 4; ++i) SUPCLAP_UNROLL
+    for (int j = 0; j < 4; ++j) sum[result][i][j] += x.at[i] * y.at[j];
   }
 
   // S, P (off the diagonal), Q and K of one depth; operands T_I, A_I, T_J, A_J.
@@ -109,11 +110,9 @@ struct Product {
   template <class Put>
   __device__ void write(int result, const Put& put) const {
     for (int t = 0; t < kTeams; ++t) {
-      if (t == team())
-        SUPCLAP_UNROLL
-        for (int i = 0; i < 4; ++i)
-          SUPCLAP_UNROLL
-          for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j], t == 0);
+      if (t == team()) SUPCLAP_UNROLL
+      for (int i = 0; i < 4; ++i) SUPCLAP_UNROLL
+      for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j], t == 0);
       __syncthreads();
     }
   }
@@ -132,9 +131,9 @@ struct TensorProduct {
   static constexpr bool kTransposed = false;
   static constexpr int kSimilarityOperand = B * kSimilarityPitch;
   static constexpr int kGradientOperand = kGradientDepth * kGradientPitch;
-  static constexpr int kDown = B == 64 ? 2 : 1, kAcross = 2;       // fragments of a warp
-  static constexpr int kWarpsAcross = B / (8 * kAcross);           // warps beside each other
-  static constexpr int kTeam = B / (16 * kDown) * kWarpsAcross;    // warps
+  static constexpr int kDown = B == 64 ? 2 : 1, kAcross = 2;     // fragments of a warp
+  static constexpr int kWarpsAcross = B / (8 * kAcross);         // warps beside each other
+  static constexpr int kTeam = B / (16 * kDown) * kWarpsAcross;  // warps
   static constexpr int kTeams = kWarps / kTeam;
 
   float sum[kResults][kDown][kAcross][4] = {};
@@ -151,8 +150,8 @@ struct TensorProduct {
       Left left;
       SUPCLAP_UNROLL
       for (int n = 0; n < kDown; ++n)
-        ldmatrix<false>(left.at[n],
-                        X + (row() + 16 * n + lane() % 16) * kSimilarityPitch + k + lane() / 16 * 8);
+        ldmatrix<false>(left.at[n], X + (row() + 16 * n + lane() % 16) * kSimilarityPitch + k +
+                                        lane() / 16 * 8);
       return left;
     }
     __device__ static Left of_columns(const Scalar* M, int k) {
@@ -167,8 +166,7 @@ struct TensorProduct {
   // Right operands, 16 x 8 each: Y [column, k] transposed, or V [k, column].
   struct Right {
     uint32_t at[kAcross][2];
-    __device__ Right(const uint32_t (&both)[4])
-        : at{{both[0], both[1]}, {both[2], both[3]}} {}
+    __device__ Right(const uint32_t (&both)[4]) : at{{both[0], both[1]}, {both[2], both[3]}} {}
     __device__ static Right of_rows(const Scalar* Y, int k) {
       uint32_t both[4];
       ldmatrix<false>(both, Y + (column() + lane() / 16 * 8 + lane() % 8) * kSimilarityPitch + k +
@@ -183,9 +181,8 @@ struct TensorProduct {
   };
   __device__ void add(int result, const Left& x, const Right& y) {
     SUPCLAP_UNROLL
-    for (int i = 0; i < kDown; ++i)
-      SUPCLAP_UNROLL
-      for (int j = 0; j < kAcross; ++j) mma(sum[result][i][j], x.at[i], y.at[j], Scalar{});
+    for (int i = 0; i < kDown; ++i) SUPCLAP_UNROLL
+    for (int j = 0; j < kAcross; ++j) mma(sum[result][i][j], x.at[i], y.at[j], Scalar{});
   }
 
   __device__ void similarity(const Scalar* const (&operand)[4], int grams, bool diagonal) {
@@ -206,15 +203,12 @@ struct TensorProduct {
   template <class Put>
   __device__ void write(int result, const Put& put) const {
     for (int t = 0; t < kTeams; ++t) {
-      if (t == team())
-        SUPCLAP_UNROLL
-        for (int i = 0; i < kDown; ++i)
-          SUPCLAP_UNROLL
-          for (int j = 0; j < kAcross; ++j)
-            SUPCLAP_UNROLL
-            for (int n = 0; n < 4; ++n)
-              put(row() + 16 * i + lane() / 4 + n / 2 * 8, column() + 8 * j + lane() % 4 * 2 + n % 2,
-                  sum[result][i][j][n], t == 0);
+      if (t == team()) SUPCLAP_UNROLL
+      for (int i = 0; i < kDown; ++i) SUPCLAP_UNROLL
+      for (int j = 0; j < kAcross; ++j) SUPCLAP_UNROLL
+      for (int n = 0; n < 4; ++n)
+        put(row() + 16 * i + lane() / 4 + n / 2 * 8, column() + 8 * j + lane() % 4 * 2 + n % 2,
+            sum[result][i][j][n], t == 0);
       __syncthreads();
     }
   }

@@ -9,13 +9,14 @@ namespace supclap::cuda {
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
     pack_rows_kernel(const __grid_constant__ Problem p, const Scalar* X, int64_t stride_n,
-              int64_t stride_d, Scalar* out) {
+                     int64_t stride_d, Scalar* out) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i < p.N) pack_row(p, X + i * stride_n, stride_d, out + i * p.width);
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1) prepare_rows_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    prepare_rows_kernel(const __grid_constant__ Problem p) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i < p.N) prepare_row<Scalar>(p, i);
 }
@@ -65,7 +66,8 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
 
 // A block a row; the last block adds up dk, db and dR.
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1) finish_gradients_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    finish_gradients_kernel(const __grid_constant__ Problem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   finish_row<Scalar>(p, blockIdx.x, scratch);

@@ -26,8 +26,8 @@ std::string pack_rows(const Problem& p, bool text, Stream stream) {
 
 std::string prepare_rows(const Problem& p, Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
-    return launch("prepare_rows", prepare_rows_kernel<decltype(scalar)>,
-                  {blocks_for(p.N, kWarps)}, stream, p);
+    return launch("prepare_rows", prepare_rows_kernel<decltype(scalar)>, {blocks_for(p.N, kWarps)},
+                  stream, p);
   });
 }
 
@@ -71,8 +71,8 @@ std::string far_statistics(const Problem& p, const int* index, const int* count,
 std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    const std::string error = launch("far_rows", far_rows_kernel<Scalar>, far_grid(p), stream, p,
-                                     index, count);
+    const std::string error =
+        launch("far_rows", far_rows_kernel<Scalar>, far_grid(p), stream, p, index, count);
     if (!error.empty()) return error;
     return launch("far_columns", far_columns_kernel<Scalar>, far_grid(p), stream, p, index, count);
   });

@@ -156,9 +156,8 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
   for (int d = 0; d < kDirections; ++d)
     if (direction_used(p, d))
       loss[d] = finish_direction(p, d, negatives[d], positive.logit(p, d), i);
-  if (p.stats)
-    SUPCLAP_UNROLL
-    for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
+  if (p.stats) SUPCLAP_UNROLL
+  for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
   float constraint = 0;
   if (p.radius) {
     const float R = radius_of(p, i), r = row_of(p, kGap, i);
@@ -166,11 +165,11 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
   }
   const float support = loss[kSupportRows] + loss[kOtherRows];
   const float weight = (p.weight ? p.weight[i] : 1) * p.row_scale;
-  p.row_loss[i] = weight * (loss[kTextRows] + loss[kAudioRows] + p.alpha * support +
-                            p.beta * constraint);
+  p.row_loss[i] =
+      weight * (loss[kTextRows] + loss[kAudioRows] + p.alpha * support + p.beta * constraint);
   if (!p.terms) return;
-  const float terms[6] = {loss[kTextRows], loss[kAudioRows], support, constraint, beaten[0],
-                          beaten[1]};
+  const float terms[6] = {loss[kTextRows], loss[kAudioRows], support,
+                          constraint,      beaten[0],        beaten[1]};
   SUPCLAP_UNROLL
   for (int n = 0; n < 6; ++n) p.terms[n * p.N + i] = terms[n];
 }

@@ -1,8 +1,7 @@
 // How the single launch cuts a problem, and its launcher.
-#include "cuda/single.cuh"
-
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
+#include "cuda/single.cuh"
 
 namespace supclap::cuda {
 
@@ -74,8 +73,8 @@ SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiproce
     if (plan.blocks < 1) return {};
     plan.kept = p.infonce && gradient ? blocks_for(plan.pairs, plan.blocks) : 1;
     by_side(p.dtype, plan.side, [&](auto scalar, auto side) {
-      plan.shared = 4 * int64_t(SingleLayout<decltype(scalar), side>::size(
-                             grams_of(p), plan.kept, p.width));
+      plan.shared =
+          4 * int64_t(SingleLayout<decltype(scalar), side>::size(grams_of(p), plan.kept, p.width));
       return std::string();
     });
     SingleScratch scratch;

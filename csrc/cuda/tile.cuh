@@ -94,8 +94,8 @@ __device__ __forceinline__ float support_logit(float cross, float gram, float c,
   return support_product(cross, gram, c) * inverse;
 }
 
-// A logit of direction d, whose rows are the tile's rows I; exchange S with P and `own` (the support
-// vectors of I) with `other` for those of its columns.
+// A logit of direction d, whose rows are the tile's rows I; exchange S with P and `own` (the
+// support vectors of I) with `other` for those of its columns.
 __device__ __forceinline__ float direction_logit(int d, int mode, const Products& z,
                                                  const Support& own, const Support& other,
                                                  float b) {
@@ -131,8 +131,8 @@ struct Factors {
 
 // What one element adds to the weights and to the sums of its text and its audio.
 struct Half {
-  float W, V_A, V_T;                   // weight of S; of Q and K, before they are symmetrised
-  float base, total;                   // g S, and all slopes
+  float W, V_A, V_T;  // weight of S; of Q and K, before they are symmetrised
+  float base, total;  // g S, and all slopes
   float rho_t, support_t, rho_a, support_a;
 
   // S, Q, K: logits of text t with audio a.
@@ -164,9 +164,9 @@ struct Half {
 };
 
 // Sweep 2: the weights, a row at a time through store(r, w): w[0] of A_J in dT_I, w[1] of T_J in
-// dA_I, w[2] of A_J in dA_I, w[3] of T_J in dT_I; and partial sums [kTileSums] of rows and (kRhoText
-// and on) of columns. z(r) are the logits of a row's elements, z(r).at[c]. `scratch` [Shape::kScratch] is free
-// again behind the next barrier.
+// dA_I, w[2] of A_J in dA_I, w[3] of T_J in dT_I; and partial sums [kTileSums] of rows and
+// (kRhoText and on) of columns. z(r) are the logits of a row's elements, z(r).at[c]. `scratch`
+// [Shape::kScratch] is free again behind the next barrier.
 template <class Shape, class Logits, class Store>
 __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, const Side& J, float b,
                                              int mode, bool infonce, bool diagonal, Slot slot_i,
@@ -209,11 +209,10 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
   }
   if (diagonal || mode == kNone) return;
   SUPCLAP_UNROLL
-  for (int sum = 0; sum < kSums - kRhoText; ++sum)
-    SUPCLAP_UNROLL
-    for (int c = 0; c < kC; ++c)
-      scratch[(sum * Shape::kGroups + Shape::group()) * Shape::kBlockColumns + Shape::column(c)] =
-          column[c][sum];
+  for (int sum = 0; sum < kSums - kRhoText; ++sum) SUPCLAP_UNROLL
+  for (int c = 0; c < kC; ++c)
+    scratch[(sum * Shape::kGroups + Shape::group()) * Shape::kBlockColumns + Shape::column(c)] =
+        column[c][sum];
   __syncthreads();
   for (int e = threadIdx.x; e < (kSums - kRhoText) * Shape::kBlockColumns; e += kThreads) {
     const int sum = e / Shape::kBlockColumns, y = e % Shape::kBlockColumns;

@@ -55,7 +55,7 @@ struct Fiber {
   void* stack_pointer = nullptr;
   void* sanitizer = nullptr;
   State state = kRuns;
-  unsigned mask = 0;                    // lanes it waits for at a warp barrier
+  unsigned mask = 0;  // lanes it waits for at a warp barrier
   bool phase_block = 0, phase_warp = 0, phase_grid = 0, phase_exchange = 0;
   alignas(16) unsigned char left[2][64];  // for other lanes
 };
@@ -250,7 +250,8 @@ void run_blocks(size_t first, size_t end) {
     }
     if (!live) break;
     if (end - first == running->blocks.size()) progress |= open_grid();
-    if (!progress) throw std::runtime_error("shim: deadlock: threads wait for some that never come");
+    if (!progress)
+      throw std::runtime_error("shim: deadlock: threads wait for some that never come");
   }
 }
 
@@ -275,8 +276,7 @@ void grid_barrier(Site site) {
   wait(kAtGrid, &running->grid.at[running->current->phase_grid ^= 1]);
 }
 
-void exchange(unsigned mask, const void* value, size_t size,
-                          const void* (&others)[32]) {
+void exchange(unsigned mask, const void* value, size_t size, const void* (&others)[32]) {
   Fiber& fiber = *running->current;
   if (size > sizeof fiber.left[0]) throw std::runtime_error("shim: too much to exchange");
   const int phase = fiber.phase_exchange ^= 1;

@@ -102,7 +102,7 @@ SHIM_UNSEEN void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint3
   } own, *lanes[32];
   memcpy(own.a, a, sizeof a);
   memcpy(own.b, b, sizeof b);
-  exchange(~0u, &own, sizeof own, reinterpret_cast<const void* (&)[32]>(lanes));
+  exchange(~0u, &own, sizeof own, reinterpret_cast<const void*(&)[32]>(lanes));
   const int lane = self().thread.x % 32;
   const auto half = [&](uint32_t pair, int high) { return widen(uint16_t(pair >> 16 * high)); };
   for (int n = 0; n < 4; ++n) {
@@ -121,7 +121,7 @@ SHIM_UNSEEN void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint3
 // ldmatrix.x4: lane l gives the address of row l % 8 of matrix l / 8.
 SHIM_UNSEEN inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
   const void* const* lanes[32];
-  exchange(~0u, &row, sizeof row, reinterpret_cast<const void* (&)[32]>(lanes));
+  exchange(~0u, &row, sizeof row, reinterpret_cast<const void*(&)[32]>(lanes));
   const int lane = self().thread.x % 32;
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint32_t pair = 0;
