@@ -192,7 +192,6 @@ def test_more_than_2_to_the_31_elements():
     if free < 24 * 2**30:
         pytest.skip("needs 24 GiB")
     from supclap_kernels.backends.contract import Inputs
-    from supclap_kernels.backends.gpu_call import Call
     from supclap_kernels.backends.gpu_cuda import CUDA_PANEL
     from supclap_kernels.backends.gpu_triton import TRITON
     from supclap_kernels.options import Options
@@ -206,7 +205,7 @@ def test_more_than_2_to_the_31_elements():
     wanted = (audio[-64:].double() * text[-64:].double()).sum(dim=1)
     for backend in (TRITON, CUDA_PANEL):
         rules = backend.tiling(torch.bfloat16)
-        call = Call(inputs, options, rules, backend.engine, backend.fused)
+        call = backend.engine(inputs, options, rules, backend.fused)
         positive = call.state[12 + 6, -64:].double()
         assert float((positive - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 

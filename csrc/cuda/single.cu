@@ -25,6 +25,9 @@ auto by_side(int dtype, int side, const Go& go) {
   });
 }
 
+// Beyond this batch the weights, (2 + grams) N^2 numbers, would leave the L2 cache.
+constexpr int64_t kMostRows = 4096;
+
 int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // Whether a tower's rows must be packed: normalised, or not contiguous in whole pieces of 16 bytes.
@@ -60,12 +63,12 @@ int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScrat
 
 SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiprocessors,
                        int64_t shared_limit) {
+  if (p.N > kMostRows) return {};
   for (const TileSide& choice : kSides) {
     if (side ? side != choice.side : p.N > choice.until) continue;
     SinglePlan plan{};
     plan.side = choice.side;
     const int64_t tiles = blocks_for(p.N, plan.side);
-    if (tiles > 4096) return {};
     plan.tiles = int(tiles), plan.pairs = int(tiles * (tiles + 1) / 2);
     const int64_t items = tiles * blocks_for(p.width, plan.side);
     const int64_t most = gradient && items > plan.pairs ? items : plan.pairs;

@@ -12,7 +12,7 @@ only in float32, so there outputs are float32 and PyTorch casts them), and tests
 
 import contextlib
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from .gpu_call import (
     PLANES,
     SUMS,
     Call,
-    Kernels,
     lanes_of,
     scratch_dtypes,
     scratch_shapes,
@@ -48,28 +47,10 @@ def tiling(weight: int, fused: bool) -> Tiling:
     return Tiling(tiles.GPU_TILE, tiles.GPU_PAD, tiles.GPU_PAD, scratch)
 
 
-class Engine(Protocol):
-    """Makes the `Kernels` of a call, and knows the size of their working memory."""
-
-    def __call__(self, call: Call) -> Kernels: ...
-
-    @staticmethod
-    def weights_dtype(dtype: torch.dtype) -> torch.dtype: ...
-
-    @staticmethod
-    def slots_for(
-        ni: int, nj: int, fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype
-    ) -> tuple[int, int]: ...
-
-    @staticmethod
-    def far_bytes(N: int, width: int) -> int:
-        """Working memory of the far rows' gradients."""
-
-
 class Backend:
-    """What dispatch calls; `fused`: the tile kernels compute the logits."""
+    """What dispatch calls. `engine` launches; `fused`: its tile kernels compute the logits."""
 
-    def __init__(self, engine: Engine, fused: bool) -> None:
+    def __init__(self, engine: type[Call], fused: bool) -> None:
         self.engine, self.fused = engine, fused
 
     def tiling(self, dtype: torch.dtype) -> Tiling:
@@ -90,7 +71,7 @@ class Backend:
         """loss (or rows of it), the values of SVRStats (or empty), state (22, N), and `saved`."""
         with device_of(inputs.audio):
             rules = self.tiling(inputs.audio.dtype)
-            call = Call(inputs, options, rules, self.engine, self.fused)
+            call = self.engine(inputs, options, rules, self.fused)
             has_radius, keep = inputs.radius is not None, any(needs)
             size = self.saved_elements(call.N, call.D, call.dtype, has_radius, options, keep)
             saved = call.new_empty(size)
@@ -127,7 +108,7 @@ class Backend:
                 gradients = contract.reduced_gradients(inputs, saved, upstream)
                 return contract.returned(inputs, needs, *gradients)
             rules = self.tiling(inputs.audio.dtype)
-            call = Call(inputs, options, rules, self.engine, self.fused, state)
+            call = self.engine(inputs, options, rules, self.fused, state)
             call.start_gradients(upstream)
             kept = None if self.fused else kept_panels(saved)
             return contract.returned(inputs, needs, *call.gradients(needs, kept))

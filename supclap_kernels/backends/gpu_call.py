@@ -1,12 +1,12 @@
 """One pass of the GPU backends (gpu.py): the tensors on the device, and the order of the work.
 
-What launches kernels is behind `Kernels`: Triton's (gpu_triton.py) or those of csrc/cuda
-(gpu_cuda.py).
+What launches kernels is a subclass of `Call`: for Triton's (gpu_triton.py), and for those of
+csrc/cuda (gpu_cuda.py).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,45 +39,6 @@ class Scratch(NamedTuple):
     part_j: Any
     sums_i: Any
     sums_j: Any
-
-
-class Kernels(Protocol):
-    """What launches the kernels of one call, whose tensors it finds there."""
-
-    @staticmethod
-    def weights_dtype(dtype: torch.dtype) -> torch.dtype:
-        """Of stored weights and written gradients, for the embeddings' dtype."""
-
-    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
-        """Of the partial results of a tile's rows, and of its columns."""
-
-    def pack(self, X: Tensor, out: Tensor) -> None:
-        """out (N, width) = the rows X (N, D), normalised if asked, zero beyond D."""
-
-    def prepare_rows(self) -> None:
-        """Fills `state` with the geometry of the rows, and starts `running`."""
-
-    def tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
-        """Statistics of one tile, weights, or both, as the scratch has room for."""
-
-    def merge(self, tile: Tile, scratch: Scratch) -> None:
-        """Add the tile's partial results to the running ones."""
-
-    def far_statistics(self) -> None: ...
-
-    def finish_statistics(self, rows: Tensor, terms: Tensor | None) -> None:
-        """The rows' losses (N,) and (6, N) terms, from `running`; fills `state`."""
-
-    def start_gradients(self, upstream: Tensor | None) -> None:
-        """Fills `omega`, `factors` and `unit`."""
-
-    def far_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None: ...
-
-    def finish_gradients(
-        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """text, audio (N, D) from dT, dA (N, width) and `sums`. Returns dR of each row (N,), and
-        the sums (3,) of dk, db and dR over rows."""
 
 
 def lanes_of(layout: Layout, fused: bool) -> int:
@@ -126,7 +87,6 @@ class Call:
         inputs: Inputs,
         options: Options,
         tiling: Tiling,
-        kernels: Callable[["Call"], Kernels],
         fused: bool,
         state: Tensor | None = None,
     ) -> None:
@@ -152,14 +112,76 @@ class Call:
         svr, two = self.mode != NONE, self.mode in (SHARED, MIRROR)
         self.directions = 0b0011 | svr * 0b0100 | two * 0b1000
         self.sums_of_columns = svr * 0b010100 | (self.mode == MIRROR) * 0b101000
-        self.kernels = kernels(self)
-        self.weights_dtype = self.kernels.weights_dtype(self.dtype)
+        self.stored = self.weights_dtype(self.dtype)
+        self.prepare_launches()
         self.T, self.A = self.operand(inputs.text), self.operand(inputs.audio)
         self.products = DeviceProducts(self.T, self.A)
         self.state = self.new_zeros(STATE_ROWS, N) if state is None else state
         if state is None:
             self.running = self.new_empty(PLANES, N)
-            self.kernels.prepare_rows()
+            self.prepare_state()
+
+    # What a subclass launches.
+    def prepare_launches(self) -> None:
+        """Before anything is launched."""
+
+    @staticmethod
+    def weights_dtype(dtype: torch.dtype) -> torch.dtype:
+        """Of stored weights and written gradients, for the embeddings' dtype."""
+        raise NotImplementedError
+
+    @staticmethod
+    def slots_for(
+        ni: int, nj: int, fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype
+    ) -> tuple[int, int]:
+        """Of the partial results of a tile's rows, and of its columns."""
+        raise NotImplementedError
+
+    @staticmethod
+    def far_bytes(N: int, width: int) -> int:
+        """Working memory of the far rows' gradients."""
+        raise NotImplementedError
+
+    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
+        kind = (self.grams, self.infonce, self.dtype)
+        return self.slots_for(ni, nj, self.fused, weights, *kind)
+
+    def pack_rows(self, X: Tensor, out: Tensor) -> None:
+        """out (N, width) = the rows X (N, D), normalised if asked, zero beyond D."""
+        raise NotImplementedError
+
+    def prepare_state(self) -> None:
+        """Fills `state` with the geometry of the rows, and starts `running`."""
+        raise NotImplementedError
+
+    def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
+        """Statistics of one tile, weights, or both, as the scratch has room for."""
+        raise NotImplementedError
+
+    def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
+        """Add the tile's partial results to the running ones."""
+        raise NotImplementedError
+
+    def far_statistics(self) -> None:
+        raise NotImplementedError
+
+    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
+        """The rows' losses (N,) and (6, N) terms, from `running`; fills `state`."""
+        raise NotImplementedError
+
+    def prepare_factors(self, upstream: Tensor | None) -> None:
+        """Fills `omega`, `factors` and `unit`."""
+        raise NotImplementedError
+
+    def far_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def finish_towers(
+        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """text, audio (N, D) from dT, dA (N, width) and `sums`. Returns dR of each row (N,), and
+        the sums (3,) of dk, db and dR over rows."""
+        raise NotImplementedError
 
     def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -173,17 +195,17 @@ class Call:
         as_given = X.is_contiguous() and self.width == self.D and X.data_ptr() % 16 == 0
         if as_given and not self.options.normalize:
             return X
-        dtype = self.weights_dtype if self.options.normalize else self.dtype
+        dtype = self.stored if self.options.normalize else self.dtype
         out = torch.empty(self.N, self.width, dtype=dtype, device=self.device)
-        self.kernels.pack(X, out)
+        self.pack_rows(X, out)
         return out.to(self.dtype)
 
     # One tile.
     def lanes(self, panel: bool, statistics: bool, weights: bool) -> list[Scratch]:
         """Scratch of a sweep."""
-        slots = lambda ni, nj: self.kernels.slots(ni, nj, weights)  # noqa: E731
+        slots = lambda ni, nj: self.slots(ni, nj, weights)  # noqa: E731
         shapes = scratch_shapes(self.layout, slots, self.fused, panel, statistics, weights)
-        dtypes = scratch_dtypes(self.weights_dtype)
+        dtypes = scratch_dtypes(self.stored)
         return [
             Scratch(
                 *(
@@ -210,13 +232,13 @@ class Call:
         """Sweep 1: `running`; fills `kept` with every tile's logits if it is given."""
 
         def free(tile: Tile, scratch: Scratch) -> None:
-            self.kernels.tile(tile, self.logits(tile, kept, scratch, multiply=True), scratch)
+            self.launch_tile(tile, self.logits(tile, kept, scratch, multiply=True), scratch)
 
         scratch = (kept is None, True, False)
         lanes = self.lanes(*scratch)
-        in_flight(self.device, self.layout.tiles(), lanes, free, self.kernels.merge)
+        in_flight(self.device, self.layout.tiles(), lanes, free, self.merge_tile)
         if self.mode != NONE:
-            self.kernels.far_statistics()
+            self.far_statistics()
 
     def sweep_gradients(
         self, dT: Tensor | None, dA: Tensor | None, kept: Tensor | None, with_statistics: bool
@@ -225,10 +247,10 @@ class Call:
 
         def free(tile: Tile, scratch: Scratch) -> None:
             panel = self.logits(tile, kept, scratch, multiply=kept is None)
-            self.kernels.tile(tile, panel, scratch)
+            self.launch_tile(tile, panel, scratch)
 
         def ordered(tile: Tile, scratch: Scratch) -> None:
-            self.kernels.merge(tile, scratch)
+            self.merge_tile(tile, scratch)
             assert scratch.weights is not None
             add_products(dT, dA, tile, blocks(tile, self.grams, scratch.weights), self.products)
 
@@ -236,15 +258,15 @@ class Call:
         in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, ordered)
         if self.mode != NONE:
             if with_statistics:
-                self.kernels.far_statistics()
-            self.kernels.far_gradients(dT, dA)
+                self.far_statistics()
+            self.far_gradients(dT, dA)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         """The loss; and, for the statistics, the (6, N) terms of each row."""
         options = self.options
         rows = self.new_empty(self.N)
         terms = self.new_empty(6, self.N) if options.stats else None
-        self.kernels.finish_statistics(rows, terms)
+        self.finish_rows(rows, terms)
         return rows if options.reduction == "none" else rows.sum(), terms
 
     def start_gradients(self, upstream: Tensor | None) -> None:
@@ -252,7 +274,7 @@ class Call:
         self.omega, self.unit = self.new_empty(self.N), self.new_empty()
         self.factors = self.new_zeros(8, self.N)
         self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_FAR
-        self.kernels.start_gradients(contiguous(upstream))
+        self.prepare_factors(contiguous(upstream))
 
     def gradients(
         self,
@@ -267,7 +289,7 @@ class Call:
         dA, dT = (self.new_zeros(self.N, self.width) if need else None for need in needs[:2])
         self.sweep_gradients(dT, dA, kept, with_statistics)
         outputs = [self.output(total, given) for total, given in zip((dA, dT), out, strict=True)]
-        rows, totals = self.kernels.finish_gradients(dT, dA, outputs[1], outputs[0])
+        rows, totals = self.finish_towers(dT, dA, outputs[1], outputs[0])
         dR = None
         if radius is not None:
             dR = rows if radius.ndim else totals[2].clone()
@@ -277,7 +299,7 @@ class Call:
         """Where a tower's gradient goes: what is given, or the accumulator where it fits."""
         if total is None or given is not None:
             return given
-        dtype = self.weights_dtype
+        dtype = self.stored
         if dtype == torch.float32 and self.width == self.D:
             return total
         return torch.empty(self.N, self.D, dtype=dtype, device=self.device)

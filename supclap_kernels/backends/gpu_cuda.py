@@ -1,4 +1,4 @@
-"""The GPU backends with the kernels of csrc/cuda: launches those of one call."""
+"""The panel engine with the kernels of csrc/cuda: what launches those of a call."""
 
 from typing import Any
 
@@ -51,8 +51,8 @@ class Given:
             setattr(self.problem, name, native.address(tensor))
 
 
-class CudaKernels:
-    """`Kernels` of gpu_call.py, and (the static methods) `Engine` of gpu.py."""
+class CudaCall(Call):
+    """A call that launches kernels of csrc/cuda."""
 
     @staticmethod
     def weights_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,48 +69,43 @@ class CudaKernels:
     def far_bytes(N: int, width: int) -> int:
         return 4 * N
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.given = Given(call.inputs, call.options, call.mode, call.width)
+    def prepare_launches(self) -> None:
+        self.given = Given(self.inputs, self.options, self.mode, self.width)
         self.native, self.problem, self.set = self.given.native, self.given.problem, self.given.set
-        self.stream = native.stream(call.device)
+        self.stream = native.stream(self.device)
         self.far: tuple[Tensor, Tensor] | None = None
 
-    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
-        call = self.call
-        return self.slots_for(ni, nj, False, weights, call.grams, call.infonce, call.dtype)
-
-    def pack(self, X: Tensor, out: Tensor) -> None:
-        text = X is self.call.inputs.text
+    def pack_rows(self, X: Tensor, out: Tensor) -> None:
+        text = X is self.inputs.text
         self.set(**{"T" if text else "A": out})
         self.native.pack_rows(self.problem, text, self.stream)
 
     def start_call(self) -> None:
         """Before the first launch that reads the operands."""
-        self.set(T=self.call.T, A=self.call.A, state=self.call.state)
+        self.set(T=self.T, A=self.A, state=self.state)
 
-    def prepare_rows(self) -> None:
+    def prepare_state(self) -> None:
         self.start_call()
-        self.set(running=self.call.running)
+        self.set(running=self.running)
         self.native.cuda_prepare_rows(self.problem, self.stream)
 
     def place(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> tuple[Any, ...]:
         where = (tile.i0, tile.ni, tile.j0, tile.nj, tile.ld, tile.size)
         start = 0 if panel is None else panel.data_ptr()
-        stream = native.stream(self.call.device)  # of this lane
+        stream = native.stream(self.device)  # of this lane
         return (self.problem, *where, start, *map(native.address, scratch[1:]), stream)
 
-    def tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
+    def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
         self.native.panel_tile(*self.place(tile, panel, scratch))
 
-    def merge(self, tile: Tile, scratch: Scratch) -> None:
+    def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
         self.native.panel_merge(*self.place(tile, None, scratch))
 
     def far_rows(self) -> tuple[int, int]:
         """Which rows are far, listed on the device: addresses of the list and of its length."""
         if self.far is None:
-            integers: dict[str, Any] = {"dtype": torch.int32, "device": self.call.device}
-            self.far = torch.empty(self.call.N, **integers), torch.empty(1, **integers)
+            integers: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
+            self.far = torch.empty(self.N, **integers), torch.empty(1, **integers)
             addresses = map(native.address, self.far)
             self.native.far_list(self.problem, *addresses, self.stream)
         index, count = self.far
@@ -123,26 +118,24 @@ class CudaKernels:
         self.set(dT=dT, dA=dA)
         self.native.far_gradients(self.problem, *self.far_rows(), self.stream)
 
-    def finish_statistics(self, rows: Tensor, terms: Tensor | None) -> None:
+    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
         self.set(row_loss=rows, terms=terms)
         self.native.cuda_finish_statistics(self.problem, self.stream)
 
-    def start_gradients(self, upstream: Tensor | None) -> None:
-        call = self.call
+    def prepare_factors(self, upstream: Tensor | None) -> None:
         self.start_call()
         self.problem.per_row_upstream = upstream is not None and upstream.ndim == 1
         self.given.numbers(upstream=upstream)
-        bounds = call.new_empty(2, -(-call.N // self.native.THREADS))
-        self.set(omega=call.omega, bounds=bounds)
-        self.set(factors=call.factors, unit=call.unit, sums=call.sums)
+        bounds = self.new_empty(2, -(-self.N // self.native.THREADS))
+        self.set(omega=self.omega, bounds=bounds)
+        self.set(factors=self.factors, unit=self.unit, sums=self.sums)
         self.native.cuda_start_gradients(self.problem, self.stream)
 
-    def finish_gradients(
+    def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        call = self.call
-        rows, radius, totals = call.new_empty(2, call.N), call.new_empty(call.N), call.new_empty(3)
-        counter = torch.zeros(1, dtype=torch.int32, device=call.device)
+        rows, radius, totals = self.new_empty(2, self.N), self.new_empty(self.N), self.new_empty(3)
+        counter = torch.zeros(1, dtype=torch.int32, device=self.device)
         given = [x for x in (text, audio) if x is not None]
         self.problem.out_single = any(x.dtype == torch.float32 for x in given)
         self.set(dT=dT, dA=dA, out_text=text, out_audio=audio, counter=counter)
@@ -152,4 +145,4 @@ class CudaKernels:
         return radius, totals
 
 
-CUDA_PANEL = Backend(CudaKernels, fused=False)
+CUDA_PANEL = Backend(CudaCall, fused=False)
