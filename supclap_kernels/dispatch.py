@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from .options import Options, check_choices
 
 GPU_BACKENDS = ("triton", "panel", "cuda")
 NO_DEVICE = "no CUDA device"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's kernels run on CPU tensors, in its interpreter; it reads the variable once, too."""
+SHIM = bool(os.environ.get("SUPCLAP_SHIM"))
+"""Those of csrc/cuda run on CPU tensors, in the tests' stand-in for the CUDA run time."""
+ON_HOST = {"triton": INTERPRETED, "cuda": SHIM, "panel": INTERPRETED or SHIM}
 
 
 @functools.cache
@@ -26,16 +32,14 @@ def triton_backends() -> tuple[Any, str]:
 
 
 def triton_state() -> str:
-    """Whether Triton's kernels can run here, and on what: "ok", or why not."""
     reason = triton_backends()[1]
-    if reason == "ok" and not torch.cuda.is_available() and not on_host("triton"):
+    if reason == "ok" and not INTERPRETED and not torch.cuda.is_available():
         return f"{NO_DEVICE} (Triton's interpreter takes CPU tensors: TRITON_INTERPRET=1)"
     return reason
 
 
 def cuda_state() -> str:
-    """Whether the kernels of csrc/cuda can run here: "ok", or why not."""
-    if on_host("cuda"):
+    if SHIM:
         return "ok"
     found, reason = native.load()
     if found is None:
@@ -45,20 +49,25 @@ def cuda_state() -> str:
     return "ok" if torch.cuda.is_available() else NO_DEVICE
 
 
-def on_host(backend: str) -> bool:
-    """Whether a backend's kernels run on CPU tensors: in Triton's interpreter, or in the tests'
-    stand-in for the CUDA run time (SUPCLAP_SHIM)."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    shim = bool(os.environ.get("SUPCLAP_SHIM"))
-    return {"triton": interpreted, "cuda": shim, "panel": interpreted or shim}[backend]
+def panel_state() -> str:
+    """The panel engine takes the kernels of either."""
+    triton = triton_state()
+    return "ok" if triton == "ok" or cuda_state() == "ok" else triton
+
+
+STATES: dict[str, Callable[[], str]] = {
+    "reference": lambda: "ok",
+    "cpu": lambda: native.load()[1],
+    "triton": triton_state,
+    "cuda": cuda_state,
+    "panel": panel_state,
+}
+"""Whether each backend can run here: "ok", or why not."""
 
 
 def available_backends() -> dict[str, str]:
     """Every backend by name: "ok", or why it cannot run here."""
-    _, reason = native.load()
-    triton, cuda = triton_state(), cuda_state()
-    panel = "ok" if "ok" in (triton, cuda) else triton
-    return {"reference": "ok", "cpu": reason, "triton": triton, "cuda": cuda, "panel": panel}
+    return {name: state() for name, state in STATES.items()}
 
 
 @torch.compiler.assume_constant_result
@@ -67,26 +76,25 @@ def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tup
     cannot.
     """
     check_choices(backend=backend)
-    available = available_backends()
     if backend == "auto":
-        if device == "cpu" and available["cpu"] == "ok":
+        cpu = STATES["cpu"]()
+        if device == "cpu" and cpu == "ok":
             return (
                 "cpu",
                 "the panel engine with C++ epilogues: measured faster than eager at every size",
             )
         if device == "cpu":
-            return "reference", f"fallback: {available['cpu']}"
-        if device == "cuda" and available["panel"] == "ok":
+            return "reference", f"fallback: {cpu}"
+        if device == "cuda" and panel_state() == "ok":
             return "reference", "the GPU backends can run, but are not measured on a GPU yet"
         return "reference", f"fallback: no kernel for {device} tensors here"
-    if available[backend] != "ok":
-        raise RuntimeError(
-            f"backend={backend!r} cannot run here: {available[backend]}. Use backend='auto'."
-        )
+    state = STATES[backend]()
+    if state != "ok":
+        raise RuntimeError(f"backend={backend!r} cannot run here: {state}. Use backend='auto'.")
     if backend == "cpu" and device != "cpu":
         raise RuntimeError(f"backend='cpu' takes CPU tensors, got {device}. Use backend='auto'.")
     if backend in GPU_BACKENDS:
-        if device != "cuda" and not (device == "cpu" and on_host(backend)):
+        if device != "cuda" and not (device == "cpu" and ON_HOST[backend]):
             raise RuntimeError(
                 f"backend={backend!r} takes CUDA tensors, got {device}. Use backend='auto'."
             )
@@ -103,6 +111,7 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> str:
     return f"{name}: {reason}"
 
 
+@functools.cache
 def implementation(name: str) -> Any:
     """What has `forward`, `backward`, `saved_elements` and `memory` for a backend's name."""
     if name == "cpu":

@@ -36,7 +36,7 @@ constexpr int kWarps = kThreads / kWarp;
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // Counts a block in; true for the last of `blocks`, which sees what all others wrote. The counter
-// is 0 again then. Called by one thread, behind a barrier of its block.
+// is 0 again then. Called by the thread that wrote them.
 __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned blocks) {
   unsigned old;
   asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"

@@ -29,6 +29,8 @@ struct FarSide {
 // Which of them a mode has: kSupportRows, and kOtherRows for kMirror.
 __device__ __forceinline__ int far_sides(const Problem& p) { return p.mode == kMirror ? 2 : 1; }
 
+constexpr int kFarChunk = 64;  // of the other rows at a time
+
 // Shared memory of a block: two rows and one number a thread. Floats.
 inline __host__ __device__ size_t far_scratch(int64_t width) { return 2 * width + kThreads; }
 struct FarScratch {
@@ -104,7 +106,8 @@ __device__ void load_support(const Problem& p, const FarSide<Scalar>& side, int6
   }
 }
 
-// Adds (m, l) of the warps, in order, to running[direction] of row i. Ends in a barrier.
+// Adds (m, l) of the warps, in order, to running[direction] of row i. `scratch` is free again
+// behind the next barrier.
 __device__ inline void merge_far(const Problem& p, int direction, int64_t i, LogSum own,
                                  float* scratch) {
   if (threadIdx.x % kWarp == 0) {
@@ -119,7 +122,6 @@ __device__ inline void merge_far(const Problem& p, int direction, int64_t i, Log
     for (int w = 0; w < kWarps; ++w) sum = merge(sum, {scratch[w], scratch[kWarps + w]}, p.infonce);
     at[0] = sum.m, at[p.N] = sum.l;
   }
-  __syncthreads();
 }
 
 __device__ __forceinline__ LogSum one_logit(float z, bool infonce) {
@@ -205,8 +207,8 @@ __device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float
     float support = 0, bias = 0;
     __syncthreads();
     SUPCLAP_ROLLED
-    for (int64_t first = 0; first < p.N; first += kThreads) {
-      const int64_t end = first + kThreads < p.N ? first + kThreads : p.N;
+    for (int64_t first = 0; first < p.N; first += kFarChunk) {
+      const int64_t end = first + kFarChunk < p.N ? first + kFarChunk : p.N;
       SUPCLAP_ROLLED
       for (int64_t j = first + threadIdx.x / kWarp; j < end; j += kWarps) {
         const float product = far_product(s, side.Y + j * p.width, p.width) * inverse;
@@ -266,8 +268,8 @@ __device__ __noinline__ void far_column_gradient(const Problem& p, int64_t j, co
       scratch.row[d] = widen(side.Y[j * p.width + d]);
     __syncthreads();
     SUPCLAP_ROLLED
-    for (int first = 0; first < count; first += kThreads) {
-      const int end = first + kThreads < count ? first + kThreads : count;
+    for (int first = 0; first < count; first += kFarChunk) {
+      const int end = first + kFarChunk < count ? first + kFarChunk : count;
       SUPCLAP_ROLLED
       for (int n = first + threadIdx.x / kWarp; n < end; n += kWarps) {
         const int64_t i = index[n];

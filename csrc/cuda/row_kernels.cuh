@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* scratch = reinterpret_cast<float*>(memory);
   finish_row<Scalar>(p, blockIdx.x, scratch);
   auto* last = reinterpret_cast<int*>(memory);
-  __syncthreads();
+  // This thread wrote the row's scalars itself.
   if (threadIdx.x == 0) *last = arrive_last(p.counter, gridDim.x);
   __syncthreads();
   const bool is_last = *last;

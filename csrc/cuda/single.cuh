@@ -132,7 +132,7 @@ struct Single : KeptTiles<B> {
     return static_cast<Scalar*>(to.matrices) + n * padded() * padded();
   }
 
-  // A pair's weights from its tiles to `matrices`. Ends in a barrier.
+  // A pair's weights from its tiles to `matrices`. They are free again behind the next barrier.
   __device__ void publish(int I, int J, const float* tiles) const {
     const bool diagonal = I == J;
     SUPCLAP_ROLLED
@@ -153,10 +153,10 @@ struct Single : KeptTiles<B> {
         if (!diagonal) put(n, there, tiles[n * Tiles::kTile + turned]);
       }
     }
-    __syncthreads();
   }
 
-  // Rows of tile I and columns [d, d + B) of dT and dA. Ends in a barrier.
+  // Rows of tile I and columns [d, d + B) of dT and dA. Shared memory is free again behind the
+  // next barrier but for the sums at its end.
   __device__ void item(int I, int64_t d) const {
     using Multiply = typename Layout::Gradient;
     constexpr int kDepth = Multiply::kGradientDepth, kPitch = Multiply::kGradientPitch;
@@ -209,7 +209,6 @@ struct Single : KeptTiles<B> {
           out[i * p.width + column] = tile[e / B * Tiles::kPitch + e % B];
       }
     }
-    __syncthreads();
   }
 };
 

@@ -4,10 +4,12 @@
 
 prints `N passed, N failed`; the exit status is 0 only if none failed. A sanitized run finds races
 (thread) or accesses out of bounds and undefined behaviour (address). --mutants takes each barrier
-of the kernels away in turn: every one must be missed.
+of the kernels away in turn: every one must be missed; then mutants.json records the kernels, and
+--mutants --changed tries those that are not as recorded.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("--sanitize", choices=sorted(LIBRARY), default="")
     parser.add_argument("--filter", default="", help="a pytest -k expression")
     parser.add_argument("--mutants", action="store_true")
+    parser.add_argument("--changed", action="store_true", help="only kernels not yet recorded")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tests = ["mutants.py"] if chosen.mutants else ["test_options.py", "test_integration.py"]
@@ -52,15 +55,26 @@ def main() -> int:
         if chosen.filter:
             command += ["-k", chosen.filter]
         done = subprocess.run(
-            command, cwd=ROOT / "tests", env=environment(sanitize, Path(folder) / "log"),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            command,
+            cwd=ROOT / "tests",
+            env={
+                **environment(sanitize, Path(folder) / "log"),
+                "SHIM_CHANGED": str(int(chosen.changed)),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     print(done.stdout[-6000:] if done.returncode else "", end="")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     failed = counts.get("failed", 0) + counts.get("error", 0)
     if done.returncode and not failed:
         failed = 1  # a case hung, or a sanitizer ended the process
     print(f"{counts.get('passed', 0)} passed, {failed} failed")
+    if chosen.mutants and not failed and not chosen.filter:
+        from mutants import RECORD, digests
+
+        RECORD.write_text(json.dumps(digests(), indent=2) + "\n")
     return int(failed > 0 or done.returncode != 0)
 
 
