@@ -187,14 +187,16 @@ class Single:
             return CUDA_PANEL.memory(N, D, dtype, has_radius, options)
         module, width = native.cuda(), width_of(D, dtype)
         p = module.CudaProblem()
-        p.N, p.width, p.dtype, p.infonce = N, width, DTYPES[dtype], options.infonce
+        p.N, p.D, p.width, p.dtype, p.infonce = N, D, width, DTYPES[dtype], options.infonce
         p.mode, p.normalize = contract.mode(has_radius, options), options.normalize
-        scratch = module.plan_single(p, True, SIDE).scratch
-        sums, returned = 4 * Sums.size(N, width), 2 * N * D * dtype.itemsize
-        per_row = options.reduction == "none"
-        forward = 4 * STATE_ROWS * N + sums * (not per_row) + scratch
-        backward = forward + (sums if per_row else -scratch) + 4 * 3 * N
-        return max(forward - returned, backward)
+        p.text_n = p.audio_n = width
+        p.text_d = p.audio_d = 1
+        scratch = int(module.plan_single(p, True, SIDE).scratch)
+        state, sums = 4 * STATE_ROWS * N, 4 * Sums.size(N, width)
+        returned, rows = 2 * N * D * dtype.itemsize, 4 * 3 * N
+        if options.reduction == "none":  # the loss alone, and in backward everything again
+            return 2 * state + sums + 4 * N + max(scratch, returned + rows) - returned
+        return state + sums + max(scratch, returned + rows) - returned
 
 
 CUDA = Single()

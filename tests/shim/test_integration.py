@@ -13,10 +13,12 @@ from gpu_integration import (  # noqa: F401 - tests
     test_vectors_of_any_stride,
 )
 from integration_cases import fused, same
+from test_memory import traced
 
 import supclap_kernels as sk
 from supclap_kernels import dispatch, native
 from supclap_kernels.backends import gpu_cuda, gpu_single
+from supclap_kernels.backends.contract import Inputs
 from supclap_kernels.testing import Case, check, make_inputs
 
 by_mode = pytest.mark.parametrize(
@@ -101,3 +103,38 @@ def test_which_backend_is_chosen():
     with pytest.raises(RuntimeError, match="float64"):
         x = torch.randn(4, 8, dtype=torch.float64)
         sk.fused_svr_loss(x, x, backend="cuda")
+
+
+@pytest.mark.parametrize("backend", [gpu_single.CUDA, gpu_cuda.CUDA_PANEL], ids=["cuda", "panel"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "siglip"},
+        {"reduction": "none"},
+        {"normalize": True},
+        {"bilateral": "none"},
+    ],
+    ids=str,
+)
+def test_memory_estimate_within_a_tenth(options, backend, monkeypatch, device):
+    """What is allocated, with the launches left out."""
+    device.set(40, 0, 0)
+    for name in dir(native.cuda()):
+        if name.startswith(("cuda_", "panel_", "far_", "pack_")) or name == "single":
+            monkeypatch.setattr(native.cuda(), name, lambda *_: None)
+    case = Case(N=500, D=256, options={"workspace": 2**17, **options})
+    given, chosen = make_inputs(case), gpu_single.Options(**case.options)
+    inputs = Inputs(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
+                    given.ids, given.weight)  # fmt: skip
+    needs = (True, True, True, True, False)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        _, _, state, saved = backend.forward(inputs, chosen, needs)
+        return backend.backward(inputs, chosen, needs, given.upstream, state, saved)
+
+    step()
+    trace, gradients = traced(step)
+    found = trace.peak - sum(g.numel() * g.element_size() for g in gradients)
+    guess = backend.memory(500, 256, torch.float32, True, chosen)
+    assert 0.9 <= guess / found <= 1.1, f"estimated {guess}, measured {found} bytes"
