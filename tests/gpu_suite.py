@@ -10,6 +10,7 @@ from covering import covering
 from torch import Tensor
 
 from supclap_kernels import fused_svr_loss
+from supclap_kernels.backends import gpu_call
 from supclap_kernels.testing import (
     Case,
     Inputs,
@@ -131,3 +132,37 @@ def accepted(case: Case, inputs: Inputs, backend: str) -> None:
     base = baseline(case, inputs, case.dtype != torch.float32)
     found = violations(result, exact, base, floors(case, inputs, exact))
     assert not found, "\n  ".join([f"{backend} {case}:", *found])
+
+
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Guard:
+    """The working memory of the panel engine inside NaN, too."""
+    guard = Guard()
+    empty = lambda self, *shape, dtype=torch.float32: guard.empty(shape, dtype)  # noqa: E731
+    monkeypatch.setattr(gpu_call.Call, "new_empty", empty)
+    zeros = lambda self, *shape: guard.empty(shape).zero_()  # noqa: E731
+    monkeypatch.setattr(gpu_call.Call, "new_zeros", zeros)
+    return guard
+
+
+def check_far_rows(mode: dict[str, Any], close: list[int], backend: str) -> None:
+    """The rows `close`, of 129, are far."""
+    case = Case(N=129, D=20, options={**mode, "renormalize": len(close) == 1})
+    inputs = make_inputs(case)
+    inputs.audio[close] = inputs.text[close] + 0.02 * inputs.audio[close].flip(1)
+    accepted(case, inputs, backend)
+
+
+def check_float16_range(length: float, scale: float, upstream: float, backend: str) -> None:
+    """Weights beyond float16 in gradients that are not: large upstream gradients of a small scale,
+    and short rows, whose support vectors are divided by their length."""
+    case = Case(N=60, D=16, dtype=torch.float16, scale=scale,
+                options={"renormalize": True, "reduction": "sum"})  # fmt: skip
+    plain = make_inputs(case)
+    moved = {name: (length * getattr(plain, name).float()).half() for name in ("audio", "text")}
+    inputs = replace(plain, **moved, radius=length * plain.radius, upstream=torch.tensor(upstream))
+    accepted(case, inputs, backend)
+
+
+SUPPORT_MODES = MODES[1:4] + MODES[5:]
+CLOSE = {"one": [5], "twenty": list(range(0, 120, 6))}
+RANGES = [(1.0, 1e-3, 1e7), (0.02, 2500.0, 0.1)]

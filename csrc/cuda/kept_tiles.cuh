@@ -225,10 +225,12 @@ struct KeptTiles {
         slot(to.sums, J, I), stage,
         [&](int r, float (&w)[4][Shape::kColumns]) {
           SUPCLAP_UNROLL
-          for (int n = 0; n < 4; ++n) SUPCLAP_UNROLL
-          for (int c = 0; c < Shape::kColumns; ++c)
-            if (n < 2 + grams())
-              tiles[n * kTile + (Shape::row() + r) * kPitch + Shape::column(c)] = w[n][c];
+          for (int n = 0; n < 4; ++n) {
+            SUPCLAP_UNROLL
+            for (int c = 0; c < Shape::kColumns; ++c)
+              if (n < 2 + grams())
+                tiles[n * kTile + (Shape::row() + r) * kPitch + Shape::column(c)] = w[n][c];
+          }
         });
     __syncthreads();
   }

@@ -83,8 +83,10 @@ struct Product {
   };
   __device__ void add(int result, const Piece& x, const Piece& y) {
     SUPCLAP_UNROLL
-    for (int i = 0; i < 4; ++i) SUPCLAP_UNROLL
-    for (int j = 0; j < 4; ++j) sum[result][i][j] += x.at[i] * y.at[j];
+    for (int i = 0; i < 4; ++i) {
+      SUPCLAP_UNROLL
+      for (int j = 0; j < 4; ++j) sum[result][i][j] += x.at[i] * y.at[j];
+    }
   }
 
   // S, P (off the diagonal), Q and K of one depth; operands T_I, A_I, T_J, A_J.
@@ -110,9 +112,13 @@ struct Product {
   template <class Put>
   __device__ void write(int result, const Put& put) const {
     for (int t = 0; t < kTeams; ++t) {
-      if (t == team()) SUPCLAP_UNROLL
-      for (int i = 0; i < 4; ++i) SUPCLAP_UNROLL
-      for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j], t == 0);
+      if (t == team()) {
+        SUPCLAP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          SUPCLAP_UNROLL
+          for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j], t == 0);
+        }
+      }
       __syncthreads();
     }
   }
@@ -181,8 +187,10 @@ struct TensorProduct {
   };
   __device__ void add(int result, const Left& x, const Right& y) {
     SUPCLAP_UNROLL
-    for (int i = 0; i < kDown; ++i) SUPCLAP_UNROLL
-    for (int j = 0; j < kAcross; ++j) mma(sum[result][i][j], x.at[i], y.at[j], Scalar{});
+    for (int i = 0; i < kDown; ++i) {
+      SUPCLAP_UNROLL
+      for (int j = 0; j < kAcross; ++j) mma(sum[result][i][j], x.at[i], y.at[j], Scalar{});
+    }
   }
 
   __device__ void similarity(const Scalar* const (&operand)[4], int grams, bool diagonal) {
@@ -203,12 +211,18 @@ struct TensorProduct {
   template <class Put>
   __device__ void write(int result, const Put& put) const {
     for (int t = 0; t < kTeams; ++t) {
-      if (t == team()) SUPCLAP_UNROLL
-      for (int i = 0; i < kDown; ++i) SUPCLAP_UNROLL
-      for (int j = 0; j < kAcross; ++j) SUPCLAP_UNROLL
-      for (int n = 0; n < 4; ++n)
-        put(row() + 16 * i + lane() / 4 + n / 2 * 8, column() + 8 * j + lane() % 4 * 2 + n % 2,
-            sum[result][i][j][n], t == 0);
+      if (t == team()) {
+        SUPCLAP_UNROLL
+        for (int i = 0; i < kDown; ++i) {
+          SUPCLAP_UNROLL
+          for (int j = 0; j < kAcross; ++j) {
+            SUPCLAP_UNROLL
+            for (int n = 0; n < 4; ++n)
+              put(row() + 16 * i + lane() / 4 + n / 2 * 8,
+                  column() + 8 * j + lane() % 4 * 2 + n % 2, sum[result][i][j][n], t == 0);
+          }
+        }
+      }
       __syncthreads();
     }
   }

@@ -156,8 +156,10 @@ __device__ inline void finish_row_statistics(const Problem& p, int64_t i,
   for (int d = 0; d < kDirections; ++d)
     if (direction_used(p, d))
       loss[d] = finish_direction(p, d, negatives[d], positive.logit(p, d), i);
-  if (p.stats) SUPCLAP_UNROLL
-  for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
+  if (p.stats) {
+    SUPCLAP_UNROLL
+    for (int d = 0; d < 2; ++d) beaten[d] = negatives[d].m >= row_of(p, kPanelPositive, i);
+  }
   float constraint = 0;
   if (p.radius) {
     const float R = radius_of(p, i), r = row_of(p, kGap, i);

@@ -111,9 +111,11 @@ struct Single : KeptTiles<B> {
         mover[n].template store<Multiply::kTransposed>(const_cast<Scalar*>(operand[n]),
                                                        Multiply::kSimilarityPitch);
       __syncthreads();
-      if (k + kDepth < p.width) SUPCLAP_UNROLL
-      for (int n = 0; n < 4; ++n)
-        mover[n].load(source[n] + k + kDepth, p.width, count[n], p.width - k - kDepth);
+      if (k + kDepth < p.width) {
+        SUPCLAP_UNROLL
+        for (int n = 0; n < 4; ++n)
+          mover[n].load(source[n] + k + kDepth, p.width, count[n], p.width - k - kDepth);
+      }
       product.similarity(operand, grams(), diagonal);
       __syncthreads();
     }
@@ -249,9 +251,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     SUPCLAP_ROLLED
     for (int n = blockIdx.x; n < far; n += gridDim.x)
       far_row_statistics<Scalar>(p, to.far[n], work.stage);
-    if (p.mode == kShared) SUPCLAP_ROLLED
-    for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
-      far_column_statistics<Scalar>(p, j, to.far, far, work.stage);
+    if (p.mode == kShared) {
+      SUPCLAP_ROLLED
+      for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
+        far_column_statistics<Scalar>(p, j, to.far, far, work.stage);
+    }
     grid_barrier();
   }
   SUPCLAP_ROLLED

@@ -209,10 +209,12 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
   }
   if (diagonal || mode == kNone) return;
   SUPCLAP_UNROLL
-  for (int sum = 0; sum < kSums - kRhoText; ++sum) SUPCLAP_UNROLL
-  for (int c = 0; c < kC; ++c)
-    scratch[(sum * Shape::kGroups + Shape::group()) * Shape::kBlockColumns + Shape::column(c)] =
-        column[c][sum];
+  for (int sum = 0; sum < kSums - kRhoText; ++sum) {
+    SUPCLAP_UNROLL
+    for (int c = 0; c < kC; ++c)
+      scratch[(sum * Shape::kGroups + Shape::group()) * Shape::kBlockColumns + Shape::column(c)] =
+          column[c][sum];
+  }
   __syncthreads();
   for (int e = threadIdx.x; e < (kSums - kRhoText) * Shape::kBlockColumns; e += kThreads) {
     const int sum = e / Shape::kBlockColumns, y = e % Shape::kBlockColumns;

@@ -33,6 +33,7 @@ def environment(sanitize: str, log: Path) -> dict[str, str]:
         found["SHIM_LOG"], found["SHIM_LIMIT"] = str(log), "300"
         shared = f"log_path={log}:exitcode=0"
         found["TSAN_OPTIONS"] = f"{shared}:report_signal_unsafe=0:suppress_equal_stacks=0"
+        found["TSAN_OPTIONS"] += ":suppress_equal_addresses=0"
         found["ASAN_OPTIONS"] = f"{shared}:detect_leaks=0:detect_stack_use_after_return=0"
         found["UBSAN_OPTIONS"] = "print_stacktrace=1"
     return found
