@@ -199,7 +199,7 @@ def fake_nvcc(folder: Path, *, release: str = "13.0", compiles: bool = True) -> 
   --version) echo "Cuda compilation tools, release {release}, V{release}.1";;
   --dryrun) echo '#$ TOP={toolkit}/bin/..' >&2;;
   --list-gpu-arch) echo compute_80; echo compute_90; echo compute_120;;
-  *) {compile_ if compiles else "echo 'kernel.cu(7): error: no such thing' >&2; exit 2"};;
+  *) {compile_ if compiles else "echo 'rows.cu(7): error: no such thing' >&2; exit 2"};;
 esac""",
     )
     (toolkit / "bin").mkdir()
@@ -281,13 +281,13 @@ class TestNvcc:
             folder = tmp_path / str(compiles)
             nvcc = fake_nvcc(folder, compiles=compiles) / "bin" / "nvcc"
             graph = SETUP["NinjaGraph"](folder, cxx="touch", nvcc=shlex.quote(str(nvcc)), shared="")
-            graph.compile("cuda", Path("csrc/cuda/kernel.cu"), [])
+            graph.compile("cuda", Path("csrc/cuda/rows.cu"), [])
             graph.link(folder / "module.so", [])
             if compiles:
                 graph.lines[-2:] = [f"default {graph.objects[0]}"]
                 graph.run()
             else:
-                with pytest.raises(BuildError, match=r"kernel\.cu\(7\): error: no such thing"):
+                with pytest.raises(BuildError, match=r"rows\.cu\(7\): error: no such thing"):
                     graph.run()
 
 
