@@ -43,7 +43,7 @@ def dynamic_shared(name: str) -> int:
         return int(module.PANEL_SHARED)
     if "single_kernel" not in name:
         return 4 * (2 * 2048 + int(module.THREADS)) * ("far_" in name and "list" not in name)
-    p = module.CudaProblem()
+    p = module.Problem()
     p.width, p.infonce, p.mode = 2048, True, 3
     p.dtype = next(number for word, number in DTYPES.items() if word in name)
     side = int(re.findall(r"Li(\d+)E", name)[0])

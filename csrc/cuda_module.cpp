@@ -47,10 +47,25 @@ void pointer(py::class_<Problem>& cls, const char* name, Type* Problem::* field)
       [field](Problem& p, Address address) { p.*field = at<Type>(address); });
 }
 
+// A call with the numbers and embeddings it came with, in one crossing of the boundary.
+Problem described(int64_t N, int64_t D, int64_t width, int dtype, int mode, bool infonce,
+                  bool renormalize, bool normalize, bool stats, bool per_row_radius, float alpha,
+                  float beta, float row_scale, Address text, int64_t text_n, int64_t text_d,
+                  Address audio, int64_t audio_n, int64_t audio_d) {
+  Problem p{};
+  p.N = N, p.D = D, p.width = width, p.dtype = dtype, p.mode = mode, p.infonce = infonce;
+  p.renormalize = renormalize, p.normalize = normalize, p.stats = stats;
+  p.per_row_radius = per_row_radius, p.alpha = alpha, p.beta = beta, p.row_scale = row_scale;
+  p.text = at<void>(text), p.text_n = text_n, p.text_d = text_d;
+  p.audio = at<void>(audio), p.audio_n = audio_n, p.audio_d = audio_d;
+  return p;
+}
+
 void bind_problem(py::module_& m) {
-  py::class_<Problem> problem(m, "CudaProblem", py::module_local(),
+  py::class_<Problem> problem(m, "Problem", py::module_local(),
                               "See csrc/cuda/problem.h: fields and shapes.");
   problem.def(py::init([] { return Problem{}; }));
+  problem.def(py::init(&described));
 #define NUMBER(name) problem.def_readwrite(#name, &Problem::name)
   NUMBER(N), NUMBER(D), NUMBER(width), NUMBER(dtype), NUMBER(mode), NUMBER(infonce);
   NUMBER(renormalize), NUMBER(normalize), NUMBER(stats), NUMBER(per_row_radius);
@@ -123,10 +138,11 @@ void bind_single(py::module_& m) {
 
 }  // namespace
 
-void bind_cuda(py::module_& m) {
-  m.attr("built_with_cuda") = true;
-  m.def("cuda_architectures", &architectures, "GPU targets the CUDA kernels were compiled for.");
-  m.def("cuda_device_count", &device_count, "Devices the driver offers, 0 without one.");
+void bind_cuda(py::module_& parent) {
+  parent.attr("built_with_cuda") = true;
+  py::module_ m = parent.def_submodule("cuda", "Launchers of the kernels of csrc/cuda.");
+  m.def("architectures", &architectures, "GPU targets the kernels were compiled for.");
+  m.def("device_count", &device_count, "Devices the driver offers, 0 without one.");
   m.attr("THREADS") = kThreads;
   m.attr("PANEL_SHARED") = panel_shared();
   m.attr("PANEL_BLOCK") = py::make_tuple(kPanelRows, kPanelColumns);
@@ -135,10 +151,10 @@ void bind_cuda(py::module_& m) {
       "pack_rows",
       [](const Problem& p, bool text, Stream stream) { raise_if(pack_rows(p, text, stream)); },
       py::call_guard<py::gil_scoped_release>());
-  bind_rows(m, "cuda_prepare_rows", &prepare_rows);
-  bind_rows(m, "cuda_finish_statistics", &finish_statistics);
-  bind_rows(m, "cuda_start_gradients", &start_gradients);
-  bind_rows(m, "cuda_finish_gradients", &finish_gradients);
+  bind_rows(m, "prepare_rows", &prepare_rows);
+  bind_rows(m, "finish_statistics", &finish_statistics);
+  bind_rows(m, "start_gradients", &start_gradients);
+  bind_rows(m, "finish_gradients", &finish_gradients);
   bind_tile(m, "panel_tile", &panel_tile);
   bind_tile(m, "panel_merge", &panel_merge);
   m.def(
@@ -147,9 +163,9 @@ void bind_cuda(py::module_& m) {
         raise_if(far_list(p, at<int>(index), at<int>(count), stream));
       },
       py::call_guard<py::gil_scoped_release>());
-  bind_single(m);
   bind_far(m, "far_statistics", &far_statistics);
   bind_far(m, "far_gradients", &far_gradients);
+  bind_single(m);
 }
 
 #else

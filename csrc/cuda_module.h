@@ -3,5 +3,5 @@
 
 #include <pybind11/pybind11.h>
 
-// Adds `built_with_cuda`, and what was built with it, to `m`.
+// Adds `built_with_cuda` to the module, and, where it is true, the submodule `cuda`.
 void bind_cuda(pybind11::module_& m);

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,10 @@ def shim() -> ModuleType | None:
     return module
 
 
-def cuda() -> ModuleType:
-    """What launches the kernels of csrc/cuda."""
-    return shim() or module()
+@functools.cache
+def cuda() -> Any:
+    """What launches the kernels of csrc/cuda: a submodule of `shim()`, if there, or `module()`."""
+    return (shim() or module()).cuda
 
 
 def stream(device: torch.device) -> int:

@@ -136,3 +136,14 @@ def test_a_large_upstream_gradient_reaches_half_precision(backend):
                   ((plain, 1.0), (large, 1024.0))]  # fmt: skip
         assert errors[1] <= errors[0] * 1.01
         assert float((large[name] == 0).float().mean()) <= float((plain[name] == 0).float().mean())
+
+
+def test_pytorchs_default_dtype_does_not_matter(backend):
+    inputs = make_inputs(Case(N=40, D=16, radius="row"))
+    wanted = fused(Case(), inputs, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = fused(Case(), inputs, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, found[name]) for name, x in wanted.items())

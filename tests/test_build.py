@@ -296,19 +296,19 @@ class TestNvcc:
 
 @needs_cuda_build
 def test_cuda_module_lists_its_targets():
-    names = _native.cuda_architectures()
+    names = _native.cuda.architectures()
     assert [str(arch) for arch in toolchain.parse_archs(";".join(names))] == names
-    assert _native.cuda_device_count() >= 0
+    assert _native.cuda.device_count() >= 0
 
 
 @needs_cuda_build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_launch_without_a_device_names_the_kernel():
-    assert _native.cuda_device_count() == 0
-    p = _native.CudaProblem()
+    assert _native.cuda.device_count() == 0
+    p = _native.cuda.Problem()
     p.N = p.D = p.width = 4
     with pytest.raises(RuntimeError, match="^prepare_rows: .+"):
-        _native.cuda_prepare_rows(p, 0)
+        _native.cuda.prepare_rows(p, 0)
 
 
 @needs_cuda_build
@@ -316,7 +316,7 @@ def test_launch_without_a_device_names_the_kernel():
 def test_cuda_kernels_compile_well(arch):
     """No spills; tensor cores wherever 16-bit numbers are multiplied; the chip's shared memory."""
     pytest.importorskip("triton")  # its cuobjdump
-    if arch[3:] not in _native.cuda_architectures():
+    if arch[3:] not in _native.cuda.architectures():
         pytest.skip(f"not compiled for {arch}")
     command = [sys.executable, "-m", "bench.aot", "--backend", "cuda", "--arch", arch]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -144,42 +144,50 @@ __device__ __forceinline__ void store_vector(Scalar* to, const Vector<Scalar>& v
 
 // ---------------------------------------------------------------- sums and maxima
 
+struct Add {
+  template <class Real>
+  __device__ Real operator()(Real x, Real y) const {
+    return x + y;
+  }
+};
+struct Max {
+  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
+};
+
 // Over the `kLanes` lanes around this one; every lane gets it.
-template <int kLanes = kWarp, class Real = float>
-__device__ __forceinline__ Real warp_sum(Real x) {
+template <int kLanes, class Real, class Join>
+__device__ __forceinline__ Real reduce_lanes(Real x, Join join) {
   SUPCLAP_UNROLL
   for (int offset = kLanes / 2; offset > 0; offset /= 2)
-    x += __shfl_xor_sync(0xffffffffu, x, offset);
+    x = join(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 }
 template <int kLanes = kWarp>
 __device__ __forceinline__ float warp_max(float x) {
-  SUPCLAP_UNROLL
-  for (int offset = kLanes / 2; offset > 0; offset /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  return x;
+  return reduce_lanes<kLanes>(x, Max{});
+}
+template <int kLanes = kWarp, class Real = float>
+__device__ __forceinline__ Real warp_sum(Real x) {
+  return reduce_lanes<kLanes>(x, Add{});
 }
 
-// Sum over the block in a fixed order; every thread gets it. `scratch` [kWarps]; ends in a barrier.
+// Over the block, warp after warp; every thread gets it. `scratch` [kWarps]; ends in a barrier.
+template <class Real, class Join>
+__device__ Real reduce_block(Real x, Real* scratch, Join join) {
+  x = reduce_lanes<kWarp>(x, join);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  x = scratch[0];
+  for (int warp = 1; warp < kWarps; ++warp) x = join(x, scratch[warp]);
+  __syncthreads();
+  return x;
+}
 template <class Real>
 __device__ Real block_sum(Real x, Real* scratch) {
-  x = warp_sum(x);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  Real total = 0;
-  for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp];
-  __syncthreads();
-  return total;
+  return reduce_block(x, scratch, Add{});
 }
-
-// Maximum over the block; every thread gets it. `scratch` [kWarps]; ends in a barrier.
 __device__ inline float block_max(float x, float* scratch) {
-  x = warp_max(x);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) x = fmaxf(x, scratch[warp]);
-  __syncthreads();
-  return x;
+  return reduce_block(x, scratch, Max{});
 }
 
 }  // namespace supclap::cuda

@@ -10,7 +10,7 @@ namespace supclap::cuda {
 // How a warp's lanes share a tile of B x B in shared memory.
 template <int B>
 using SingleShape =
-    PatchShape<(B == 16 ? 1 : B / 8), (B == 64 ? 2 : 1), (B == 16 ? 16 : kWarp), false, 1>;
+    PatchShape<(B == 16 ? 1 : B / 8), (B == 64 ? 2 : 1), (B == 16 ? 16 : kWarp), false>;
 
 // What is done with kept tiles, whatever the embeddings' dtype. Methods that are not inlined are
 // compiled once for all kernels.
@@ -103,34 +103,19 @@ struct KeptTiles {
       Products z[kC];
       SUPCLAP_UNROLL
       for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), turned);
-      const auto put = [&](int plane, float first, float second) {
-        if (!writes || x >= own.count) return;
-        to_slot.at[plane * to_slot.plane + x] = first;
-        to_slot.at[(plane + 1) * to_slot.plane + x] = second;
-      };
       SUPCLAP_ROLLED
       for (int d = 0; d < kDirections; ++d) {
-        if (!uses(p.mode, d)) continue;
-        float logit[kC], m = kHidden, l = 0;
+        if (!has_direction(p.mode, d)) continue;
+        float logit[kC];
         SUPCLAP_UNROLL
-        for (int c = 0; c < kC; ++c) {
+        for (int c = 0; c < kC; ++c)
           logit[c] = direction_logit(d, p.mode, z[c], support, others[c], b);
-          m = fmaxf(m, logit[c]);
-        }
-        m = warp_max<Shape::kLanes>(m);
-        SUPCLAP_UNROLL
-        for (int c = 0; c < kC; ++c) l += summand(logit[c], m, d, kInfonce);
-        put(2 * d, m, warp_sum<Shape::kLanes>(l));
+        const LogSum sum = row_log_sum<Shape>(logit, d, kInfonce);
+        if (writes && x < own.count) to_slot.put(2 * d, x, sum);
       }
       if (!p.stats || turned) continue;
-      float sum = 0, pairs = 0;
-      SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) {
-        if (z[c].S <= 0.5f * kHidden) continue;
-        const bool diagonal = own_tile == other_tile;
-        sum += z[c].S + (diagonal ? 0 : z[c].P), pairs += diagonal ? 1 : 2;
-      }
-      put(kSimilarity, warp_sum<Shape::kLanes>(sum), warp_sum<Shape::kLanes>(pairs));
+      const LogSum sum = row_similarity<Shape>(z, own_tile == other_tile);
+      if (writes && x < own.count) to_slot.put(kSimilarity, x, sum);
     }
   }
 
@@ -167,10 +152,11 @@ struct KeptTiles {
     return unit_of(largest * block_max(gain, factors));
   }
 
-  // m and omega / (l unit) of the rows of I and J into `factors`. Ends in a barrier.
+  // m and omega / (l unit) of the rows of I, and of J off the diagonal, into `factors`. Ends in a
+  // barrier.
   __device__ __noinline__ void row_factors(int I, int J, float unit) const {
     SUPCLAP_ROLLED
-    for (int e = threadIdx.x; e < 2 * kDirections * B; e += kThreads) {
+    for (int e = threadIdx.x; e < (I == J ? 1 : 2) * kDirections * B; e += kThreads) {
       const int x = e % B, d = e / B % kDirections, which = e / (B * kDirections);
       const int64_t i = int64_t(which ? J : I) * B + x;
       float m = 0, f = 0;
@@ -212,7 +198,8 @@ struct KeptTiles {
   template <bool kInfonce>
   __device__ __noinline__ void weights(int I, int J, float* tiles) const {
     const bool diagonal = I == J;
-    const Side own = side(I, factors), other = side(J, factors + 2 * kDirections * B);
+    const Side own = side(I, factors);
+    const Side other = side(J, diagonal ? factors : factors + 2 * kDirections * B);
     tile_weights<Shape>(
         [&](int r) {
           Row z;

@@ -32,7 +32,7 @@ std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScrat
 std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                         Stream stream);
 
-// Far rows (far.cu): index [N] and count [1] int32.
+// Far rows (rows.cu): index [N] and count [1] int32.
 std::string far_list(const Problem& p, int* index, int* count, Stream stream);
 std::string far_statistics(const Problem& p, const int* index, const int* count, Stream stream);
 std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream);
@@ -46,8 +46,8 @@ SinglePlan plan_single(const Problem& p, bool gradient, int side);
 // The largest N that fits, gradients included; 0: none.
 int64_t single_limit(Problem p, int side, int multiprocessors, int64_t shared_limit);
 int64_t single_limit(const Problem& p, int side);
-// scratch: plan.scratch bytes. loss [1], or null where p.row_loss is enough. What the problem
-// leaves null of running, factors, row_loss, T and A is found in the scratch.
+// scratch: plan.scratch bytes, in which running, factors, the operands where rows must be packed,
+// and row_loss where it is null are laid out. loss [1], or null where row_loss is enough.
 std::string single(Problem p, const SinglePlan& plan, uintptr_t scratch, float* loss, bool gradient,
                    Stream stream);
 

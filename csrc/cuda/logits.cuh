@@ -29,11 +29,14 @@ __device__ __forceinline__ float logit_bias_2(const Problem& p) {
   return p.infonce || !p.bias ? 0 : p.bias[0] * kLog2e;
 }
 
-// Whether the mode and the objective have direction d.
+// Whether the mode has direction d.
+SUPCLAP_HD bool has_direction(int mode, int d) {
+  return d < kSupportRows || (mode != kNone && (d == kSupportRows || mode != kOneSided));
+}
+
+// ... and the objective: SigLIP counts columns with rows.
 SUPCLAP_HD bool direction_used(const Problem& p, int d) {
-  if (d == kTextRows) return true;
-  if (d == kAudioRows) return p.infonce;
-  return p.mode != kNone && (d == kSupportRows || p.mode != kOneSided);
+  return has_direction(p.mode, d) && (p.infonce || d != kAudioRows);
 }
 
 // ... or its negatives are wanted all the same: SigLIP's ranks compare with them.

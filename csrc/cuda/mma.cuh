@@ -12,21 +12,18 @@ namespace supclap::cuda {
 
 #ifdef __CUDACC__
 
-// c += a b.
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                    Bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                    Float16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// c += a b, of one 16-bit type.
+#define SUPCLAP_MMA(Scalar, type)                                            \
+  __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], \
+                                      const uint32_t (&b)[2], Scalar) {      \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type               \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"         \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+  }
+SUPCLAP_MMA(Bfloat16, "bf16")
+SUPCLAP_MMA(Float16, "f16")
+#undef SUPCLAP_MMA
 
 // Four 8 x 8 matrices from shared memory: lane l gives the address of row l % 8 of matrix l / 8,
 // and gets of each matrix the elements (g, 2t), (g, 2t + 1); transposed: (2t, g), (2t + 1, g).

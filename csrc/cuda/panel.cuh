@@ -12,7 +12,7 @@
 namespace supclap::cuda {
 
 // 32 x 128 of a panel to a block: a warp reads 4 rows of 512 bytes.
-using PanelShape = PatchShape<4, 4, kWarp, true, 1>;
+using PanelShape = PatchShape<4, 4, kWarp, true>;
 constexpr int kPanelScratch = 2 * kDirections * PanelShape::kGroups * PanelShape::kBlockColumns;
 
 __device__ __forceinline__ int slots_i() { return gridDim.y; }
@@ -113,24 +113,16 @@ __device__ __forceinline__ void panel_statistics(const Problem& p, const PanelRe
   const bool writes = threadIdx.x % Shape::kLanes == 0;
   SUPCLAP_UNROLL
   for (int d = 0; d < kDirections; ++d) {
-    if (!uses(mode, d)) continue;
+    if (!has_direction(mode, d)) continue;
     SUPCLAP_UNROLL
     for (int r = 0; r < kR; ++r) {
-      float row[kC], m = kHidden, l = 0;
+      float row[kC];
       SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) {
+      for (int c = 0; c < kC; ++c)
         row[c] = direction_logit(d, mode, z[r].at[c], own[r], other[c], b);
-        m = fmaxf(m, row[c]);
-      }
-      m = warp_max<Shape::kLanes>(m);
-      SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) l += summand(row[c], m, d, infonce);
-      l = warp_sum<Shape::kLanes>(l);
+      const LogSum sum = row_log_sum<Shape>(row, d, infonce);
       const int x = Shape::row() + r;
-      if (writes && x < I.count) {
-        slot_i.at[2 * d * slot_i.plane + x] = m;
-        slot_i.at[(2 * d + 1) * slot_i.plane + x] = l;
-      }
+      if (writes && x < I.count) slot_i.put(2 * d, x, sum);
     }
     if (diagonal) continue;
     SUPCLAP_UNROLL
@@ -151,35 +143,23 @@ __device__ __forceinline__ void panel_statistics(const Problem& p, const PanelRe
   if (p.stats) {
     SUPCLAP_UNROLL
     for (int r = 0; r < kR; ++r) {
-      float sum = 0, pairs = 0;
-      SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) {
-        if (z[r].at[c].S <= 0.5f * kHidden) continue;
-        sum += z[r].at[c].S + (diagonal ? 0 : z[r].at[c].P);
-        pairs += diagonal ? 1 : 2;
-      }
-      sum = warp_sum<Shape::kLanes>(sum);
-      pairs = warp_sum<Shape::kLanes>(pairs);
+      const LogSum sum = row_similarity<Shape>(z[r].at, diagonal);
       const int x = Shape::row() + r;
-      if (writes && x < I.count) {
-        slot_i.at[kSimilarity * slot_i.plane + x] = sum;
-        slot_i.at[(kSimilarity + 1) * slot_i.plane + x] = pairs;
-      }
+      if (writes && x < I.count) slot_i.put(kSimilarity, x, sum);
     }
   }
   if (diagonal) return;
   __syncthreads();
   for (int e = threadIdx.x; e < kDirections * Shape::kBlockColumns; e += kThreads) {
     const int d = e / Shape::kBlockColumns, y = e % Shape::kBlockColumns;
-    if (!uses(mode, d) || y >= J.count) continue;
+    if (!has_direction(mode, d) || y >= J.count) continue;
     const float* from = scratch + 2 * d * Shape::kGroups * Shape::kBlockColumns + y;
     LogSum sum{kHidden, 0};
     for (int g = 0; g < Shape::kGroups; ++g) {
       const float* at = from + g * Shape::kBlockColumns;
       sum = merge(sum, {at[0], at[Shape::kGroups * Shape::kBlockColumns]}, infonce);
     }
-    slot_j.at[2 * d * slot_j.plane + y] = sum.m;
-    slot_j.at[(2 * d + 1) * slot_j.plane + y] = sum.l;
+    slot_j.put(2 * d, y, sum);
   }
   __syncthreads();
 }

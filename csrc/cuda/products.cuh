@@ -90,7 +90,7 @@ struct Product {
   }
 
   // S, P (off the diagonal), Q and K of one depth; operands T_I, A_I, T_J, A_J.
-  __device__ void similarity(const Scalar* const (&operand)[4], int grams, bool diagonal) {
+  __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal) {
     for (int k = team(); k < kSimilarityDepth; k += kTeams) {
       const int at = k * kSimilarityPitch;
       const Piece t_i(operand[0] + at + row()), a_i(operand[1] + at + row());
@@ -193,7 +193,7 @@ struct TensorProduct {
     }
   }
 
-  __device__ void similarity(const Scalar* const (&operand)[4], int grams, bool diagonal) {
+  __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal) {
     for (int k = 16 * team(); k < kSimilarityDepth; k += 16 * kTeams) {
       const Left t_i = Left::of_rows(operand[0], k), a_i = Left::of_rows(operand[1], k);
       const Right t_j = Right::of_rows(operand[2], k), a_j = Right::of_rows(operand[3], k);

@@ -92,29 +92,32 @@ struct Single : KeptTiles<B> {
     auto* operands = reinterpret_cast<Scalar*>(stage);
     const Scalar* source[4];
     int64_t count[4];
-    const Scalar* operand[4];
+    Scalar* operand[4];
     SUPCLAP_UNROLL
     for (int n = 0; n < 4; ++n) {
       const int tile = n < 2 ? I : J;
       source[n] = static_cast<const Scalar*>(n % 2 ? p.A : p.T) + int64_t(tile) * B * p.width;
       count[n] = p.N - int64_t(tile) * B;
-      operand[n] = operands + n * Multiply::kSimilarityOperand;
+      operand[n] = operands + (diagonal ? n % 2 : n) * Multiply::kSimilarityOperand;
     }
+    const auto loads = [&](int n) { return n < 2 || !diagonal; };
     Mover<Scalar, B, kDepth> mover[4];
     Multiply product;
     SUPCLAP_UNROLL
-    for (int n = 0; n < 4; ++n) mover[n].load(source[n], p.width, count[n], p.width);
+    for (int n = 0; n < 4; ++n)
+      if (loads(n)) mover[n].load(source[n], p.width, count[n], p.width);
     SUPCLAP_ROLLED
     for (int64_t k = 0; k < p.width; k += kDepth) {
       SUPCLAP_UNROLL
       for (int n = 0; n < 4; ++n)
-        mover[n].template store<Multiply::kTransposed>(const_cast<Scalar*>(operand[n]),
-                                                       Multiply::kSimilarityPitch);
+        if (loads(n))
+          mover[n].template store<Multiply::kTransposed>(operand[n], Multiply::kSimilarityPitch);
       __syncthreads();
       if (k + kDepth < p.width) {
         SUPCLAP_UNROLL
         for (int n = 0; n < 4; ++n)
-          mover[n].load(source[n] + k + kDepth, p.width, count[n], p.width - k - kDepth);
+          if (loads(n))
+            mover[n].load(source[n] + k + kDepth, p.width, count[n], p.width - k - kDepth);
       }
       product.similarity(operand, grams(), diagonal);
       __syncthreads();

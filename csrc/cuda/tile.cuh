@@ -14,14 +14,13 @@
 
 namespace supclap::cuda {
 
-// kAdjacent: a thread's columns are neighbours; else kLanes apart. kUnrolled: rows at once.
-template <int kRows_, int kColumns_, int kLanes_, bool kAdjacent, int kUnrolled_>
+// kAdjacent: a thread's columns are neighbours; else kLanes apart.
+template <int kRows_, int kColumns_, int kLanes_, bool kAdjacent>
 struct PatchShape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kLanes = kLanes_;
-  static constexpr int kUnrolled = kUnrolled_;
   static constexpr int kGroups = kWarps * (kWarp / kLanes);
   static constexpr int kBlockRows = kGroups * kRows, kBlockColumns = kLanes * kColumns;
-  // Floats of shared memory to reduce the columns' sums, or four directions, in.
+  // Floats of shared memory to reduce the columns' sums in.
   static constexpr int kScratch = (kTileSums - kRhoText) * kGroups * kBlockColumns;
 
   // The group of lanes, the first row and the columns of this thread, within the block's tile.
@@ -106,15 +105,40 @@ __device__ __forceinline__ float direction_logit(int d, int mode, const Products
   return support_logit(z.P, z.Q, other.c, other.text) + other.offset + b;
 }
 
-__device__ __forceinline__ bool uses(int mode, int direction) {
-  return direction < kSupportRows || (mode != kNone && direction == kSupportRows) ||
-         mode == kMirror || mode == kShared;
+// (m, l) of direction d over a row's logits: this thread's, and those of the lanes beside it.
+template <class Shape>
+__device__ __forceinline__ LogSum row_log_sum(const float (&z)[Shape::kColumns], int d,
+                                              bool infonce) {
+  float m = kHidden, l = 0;
+  SUPCLAP_UNROLL
+  for (int c = 0; c < Shape::kColumns; ++c) m = fmaxf(m, z[c]);
+  m = warp_max<Shape::kLanes>(m);
+  SUPCLAP_UNROLL
+  for (int c = 0; c < Shape::kColumns; ++c) l += summand(z[c], m, d, infonce);
+  return {m, warp_sum<Shape::kLanes>(l)};
+}
+
+// Sum and count of a row's negatives, as kSimilarity wants them: off the diagonal of S and of P.
+template <class Shape>
+__device__ __forceinline__ LogSum row_similarity(const Products (&z)[Shape::kColumns],
+                                                 bool diagonal) {
+  float sum = 0, pairs = 0;
+  SUPCLAP_UNROLL
+  for (int c = 0; c < Shape::kColumns; ++c) {
+    if (z[c].S <= 0.5f * kHidden) continue;  // NaN is not
+    sum += z[c].S + (diagonal ? 0 : z[c].P), pairs += diagonal ? 1 : 2;
+  }
+  return {warp_sum<Shape::kLanes>(sum), warp_sum<Shape::kLanes>(pairs)};
 }
 
 // Where one side's partial results go: `at` + x of planes that are `plane` apart.
 struct Slot {
   float* at;
   int64_t plane;
+  // Both planes of a direction, of row x.
+  __device__ void put(int first, int x, LogSum value) const {
+    at[first * plane + x] = value.m, at[(first + 1) * plane + x] = value.l;
+  }
 };
 
 // m and omega / (l unit) of the four directions of a row.
@@ -123,8 +147,8 @@ struct Factors {
   __device__ Factors(const Side& side, int x, int mode, bool infonce) {
     SUPCLAP_UNROLL
     for (int d = 0; d < kDirections; ++d) {
-      m[d] = infonce && uses(mode, d) ? side.factor(d, x) : 0;
-      f[d] = uses(mode, d) ? side.factor(kDirections + d, x) : 0;
+      m[d] = infonce && has_direction(mode, d) ? side.factor(d, x) : 0;
+      f[d] = has_direction(mode, d) ? side.factor(kDirections + d, x) : 0;
     }
   }
 };
@@ -173,7 +197,7 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
                                              Slot slot_j, float* scratch, const Store& store) {
   constexpr int kC = Shape::kColumns, kSums = kTileSums;
   float column[kC][kSums - kRhoText] = {};
-  SUPCLAP_UNROLL_BY(Shape::kUnrolled)
+  SUPCLAP_ROLLED
   for (int r = 0; r < Shape::kRows; ++r) {
     const int x = Shape::row() + r;
     const Support own(I, x, mode);

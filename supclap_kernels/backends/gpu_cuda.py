@@ -20,23 +20,21 @@ class Given:
 
     def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
         self.inputs, self.native = inputs, native.cuda()
-        p = self.problem = self.native.CudaProblem()
         audio, text, radius = inputs[:3]
-        p.N, p.D = audio.shape
-        p.width, p.dtype, p.mode, p.infonce = width, DTYPES[audio.dtype], mode, options.infonce
-        p.renormalize, p.normalize, p.stats = options.renormalize, options.normalize, options.stats
-        p.per_row_radius = radius is not None and radius.ndim == 1
-        p.alpha, p.beta = options.alpha, options.beta
-        p.row_scale = 1.0 / p.N if options.reduction == "mean" else 1.0
-        p.text_n, p.text_d = text.stride()
-        p.audio_n, p.audio_d = audio.stride()
-        p.text, p.audio = text.data_ptr(), audio.data_ptr()
+        N, D = audio.shape
+        self.problem = self.native.Problem(
+            N, D, width, DTYPES[audio.dtype], mode, options.infonce,
+            options.renormalize, options.normalize, options.stats,
+            radius is not None and radius.ndim == 1, options.alpha, options.beta,
+            1.0 / N if options.reduction == "mean" else 1.0,
+            text.data_ptr(), *text.stride(), audio.data_ptr(), *audio.stride(),
+        )  # fmt: skip
         self.alive: list[Tensor] = []
         self.numbers(radius=radius, scale=inputs.scale, bias=inputs.bias, weight=inputs.weight)
         ids = contiguous(inputs.ids)
         if ids is not None:
             self.alive.append(ids)
-            p.ids = ids.data_ptr()
+            self.problem.ids = ids.data_ptr()
 
     def numbers(self, **tensors: Tensor | None) -> None:
         """Numbers as the kernels read them, kept alive until these are launched."""
@@ -87,7 +85,7 @@ class CudaCall(Call):
     def prepare_state(self) -> None:
         self.start_call()
         self.set(running=self.running)
-        self.native.cuda_prepare_rows(self.problem, self.stream)
+        self.native.prepare_rows(self.problem, self.stream)
 
     def place(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> tuple[Any, ...]:
         where = (tile.i0, tile.ni, tile.j0, tile.nj, tile.ld, tile.size)
@@ -120,7 +118,7 @@ class CudaCall(Call):
 
     def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
         self.set(row_loss=rows, terms=terms)
-        self.native.cuda_finish_statistics(self.problem, self.stream)
+        self.native.finish_statistics(self.problem, self.stream)
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
         self.start_call()
@@ -129,7 +127,7 @@ class CudaCall(Call):
         bounds = self.new_empty(2, -(-self.N // self.native.THREADS))
         self.set(omega=self.omega, bounds=bounds)
         self.set(factors=self.factors, unit=self.unit, sums=self.sums)
-        self.native.cuda_start_gradients(self.problem, self.stream)
+        self.native.start_gradients(self.problem, self.stream)
 
     def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
@@ -141,7 +139,7 @@ class CudaCall(Call):
         self.set(dT=dT, dA=dA, out_text=text, out_audio=audio, counter=counter)
         self.set(row_scalars=rows, row_radius=radius)
         self.set(out_scale=totals[0], out_bias=totals[1], out_radius=totals[2])
-        self.native.cuda_finish_gradients(self.problem, self.stream)
+        self.native.finish_gradients(self.problem, self.stream)
         return radius, totals
 
 

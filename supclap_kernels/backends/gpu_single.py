@@ -36,7 +36,7 @@ def width_of(D: int, dtype: torch.dtype) -> int:
 def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int) -> int:
     """The largest batch whose tiles fit on the chip of the device `index`, the current one."""
     module = native.cuda()
-    p = module.CudaProblem()
+    p = module.Problem()
     p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
     return int(module.single_limit(p, SIDE))
 
@@ -106,27 +106,24 @@ class Single:
             given = self.given(inputs, options)
             if given is None:
                 return CUDA_PANEL.forward(inputs, options, needs)
-            audio, per_row = inputs.audio, options.reduction == "none"
-            N, width = len(audio), given.problem.width
+            per_row = options.reduction == "none"
+            N, width = len(inputs.audio), given.problem.width
             gradient = any(needs) and not per_row
-            state = torch.empty(STATE_ROWS, N, device=audio.device)
-            loss = torch.empty((N,) if per_row else (), device=audio.device)
-            size = Sums.size(N, width) if gradient else PLACEHOLDER
-            saved = torch.empty(size, device=audio.device)
-            terms = torch.empty(6, N, device=audio.device) if options.stats else None
-            running = torch.empty(2, N, device=audio.device) if options.stats else None
+            empty = functools.partial(torch.empty, dtype=torch.float32, device=inputs.audio.device)
+            state, loss = empty(STATE_ROWS, N), empty((N,) if per_row else ())
+            saved = empty(Sums.size(N, width) if gradient else PLACEHOLDER)
             if gradient:
                 Sums(saved, N, width).give(given, needs)
             else:
                 saved.zero_()  # no output is undefined
-            given.set(
-                state=state, terms=terms, similarity=running, row_loss=loss if per_row else None
-            )
+            stats = (empty(6, N), empty(2, N)) if options.stats else (None, None)
+            given.set(terms=stats[0], similarity=stats[1])
+            given.set(state=state, row_loss=loss if per_row else None)
             launch(given, None if per_row else loss, gradient)
-            stats = torch.empty(0, device=audio.device)
-            if terms is not None and running is not None:
-                stats = statistics(inputs, terms, state, running)
-            return loss, stats, state, saved
+            terms, similarity = stats
+            if terms is None or similarity is None:
+                return loss, empty(0), state, saved
+            return loss, statistics(inputs, terms, state, similarity), state, saved
 
     def backward(
         self,
@@ -144,8 +141,8 @@ class Single:
                 return CUDA_PANEL.backward(inputs, options, needs, upstream, state, saved)
             N, width = len(inputs.audio), given.problem.width
             if options.reduction == "none":
-                saved = torch.empty(Sums.size(N, width), device=saved.device)
-                state, rows = torch.empty_like(state), torch.empty(N, device=saved.device)
+                saved = state.new_empty(Sums.size(N, width))
+                state, rows = torch.empty_like(state), state.new_empty(N)
                 given.problem.per_row_upstream = True
                 given.problem.stats = False
                 given.numbers(upstream=upstream)
@@ -159,7 +156,7 @@ class Single:
             return self.finish(given, needs)
 
     def finish(self, given: Given, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-        """The launch of backward. Numbers' gradients come out in float32."""
+        """The launch of backward. Gradients of numbers come out in float32."""
         like, p = given.inputs[:5], given.problem
         out = [
             torch.empty(x.shape, dtype=x.dtype if n < 2 else torch.float32, device=x.device)
@@ -174,7 +171,7 @@ class Single:
             given.set(row_radius=radius)
         else:
             given.set(row_radius=rows[2], out_radius=radius)
-        given.native.cuda_finish_gradients(p, native.stream(rows.device))
+        given.native.finish_gradients(p, native.stream(rows.device))
         return tuple(
             rows.new_empty(0) if value is None or x is None else value.to(x.dtype)
             for value, x in zip(out, like, strict=True)
@@ -186,7 +183,7 @@ class Single:
         if N > limit_of(D, dtype, has_radius, options):
             return CUDA_PANEL.memory(N, D, dtype, has_radius, options)
         module, width = native.cuda(), width_of(D, dtype)
-        p = module.CudaProblem()
+        p = module.Problem()
         p.N, p.D, p.width, p.dtype, p.infonce = N, D, width, DTYPES[dtype], options.infonce
         p.mode, p.normalize = contract.mode(has_radius, options), options.normalize
         p.text_n = p.audio_n = width

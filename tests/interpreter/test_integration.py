@@ -11,6 +11,7 @@ from gpu_integration import (  # noqa: F401 - tests
     test_nan_and_infinity_are_not_hidden,
     test_one_pair_costs_nothing,
     test_opcheck,
+    test_pytorchs_default_dtype_does_not_matter,
     test_scales,
     test_stats_are_those_of_the_specification,
     test_vectors_of_any_stride,

@@ -7,8 +7,9 @@
 
 PYBIND11_MODULE(supclap_shim, m) {
   bind_cuda(m);
-  m.attr("SCHEDULES") = shim::schedules();
-  m.def("set_schedule", &shim::set_schedule);
-  m.def("remove_barrier", &shim::remove_barrier, "\"file:line\", or \"\" for none.");
-  m.def("set_multiprocessors", &shim::set_multiprocessors);
+  auto cuda = m.attr("cuda").cast<pybind11::module_>();
+  cuda.attr("SCHEDULES") = shim::schedules();
+  cuda.def("set_schedule", &shim::set_schedule);
+  cuda.def("remove_barrier", &shim::remove_barrier, "\"file:line\", or \"\" for none.");
+  cuda.def("set_multiprocessors", &shim::set_multiprocessors);
 }
