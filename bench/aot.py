@@ -2,6 +2,7 @@
 
     python -m bench.aot --arch sm_80|sm_90|sm_100 [--kernel NAME] [--jobs N]
     python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100       (aot_cuda.py)
+    python -m bench.aot --backend hopper
 
 prints one JSON object per line. What is shipped is not a list that could grow old: the backends run
 once for every mode and dtype with their launches recorded instead of made.
@@ -233,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    parser.add_argument("--backend", choices=("triton", "cuda", "hopper"), default="triton")
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--only", default="", help="part of a label, such as bfloat16 or siglip")
@@ -241,10 +242,12 @@ def main() -> None:
     given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing is compiled in the interpreter")
-    if given.backend == "cuda":
-        from .aot_cuda import report as report_cuda
+    if given.backend != "triton":
+        from . import aot_cuda
 
-        lines = report_cuda(given.arch, given.kernel)
+        hopper = given.backend == "hopper"
+        found = aot_cuda.report_hopper() if hopper else aot_cuda.report(given.arch)
+        lines = (line for line in found if given.kernel in line["name"])
     elif given.arch in ARCHITECTURES:
         lines = report(ARCHITECTURES[given.arch], given.kernel, given.jobs, given.only)
     else:

@@ -1,14 +1,20 @@
 """What nvcc made of the CUDA kernels in this checkout's build.
 
     python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100
+    python -m bench.aot --backend hopper        of csrc/cuda/gram.cu, compiled for the purpose
 
 prints one JSON object per kernel: registers, stack, spills and static shared memory from the
-build's log, dynamic shared memory (the most it asks for), tensor core instructions from the module.
+build's log, dynamic shared memory (the most it asks for), and from the machine code how many
+instructions multiply on the tensor cores (HMMA, HGMMA) or copy by a tensor map (UTMALDG).
 """
 
 import collections
+import os
 import re
+import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +47,8 @@ def dynamic_shared(name: str) -> int:
     module = native.cuda()
     if "panel_tile" in name:
         return int(module.PANEL_SHARED)
+    if "gram_kernel" in name:
+        return int(module.GRAM_SHARED)
     if "single_kernel" not in name:
         return 4 * (2 * 2048 + int(module.THREADS)) * ("far_" in name and "list" not in name)
     p = module.Problem()
@@ -51,35 +59,59 @@ def dynamic_shared(name: str) -> int:
     return int(module.plan_single(p, True, side, *CHIP).shared)
 
 
-def tensor_instructions(arch: str) -> dict[str, int]:
-    """HMMA of every kernel of the module, by mangled name."""
-    module = str(native.module().__file__)
-    found: dict[str, int] = collections.Counter()
+COUNTED = ("HMMA", "HGMMA", "UTMALDG")
+
+
+def instructions(file: Path, arch: str) -> dict[str, collections.Counter[str]]:
+    """How many of those COUNTED every kernel in a binary has, by mangled name."""
+    found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     name = ""
-    for line in run_tool("cuobjdump", "-sass", "-arch", arch, module).splitlines():
+    for line in run_tool("cuobjdump", "-sass", "-arch", arch, str(file)).splitlines():
         if match := re.match(r"\s*Function : (\w+)", line):
             name = match[1]
-        found[name] += " HMMA." in line
+        elif (match := re.search(r"\b([A-Z]+)\.", line)) and match[1] in COUNTED:
+            found[name][match[1]] += 1
     return found
 
 
-def report(arch: str, kernel: str = "") -> Iterator[dict[str, Any]]:
-    """A line for every kernel whose name contains `kernel`."""
-    tensor = tensor_instructions(arch)
+def kernels(log: str, source: str, arch: str, binary: Path) -> Iterator[dict[str, Any]]:
+    """A line for every kernel in the log of one compilation."""
+    counted = instructions(binary, arch)
+    # A kernel, then the functions it calls.
+    for entry in log.split("Compiling entry function ")[1:]:
+        name, target = re.findall(r"'(\w+)'", entry)[:2]
+        if target != arch:
+            continue
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry)]
+        yield {
+            "name": name,
+            "source": source,
+            "registers": number(r"Used (\d+) registers", entry),
+            "stack": number(r"(\d+) bytes cumulative stack size", entry),
+            "spill_bytes": max(spills),
+            "static_shared": number(r"(\d+) bytes smem", entry),
+            "dynamic_shared": dynamic_shared(name),
+            **{word.lower(): counted[name][word] for word in COUNTED},
+        }
+
+
+def report(arch: str) -> Iterator[dict[str, Any]]:
+    module = Path(str(native.module().__file__))
     for log in logs():
-        # A kernel, then the functions it calls.
-        for entry in log.read_text().split("Compiling entry function ")[1:]:
-            name, target = re.findall(r"'(\w+)'", entry)[:2]
-            if target != arch or kernel not in name:
-                continue
-            spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry)]
-            yield {
-                "name": name,
-                "source": log.name.removesuffix(".o.log"),
-                "registers": number(r"Used (\d+) registers", entry),
-                "stack": number(r"(\d+) bytes cumulative stack size", entry),
-                "spill_bytes": max(spills),
-                "static_shared": number(r"(\d+) bytes smem", entry),
-                "dynamic_shared": dynamic_shared(name),
-                "hmma": tensor[name],
-            }
+        yield from kernels(log.read_text(), log.name.removesuffix(".o.log"), arch, module)
+
+
+def report_hopper() -> Iterator[dict[str, Any]]:
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    toolkit, source = setup["cuda_toolkit"](os.environ), ROOT / setup["HOPPER_SOURCE"]
+    if toolkit is None:
+        raise FileNotFoundError("no nvcc")
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "gram.o")
+        command = [toolkit.nvcc, *setup["NVCC_FLAGS"], "-gencode=arch=compute_90a,code=sm_90a"]
+        command += ["-c", source, "-o", binary]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        log = done.stdout + done.stderr
+        serialized = set(re.findall(r"instructions are serialized .* in the function '(\w+)'", log))
+        for line in kernels(log, source.name, "sm_90a", binary):
+            yield {**line, "serialized": line["name"] in serialized}

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import supclap_kernels as sk
-from supclap_kernels import testing
+from supclap_kernels import native, testing
+from supclap_kernels.backends import gpu_hopper
 
 from . import peers
 from .run import commit
@@ -33,11 +34,18 @@ BUDGET_MS = 12_000.0
 """A peer whose rounds would take longer than this gets fewer, 3 at least."""
 
 
-def fused(backend: str, workspace: int = 256 * 2**20) -> Callable[..., peers.Loss]:
-    def build(objective: str, bilateral: str, plain: bool) -> peers.Loss:
+def fused(
+    backend: str, workspace: int = 256 * 2**20, hopper: bool = False
+) -> Callable[..., peers.Loss | None]:
+    """`hopper`: with the kernels that SUPCLAP_HOPPER=1 builds, if they are there."""
+
+    def build(objective: str, bilateral: str, plain: bool) -> peers.Loss | None:
         given = {"objective": objective, "bilateral": bilateral, "backend": backend}
+        if hopper and (plain or not hasattr(native.cuda(), "gram_tile")):
+            return None
 
         def loss(audio: Tensor, text: Tensor, radius: Tensor, *scalars: Tensor) -> Tensor:
+            gpu_hopper.WANTED = hopper  # until the next one's forward
             R = None if plain else radius
             return sk.fused_svr_loss(audio, text, R, *scalars, workspace=workspace, **given)
 
@@ -119,7 +127,7 @@ def optional(module: str, wanted: str, loss: peers.Loss) -> Callable[..., peers.
     return build
 
 
-def native(objective: str, bilateral: str, plain: bool) -> peers.Loss | None:
+def linear_cross_entropy(objective: str, bilateral: str, plain: bool) -> peers.Loss | None:
     there = hasattr(torch.nn.functional, "linear_cross_entropy")  # from PyTorch 2.13 on
     return native_infonce if plain and objective == "infonce" and there else None
 
@@ -131,12 +139,13 @@ PEERS: dict[str, Callable[..., peers.Loss | None]] = {
     "panel-32GiB": fused("panel", 32 * GIB),
     "triton-128MiB": fused("triton", 128 * 2**20),
     "cuda": fused("cuda"),
-    "linear_cross_entropy": native,
+    "cuda-hopper": fused("cuda", hopper=True),
+    "linear_cross_entropy": linear_cross_entropy,
     "inf_cl": optional("inf_cl", "infonce", inf_cl_infonce),
     "memeff": optional("memeff", "infonce", memeff_infonce),
     "siglip-kernel": optional("siglip_kernel", "siglip", siglip_kernel),
 }
-OURS = ("panel", "panel-32GiB", "triton-128MiB", "cuda")
+OURS = ("panel", "panel-32GiB", "triton-128MiB", "cuda", "cuda-hopper")
 MODES = {
     "infonce": ("infonce", "none", True),
     "one-sided": ("infonce", "none", False),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: bash bench/gpu.sh [correct|large|small|latency|sanitize ...], all by default.
+# SUPCLAP_HOPPER=1 at install adds the fused kernels for Hopper, which run beside the others here.
 # Each part stays under 8 minutes. Results go to $OUT, or bench/results/gpu.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +31,7 @@ for part in "${@:-correct large small latency sanitize}"; do
           run "sanitize-$tool" 235 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             --kernel-regex kns=panel --kernel-regex kns=tile --kernel-regex kns=far \
             --kernel-regex kns=row --kernel-regex kns=merge --kernel-regex kns=finish \
-            --kernel-regex kns=single_kernel \
+            --kernel-regex kns=single_kernel --kernel-regex kns=gram \
             "$python" -m bench.sanitize
         done
         ;;

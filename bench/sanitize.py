@@ -3,13 +3,14 @@
 import torch
 
 from supclap_kernels import fused_svr_loss
-from supclap_kernels.backends import gpu_single
+from supclap_kernels.backends import gpu_hopper, gpu_single
 from supclap_kernels.testing import Case, evaluate, make_inputs
 
 
 def main() -> None:
-    for name in ("panel", "triton", "cuda", "cuda panel"):
-        if name == "cuda panel":  # as if no batch fitted on the chip
+    for name in ("panel", "triton", "cuda", "cuda panel", "cuda hopper"):
+        gpu_hopper.WANTED = name == "cuda hopper"
+        if " " in name:  # as if no batch fitted on the chip
             gpu_single.limit_of = lambda *_: 0
         for dtype in (torch.bfloat16, torch.float32):
             for options in ({}, {"bilateral": "shared"}, {"objective": "siglip"}):

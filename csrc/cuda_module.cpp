@@ -145,6 +145,7 @@ void bind_cuda(py::module_& parent) {
   m.def("device_count", &device_count, "Devices the driver offers, 0 without one.");
   m.attr("THREADS") = kThreads;
   m.attr("PANEL_SHARED") = panel_shared();
+  m.attr("GRAM_SHARED") = kGramShared;
   m.attr("PANEL_BLOCK") = py::make_tuple(kPanelRows, kPanelColumns);
   bind_problem(m);
   m.def(
@@ -157,6 +158,9 @@ void bind_cuda(py::module_& parent) {
   bind_rows(m, "finish_gradients", &finish_gradients);
   bind_tile(m, "panel_tile", &panel_tile);
   bind_tile(m, "panel_merge", &panel_merge);
+#if SUPCLAP_WITH_HOPPER
+  bind_tile(m, "gram_tile", &gram_tile);
+#endif
   m.def(
       "far_list",
       [](const Problem& p, Address index, Address count, Stream stream) {

@@ -98,6 +98,16 @@ def test_vectors_of_any_stride(backend):
     assert torch.equal(expanded, row)
 
 
+def test_one_column_expanded(backend):
+    """Rows at the distance of contiguous ones whose columns are not neighbours."""
+    inputs = make_inputs(Case(N=40, D=16))
+    audio = inputs.audio[:, :1].expand(-1, 16)
+    assert audio.stride() == (16, 0)
+    expanded, packed = (sk.fused_svr_loss(x, inputs.text, 0.2, backend=backend)
+                        for x in (audio, audio.contiguous()))  # fmt: skip
+    assert torch.equal(expanded, packed)
+
+
 @pytest.mark.parametrize("scale", [0.0, 100.0, -5.0])
 def test_scales(backend, scale):
     """Equal logits, logits of +-100, and similar pairs that repel."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -311,24 +312,42 @@ def test_launch_without_a_device_names_the_kernel():
         _native.cuda.prepare_rows(p, 0)
 
 
-@needs_cuda_build
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_cuda_kernels_compile_well(arch):
-    """No spills; tensor cores wherever 16-bit numbers are multiplied; the chip's shared memory."""
+def compile_report(*arguments: str) -> list[dict[str, Any]]:
+    """Asserts what all kernels keep: no spills, and the chip's shared memory."""
     pytest.importorskip("triton")  # its cuobjdump
-    if arch[3:] not in _native.cuda.architectures():
-        pytest.skip(f"not compiled for {arch}")
-    command = [sys.executable, "-m", "bench.aot", "--backend", "cuda", "--arch", arch]
+    command = [sys.executable, "-m", "bench.aot", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) > 40
     for line in lines:
         assert line["spill_bytes"] == 0, line
         assert line["registers"] <= 255 and line["static_shared"] == 0, line
         assert line["dynamic_shared"] <= 227 * 1024, line
+    return lines
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_cuda_kernels_compile_well(arch):
+    """Tensor cores wherever 16-bit numbers are multiplied."""
+    if arch[3:] not in _native.cuda.architectures():
+        pytest.skip(f"not compiled for {arch}")
+    lines = compile_report("--backend", "cuda", "--arch", arch)
+    assert len(lines) > 40
+    for line in lines:
         if "single_kernel" in line["name"]:
             assert (line["hmma"] > 0) == ("float16" in line["name"].lower()), line
+
+
+@needs_cuda_build
+def test_hopper_kernels_compile_well():
+    """Asynchronous tensor cores, not one after the other, and copies by tensor maps."""
+    if "90a" not in _native.cuda.architectures():
+        pytest.skip("not compiled for sm_90a")
+    lines = compile_report("--backend", "hopper")
+    assert len(lines) == 20
+    assert all(line["hgmma"] == 4 and line["utmaldg"] > 0 for line in lines)
+    assert not any(line["serialized"] for line in lines)
 
 
 @needs_cuda_build

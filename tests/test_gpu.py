@@ -8,6 +8,7 @@ import torch
 from covering import covering
 
 import supclap_kernels as sk
+from supclap_kernels import native
 from supclap_kernels.testing import (
     Case,
     baseline,
@@ -25,15 +26,18 @@ MODES = [{}, {"bilateral": "none"}, {"bilateral": "shared"}, {"objective": "sigl
 by_mode = pytest.mark.parametrize("options", MODES, ids=str)
 
 
-@pytest.fixture(params=["panel", "triton", "cuda", "cuda panel"])
+@pytest.fixture(params=["panel", "triton", "cuda", "cuda panel", "cuda hopper"])
 def backend(request, monkeypatch):
-    """ "cuda": one launch where the batch fits on the chip; "cuda panel": as if it did not."""
-    from supclap_kernels.backends import gpu_single
+    """ "cuda": one launch where the batch fits on the chip; with more words: as if it did not."""
+    from supclap_kernels.backends import gpu_hopper, gpu_single
 
-    if request.param == "cuda panel":
-        monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
     if "cuda" in request.param and sk.available_backends()["cuda"] != "ok":
         pytest.skip(sk.available_backends()["cuda"])
+    if request.param == "cuda hopper" and not hasattr(native.cuda(), "gram_tile"):
+        pytest.skip("installed without SUPCLAP_HOPPER=1")
+    monkeypatch.setattr(gpu_hopper, "WANTED", request.param == "cuda hopper")
+    if " " in request.param:
+        monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
     return request.param.split()[0]
 
 

@@ -26,7 +26,7 @@ def test_every_option():
     assert passed > 600
 
 
-SANITIZED = "far or vectors or twice or one_pair or stats_are"
+SANITIZED = "far or vectors or twice or one_pair or stats_are or rounds"
 """Every kernel and every phase; tests/shim/run.py --sanitize runs everything."""
 
 
@@ -36,5 +36,4 @@ def test_sanitized(sanitizer):
 
 
 def test_every_barrier_is_needed():
-    """Of the kernels that changed since `tests/shim/run.py --mutants` last tried all."""
-    run("--mutants", "--changed")
+    assert int(run("--mutants").split()[-4]) > 40

@@ -154,12 +154,17 @@ struct Max {
   __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
 
+// What the lane `apart` from this one has.
+template <class Real>
+__device__ __forceinline__ Real shuffle_xor(Real x, int apart) {
+  return __shfl_xor_sync(0xffffffffu, x, apart);
+}
+
 // Over the `kLanes` lanes around this one; every lane gets it.
 template <int kLanes, class Real, class Join>
 __device__ __forceinline__ Real reduce_lanes(Real x, Join join) {
   SUPCLAP_UNROLL
-  for (int offset = kLanes / 2; offset > 0; offset /= 2)
-    x = join(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) x = join(x, shuffle_xor(x, offset));
   return x;
 }
 template <int kLanes = kWarp>

@@ -17,6 +17,7 @@ struct Grid {
   dim3 blocks;
   size_t shared = 0;  // bytes of dynamic shared memory
   bool cooperative = false;
+  unsigned threads = kThreads;
 };
 
 inline unsigned blocks_for(int64_t count, int64_t each) {
@@ -51,10 +52,10 @@ std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& 
   const auto to = reinterpret_cast<cudaStream_t>(stream);
   const auto go = [&](Parameters... values) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&values))...};
-    return grid.cooperative
-               ? cudaLaunchCooperativeKernel(function, grid.blocks, dim3(kThreads), pointers,
-                                             grid.shared, to)
-               : cudaLaunchKernel(function, grid.blocks, dim3(kThreads), pointers, grid.shared, to);
+    return grid.cooperative ? cudaLaunchCooperativeKernel(function, grid.blocks, dim3(grid.threads),
+                                                          pointers, grid.shared, to)
+                            : cudaLaunchKernel(function, grid.blocks, dim3(grid.threads), pointers,
+                                               grid.shared, to);
   };
   const auto error = go(arguments...);
   if (error == cudaSuccess) return "";
@@ -71,7 +72,8 @@ template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, uintptr_t,
                    const Arguments&... arguments) {
   (void)name;
-  shim::launch(grid.blocks, kThreads, grid.shared, grid.cooperative, [&] { kernel(arguments...); });
+  shim::launch(grid.blocks, grid.threads, grid.shared, grid.cooperative,
+               [&] { kernel(arguments...); });
   return "";
 }
 

@@ -24,13 +24,17 @@ std::string finish_statistics(const Problem& p, Stream stream);
 std::string start_gradients(const Problem& p, Stream stream);  // omega, bounds, factors, unit
 std::string finish_gradients(const Problem& p, Stream stream);
 
-// One tile pair of the panel engine (panel.cu): what block sizes it has, and its two steps.
-constexpr int kPanelRows = 32, kPanelColumns = 128;
+// One tile pair of the panel engine (panel.cu), in two steps.
 int64_t panel_shared();  // bytes of shared memory of a block
 std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                        Stream stream);
 std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                         Stream stream);
+
+// The first step in one launch, products included (gram.cu, Hopper): `panel` is not read.
+constexpr int64_t kGramShared = 210944;  // bytes of shared memory of a block
+std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                      Stream stream);
 
 // Far rows (rows.cu): index [N] and count [1] int32.
 std::string far_list(const Problem& p, int* index, int* count, Stream stream);

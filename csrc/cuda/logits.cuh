@@ -17,7 +17,12 @@ struct alignas(8) LogSum {
 __device__ __forceinline__ LogSum merge(LogSum a, LogSum b, bool infonce) {
   const float top = fmaxf(a.m, b.m);
   if (!infonce) return {top, a.l + b.l};
-  return {top, a.l * exp_2(a.m - top) + b.l * exp_2(b.m - top)};
+  const bool first = a.m >= b.m;
+  const float more = first ? a.l : b.l, less = first ? b.l : a.l;
+  return {top, more + less * exp_2(-fabsf(a.m - b.m))};
+}
+__device__ __forceinline__ LogSum shuffle_xor(LogSum x, int apart) {
+  return {shuffle_xor(x.m, apart), shuffle_xor(x.l, apart)};
 }
 
 // k log2(e); not 0, since sums of slope times logit are divided by it later.

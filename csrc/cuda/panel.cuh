@@ -25,17 +25,6 @@ struct PanelPlace {
       : x(blockIdx.x * PanelShape::kBlockRows), y(blockIdx.y * PanelShape::kBlockColumns) {}
 };
 
-__device__ __forceinline__ Side panel_side(const Problem& p, int64_t first, int at, int n) {
-  const int64_t start = first + at;
-  return {p.state + kStateRows * p.N + start,
-          p.factors + start,
-          p.N,
-          p.N,
-          p.ids ? p.ids + start : nullptr,
-          start,
-          n - at};
-}
-
 // A thread's logits of one row.
 struct PanelRow {
   Products at[PanelShape::kColumns];

@@ -89,6 +89,9 @@ SUPCLAP_HD int grams_of(const Problem& p) {
   return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1;
 }
 
+// The part of a tile pair that leaves one partial result for each row and each column.
+constexpr int kPanelRows = 32, kPanelColumns = 128;
+
 // A tile pair of the panel engine: rows [i0, i0 + ni) against rows [j0, j0 + nj). Blocks S, P (off
 // the diagonal), Q, K of `size` float32 each, in rows of ld; both sides padded to whole blocks.
 struct PanelTile {

@@ -14,6 +14,9 @@
 
 namespace supclap::cuda {
 
+// Sums that columns have, too: those from kRhoText on.
+constexpr int kColumnSums = kTileSums - kRhoText;
+
 // kAdjacent: a thread's columns are neighbours; else kLanes apart.
 template <int kRows_, int kColumns_, int kLanes_, bool kAdjacent>
 struct PatchShape {
@@ -21,7 +24,7 @@ struct PatchShape {
   static constexpr int kGroups = kWarps * (kWarp / kLanes);
   static constexpr int kBlockRows = kGroups * kRows, kBlockColumns = kLanes * kColumns;
   // Floats of shared memory to reduce the columns' sums in.
-  static constexpr int kScratch = (kTileSums - kRhoText) * kGroups * kBlockColumns;
+  static constexpr int kScratch = kColumnSums * kGroups * kBlockColumns;
 
   // The group of lanes, the first row and the columns of this thread, within the block's tile.
   __device__ static int group() { return threadIdx.x / kLanes; }
@@ -62,6 +65,18 @@ struct Side {
     return x < count ? factors[which * factor_stride + x] : 0;
   }
 };
+
+// Rows from first + at on, of the n from `first` on, as the sweeps left them in `state`.
+__device__ __forceinline__ Side panel_side(const Problem& p, int64_t first, int at, int n) {
+  const int64_t start = first + at;
+  return {p.state + kStateRows * p.N + start,
+          p.factors + start,
+          p.N,
+          p.N,
+          p.ids ? p.ids + start : nullptr,
+          start,
+          n - at};
+}
 
 // What tells a pair of negatives from others.
 struct Identity {
@@ -105,6 +120,17 @@ __device__ __forceinline__ float direction_logit(int d, int mode, const Products
   return support_logit(z.P, z.Q, other.c, other.text) + other.offset + b;
 }
 
+// (m, l) of direction d over some logits of this thread.
+template <int kCount>
+__device__ __forceinline__ LogSum log_sum(const float (&z)[kCount], int d, bool infonce) {
+  float m = kHidden, l = 0;
+  SUPCLAP_UNROLL
+  for (int n = 0; n < kCount; ++n) m = fmaxf(m, z[n]);
+  SUPCLAP_UNROLL
+  for (int n = 0; n < kCount; ++n) l += summand(z[n], m, d, infonce);
+  return {m, l};
+}
+
 // (m, l) of direction d over a row's logits: this thread's, and those of the lanes beside it.
 template <class Shape>
 __device__ __forceinline__ LogSum row_log_sum(const float (&z)[Shape::kColumns], int d,
@@ -118,16 +144,19 @@ __device__ __forceinline__ LogSum row_log_sum(const float (&z)[Shape::kColumns],
   return {m, warp_sum<Shape::kLanes>(l)};
 }
 
-// Sum and count of a row's negatives, as kSimilarity wants them: off the diagonal of S and of P.
+// Adds an element to the sum and count of a row's negatives, as kSimilarity wants them: off the
+// diagonal of S and of P.
+__device__ __forceinline__ void add_similarity(const Products& z, bool diagonal, float& sum,
+                                               float& pairs) {
+  if (z.S <= 0.5f * kHidden) return;  // NaN is not
+  sum += z.S + (diagonal ? 0 : z.P), pairs += diagonal ? 1 : 2;
+}
 template <class Shape>
 __device__ __forceinline__ LogSum row_similarity(const Products (&z)[Shape::kColumns],
                                                  bool diagonal) {
   float sum = 0, pairs = 0;
   SUPCLAP_UNROLL
-  for (int c = 0; c < Shape::kColumns; ++c) {
-    if (z[c].S <= 0.5f * kHidden) continue;  // NaN is not
-    sum += z[c].S + (diagonal ? 0 : z[c].P), pairs += diagonal ? 1 : 2;
-  }
+  for (int c = 0; c < Shape::kColumns; ++c) add_similarity(z[c], diagonal, sum, pairs);
   return {warp_sum<Shape::kLanes>(sum), warp_sum<Shape::kLanes>(pairs)};
 }
 
@@ -144,6 +173,7 @@ struct Slot {
 // m and omega / (l unit) of the four directions of a row.
 struct Factors {
   float m[kDirections], f[kDirections];
+  __device__ Factors() {}
   __device__ Factors(const Side& side, int x, int mode, bool infonce) {
     SUPCLAP_UNROLL
     for (int d = 0; d < kDirections; ++d) {
@@ -187,6 +217,19 @@ struct Half {
   }
 };
 
+// Adds an element's halves to the sums of its row and of its column.
+__device__ __forceinline__ void add_sums(const Half& one, const Half& two, bool diagonal,
+                                         float (&row)[kTileSums], float (&column)[kColumnSums]) {
+  row[kBase] += one.base + (diagonal ? 0 : two.base);
+  row[kBias] += one.total + (diagonal ? 0 : two.total);
+  row[kRhoText] += one.rho_t, row[kSupportText] += one.support_t;
+  row[kRhoAudio] += two.rho_a, row[kSupportAudio] += two.support_a;
+  column[kRhoText - kRhoText] += two.rho_t;
+  column[kSupportText - kRhoText] += two.support_t;
+  column[kRhoAudio - kRhoText] += one.rho_a;
+  column[kSupportAudio - kRhoText] += one.support_a;
+}
+
 // Sweep 2: the weights, a row at a time through store(r, w): w[0] of A_J in dT_I, w[1] of T_J in
 // dA_I, w[2] of A_J in dA_I, w[3] of T_J in dT_I; and partial sums [kTileSums] of rows and
 // (kRhoText and on) of columns. z(r) are the logits of a row's elements, z(r).at[c]. `scratch`
@@ -196,7 +239,7 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
                                              int mode, bool infonce, bool diagonal, Slot slot_i,
                                              Slot slot_j, float* scratch, const Store& store) {
   constexpr int kC = Shape::kColumns, kSums = kTileSums;
-  float column[kC][kSums - kRhoText] = {};
+  float column[kC][kColumnSums] = {};
   SUPCLAP_ROLLED
   for (int r = 0; r < Shape::kRows; ++r) {
     const int x = Shape::row() + r;
@@ -213,14 +256,7 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
       const Half one(at.S, at.Q, at.K, own, other, own_f, other_f, b, mode, infonce);
       const Half two(at.P, at.Q, at.K, other, own, other_f, own_f, b, mode, infonce);
       w[0][c] = one.W, w[1][c] = two.W, w[2][c] = one.V_A + two.V_A, w[3][c] = one.V_T + two.V_T;
-      row[kBase] += one.base + (diagonal ? 0 : two.base);
-      row[kBias] += one.total + (diagonal ? 0 : two.total);
-      row[kRhoText] += one.rho_t, row[kSupportText] += one.support_t;
-      row[kRhoAudio] += two.rho_a, row[kSupportAudio] += two.support_a;
-      column[c][kRhoText - kRhoText] += two.rho_t;
-      column[c][kSupportText - kRhoText] += two.support_t;
-      column[c][kRhoAudio - kRhoText] += one.rho_a;
-      column[c][kSupportAudio - kRhoText] += one.support_a;
+      add_sums(one, two, diagonal, row, column[c]);
     }
     store(r, w);
     SUPCLAP_UNROLL
@@ -233,14 +269,14 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
   }
   if (diagonal || mode == kNone) return;
   SUPCLAP_UNROLL
-  for (int sum = 0; sum < kSums - kRhoText; ++sum) {
+  for (int sum = 0; sum < kColumnSums; ++sum) {
     SUPCLAP_UNROLL
     for (int c = 0; c < kC; ++c)
       scratch[(sum * Shape::kGroups + Shape::group()) * Shape::kBlockColumns + Shape::column(c)] =
           column[c][sum];
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < (kSums - kRhoText) * Shape::kBlockColumns; e += kThreads) {
+  for (int e = threadIdx.x; e < kColumnSums * Shape::kBlockColumns; e += kThreads) {
     const int sum = e / Shape::kBlockColumns, y = e % Shape::kBlockColumns;
     if (y >= J.count) continue;
     const float* from = scratch + sum * Shape::kGroups * Shape::kBlockColumns + y;

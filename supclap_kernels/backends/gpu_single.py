@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .. import native
 from ..options import Options
-from . import contract
+from . import contract, gpu_hopper
 from .contract import STATE_ROWS, Inputs
-from .gpu import device_of
+from .gpu import Backend, device_of
 from .gpu_call import SUMS, statistics
 from .gpu_cuda import CUDA_PANEL, DTYPES, Given
+from .gpu_hopper import HOPPER
 from .panel import PLACEHOLDER
 
 SIDE = 0
@@ -44,6 +45,15 @@ def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int) -> i
 def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
     index = torch.cuda.current_device() if torch.cuda.is_available() else -1
     return limit(D, dtype, contract.mode(has_radius, options), options.infonce, index)
+
+
+def larger(dtype: torch.dtype, has_radius: bool, options: Options) -> Backend:
+    """What computes batches that do not fit."""
+    return HOPPER if gpu_hopper.takes(dtype, has_radius, options) else CUDA_PANEL
+
+
+def larger_of(inputs: Inputs, options: Options) -> Backend:
+    return larger(inputs.audio.dtype, inputs.radius is not None, options)
 
 
 class Sums:
@@ -83,7 +93,9 @@ class Single:
         """Length of the buffer that forward leaves for backward; N may be symbolic."""
         if not keep:
             return PLACEHOLDER
-        panel = CUDA_PANEL.saved_elements(N, D, dtype, has_radius, options, keep)
+        panel = larger(dtype, has_radius, options).saved_elements(
+            N, D, dtype, has_radius, options, keep
+        )
         single = Sums.size(N, width_of(D, dtype))
         if options.reduction == "none":
             single = PLACEHOLDER
@@ -105,7 +117,7 @@ class Single:
         with device_of(inputs.audio):
             given = self.given(inputs, options)
             if given is None:
-                return CUDA_PANEL.forward(inputs, options, needs)
+                return larger_of(inputs, options).forward(inputs, options, needs)
             per_row = options.reduction == "none"
             N, width = len(inputs.audio), given.problem.width
             gradient = any(needs) and not per_row
@@ -138,7 +150,8 @@ class Single:
         with device_of(inputs.audio):
             given = self.given(inputs, options)
             if given is None:
-                return CUDA_PANEL.backward(inputs, options, needs, upstream, state, saved)
+                panel = larger_of(inputs, options)
+                return panel.backward(inputs, options, needs, upstream, state, saved)
             N, width = len(inputs.audio), given.problem.width
             if options.reduction == "none":
                 saved = state.new_empty(Sums.size(N, width))
@@ -181,7 +194,7 @@ class Single:
         """Bytes at the peak of forward and backward, beyond the inputs and the returned
         gradients."""
         if N > limit_of(D, dtype, has_radius, options):
-            return CUDA_PANEL.memory(N, D, dtype, has_radius, options)
+            return larger(dtype, has_radius, options).memory(N, D, dtype, has_radius, options)
         module, width = native.cuda(), width_of(D, dtype)
         p = module.Problem()
         p.N, p.D, p.width, p.dtype, p.infonce = N, D, width, DTYPES[dtype], options.infonce

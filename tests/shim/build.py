@@ -19,14 +19,15 @@ SANITIZE = {
     "thread": "-O1 -fsanitize=thread",
     "address": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all",
 }
-SCHEDULER = {**SANITIZE, "thread": "-O2 -DSHIM_TELLS_TSAN=1"}
-DEFINE = ["-DSUPCLAP_WITH_CUDA=1", '-DSUPCLAP_CUDA_ARCHS="host"']
+UNSEEN = {**SANITIZE, "thread": "-O2 -DSHIM_TELLS_TSAN=1"}
+DEFINE = ["-DSUPCLAP_WITH_CUDA=1", "-DSUPCLAP_WITH_HOPPER=1", '-DSUPCLAP_CUDA_ARCHS="host"']
 
 
 def sources() -> list[Path]:
     return [
         *sorted((ROOT / "csrc/cuda").glob("*.cu")),
         ROOT / "csrc/cuda_module.cpp",
+        SHIM / "async.cpp",
         SHIM / "shim.cpp",
         SHIM / "module.cpp",
     ]
@@ -47,7 +48,7 @@ def build(sanitize: str = "") -> Path:
     objects, running = [], []
     for source in sources():
         target = folder / f"{source.stem}.o"
-        own = SCHEDULER if source.name == "shim.cpp" else SANITIZE
+        own = UNSEEN if source.parent == SHIM else SANITIZE
         command = ["g++", *flags, *own[sanitize].split(), "-x", "c++", "-c", str(source)]
         command += ["-o", str(target)]
         objects.append(str(target))

@@ -10,6 +10,6 @@ PYBIND11_MODULE(supclap_shim, m) {
   auto cuda = m.attr("cuda").cast<pybind11::module_>();
   cuda.attr("SCHEDULES") = shim::schedules();
   cuda.def("set_schedule", &shim::set_schedule);
-  cuda.def("remove_barrier", &shim::remove_barrier, "\"file:line\", or \"\" for none.");
+  cuda.def("remove_barrier", &shim::remove_barrier, "(\"file:line\" or \"\", log)");
   cuda.def("set_multiprocessors", &shim::set_multiprocessors);
 }

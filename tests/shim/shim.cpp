@@ -1,18 +1,13 @@
 // The scheduler behind shim.h. x86-64 only: fibers are switched in assembler.
 #include "shim.h"
 
+#include <sys/stat.h>
+
 #include <cstdlib>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#if SHIM_TELLS_TSAN  // this file is not instrumented itself: it is no part of the kernels
-#include <sanitizer/tsan_interface.h>
-#define SHIM_TSAN(...) __VA_ARGS__
-#else
-#define SHIM_TSAN(...)
-#endif
+#include "fibers.h"
 
 extern "C" void shim_switch(void** from, void* to);
 asm(R"(.text
@@ -37,6 +32,9 @@ shim_switch:
 )");
 
 namespace shim {
+
+Launch* running = nullptr;
+
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -44,48 +42,11 @@ constexpr size_t kStack = 256 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
 #endif
+constexpr size_t kGroup = 128;       // threads of a warpgroup
 constexpr unsigned kPermuted = 181;  // a prime: n -> (181 n + seed) % threads visits every fiber
 
-enum State { kRuns, kAtBlock, kAtWarp, kExchanges, kAtGrid, kDone };
-// Lockstep: every block a step at a time. Greedy: a block runs until it waits for another one.
-enum Schedule { kAscending, kPermutedOrder, kGreedyDescending, kSchedules };
-
-struct Fiber {
-  Thread seen;
-  void* stack_pointer = nullptr;
-  void* sanitizer = nullptr;
-  State state = kRuns;
-  unsigned mask = 0;  // lanes it waits for at a warp barrier
-  bool phase_block = 0, phase_warp = 0, phase_grid = 0, phase_exchange = 0;
-  alignas(16) unsigned char left[2][64];  // for other lanes
-};
-
-struct Tags {  // addresses through which barriers order accesses
-  char at[2];
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::vector<Tags> warps;
-  Tags tags;
-  std::unique_ptr<unsigned char[]> memory;
-  size_t live = 0;
-};
-
-struct Launch {
-  std::vector<std::unique_ptr<Block>> blocks;
-  const std::function<void()>* body = nullptr;
-  Fiber* current = nullptr;
-  void* main_stack = nullptr;
-  void* main_sanitizer = nullptr;
-  Tags grid;
-  char start, end;
-  unsigned seed = 1;
-};
-
-Launch* running = nullptr;
 Schedule schedule = kAscending;
-std::string removed;
+std::string removed, race_log;
 int processors = 5;
 
 // What a fiber runs on: a stack, and to the sanitizer a thread. Slow to make, so they are used
@@ -105,29 +66,15 @@ void make_lanes(size_t count) {
   }
 }
 
-bool is_removed(Site site) {
-  if (removed.empty()) return false;
-  const std::string file = site.file;
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line) == removed;
+// Without a barrier, whether the sanitizer's log, empty before, has a report.
+bool raced() {
+  struct stat log;
+  return !race_log.empty() && stat(race_log.c_str(), &log) == 0 && log.st_size > 0;
 }
 
 void to_scheduler() {
   SHIM_TSAN(__tsan_switch_to_fiber(running->main_sanitizer, 1);)
   shim_switch(&running->current->stack_pointer, running->main_stack);
-}
-
-void wait(State state, char* tag) {
-  SHIM_TSAN(__tsan_release(tag);)
-  running->current->state = state;
-  to_scheduler();
-  SHIM_TSAN(__tsan_acquire(tag);)
-  (void)tag;
-}
-
-Block& own_block() {
-  const dim3 at = running->current->seen.block, of = running->current->seen.blocks;
-  const size_t index = at.x + size_t(of.x) * (at.y + size_t(of.y) * at.z);
-  return *running->blocks[index];
 }
 
 void enter() {
@@ -143,6 +90,7 @@ std::unique_ptr<Block> new_block(dim3 at, dim3 blocks, unsigned threads, size_t 
   auto block = std::make_unique<Block>();
   block->fibers.resize(threads);
   block->warps.resize(threads / 32 + 1);
+  block->groups.resize(threads / kGroup + 1);
   block->live = threads;
   block->memory.reset(new unsigned char[shared + 128]);
   memset(block->memory.get(), 0xff, shared + 128);  // NaN
@@ -188,15 +136,38 @@ bool open_warps(Block& block) {
   return opened;
 }
 
-bool open_block(Block& block) {
+// Opens the barrier of `count` threads from `first` on, if all that are not done wait at it.
+bool open_barrier(Block& block, size_t first, size_t count, State state) {
   bool waiting = false;
-  for (const Fiber& fiber : block.fibers) {
-    if (fiber.state != kAtBlock && fiber.state != kDone) return false;
-    waiting |= fiber.state == kAtBlock;
+  const auto begin = block.fibers.begin() + first, end = begin + count;
+  for (auto fiber = begin; fiber != end; ++fiber) {
+    if (fiber->state != state && fiber->state != kDone) return false;
+    waiting |= fiber->state == state;
   }
-  for (Fiber& fiber : block.fibers)
-    if (fiber.state == kAtBlock) fiber.state = kRuns;
+  for (auto fiber = begin; fiber != end; ++fiber)
+    if (fiber->state == state) fiber->state = kRuns;
   return waiting;
+}
+
+// Whether a fiber's poll succeeded.
+bool poll(Block& block) {
+  bool any = false;
+  for (Fiber& fiber : block.fibers)
+    if (fiber.state == kPolls && fiber.ready()) fiber.state = kRuns, any = true;
+  return any;
+}
+
+// Does one of the things that were left for later, as the fiber that left it.
+bool do_later() {
+  auto& all = running->later;
+  if (all.empty()) return false;
+  const auto which = schedule == kGreedyDescending ? all.begin() : all.end() - 1;
+  const auto [fiber, act] = std::move(*which);
+  all.erase(which);
+  SHIM_TSAN(__tsan_switch_to_fiber(fiber->sanitizer, 1);)
+  act();
+  SHIM_TSAN(__tsan_switch_to_fiber(running->main_sanitizer, 1);)
+  return true;
 }
 
 // Runs every fiber of a block that can run, once. Whether anything happened.
@@ -215,9 +186,13 @@ bool step(Block& block) {
     running->current = nullptr;
     block.live -= fiber.state == kDone;
     progress = true;
+    if (raced()) throw std::runtime_error("shim: race");  // one report says it; more take minutes
   }
   progress |= open_warps(block);
-  progress |= open_block(block);
+  progress |= open_barrier(block, 0, count, kAtBlock);
+  for (size_t first = 0; first + kGroup <= count; first += kGroup)
+    progress |= open_barrier(block, first, kGroup, kAtGroup);
+  progress |= poll(block);
   running->seed = running->seed * 1664525u + 1013904223u;
   return progress;
 }
@@ -249,19 +224,59 @@ void run_blocks(size_t first, size_t end) {
       live += block.live;
     }
     if (!live) break;
+    if (!progress) progress = do_later();
     if (end - first == running->blocks.size()) progress |= open_grid();
     if (!progress)
       throw std::runtime_error("shim: deadlock: threads wait for some that never come");
   }
+  if (!running->later.empty()) throw std::runtime_error("shim: a copy that nobody waited for");
 }
 
 }  // namespace
+
+bool is_removed(Site site) {
+  if (removed.empty()) return false;
+  const std::string file = site.file;
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line) == removed;
+}
+
+void wait(State state, char* tag) {
+  SHIM_TSAN(__tsan_release(tag);)
+  running->current->state = state;
+  to_scheduler();
+  SHIM_TSAN(__tsan_acquire(tag);)
+  (void)tag;
+}
+
+void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  running->current->ready = std::move(ready);
+  running->current->state = kPolls;
+  to_scheduler();
+}
+
+void later(std::function<void()> act) {
+  if (schedule == kAscending) return act();
+  running->later.emplace_back(running->current, std::move(act));
+}
+
+Block& own_block() {
+  const dim3 at = running->current->seen.block, of = running->current->seen.blocks;
+  const size_t index = at.x + size_t(of.x) * (at.y + size_t(of.y) * at.z);
+  return *running->blocks[index];
+}
 
 const Thread& self() { return running->current->seen; }
 
 void block_barrier(Site site) {
   if (is_removed(site)) return;
   wait(kAtBlock, &own_block().tags.at[running->current->phase_block ^= 1]);
+}
+
+void warpgroup_barrier(Site site) {
+  if (is_removed(site)) return;
+  Fiber& fiber = *running->current;
+  wait(kAtGroup, &own_block().groups[fiber.seen.thread.x / kGroup].at[fiber.phase_group ^= 1]);
 }
 
 void warp_barrier(Site site, unsigned mask) {
@@ -335,7 +350,10 @@ void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
 
 int schedules() { return kSchedules; }
 void set_schedule(int wanted) { schedule = Schedule(wanted % kSchedules); }
-void remove_barrier(const char* file_and_line) { removed = file_and_line; }
+void remove_barrier(const char* file_and_line, const char* log) {
+  removed = file_and_line;
+  race_log = log;
+}
 int multiprocessors() { return processors; }
 void set_multiprocessors(int count) { processors = count; }
 

@@ -59,14 +59,15 @@ void grid_barrier(Site site);
 void exchange(unsigned mask, const void* value, size_t size, const void* (&others)[32]);
 bool arrive_last(unsigned* counter, unsigned blocks);
 
-// Runs one launch; throws std::runtime_error where no thread can go on.
+// Runs one launch; throws std::runtime_error where no thread can go on, or a mutant raced.
 void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
             const std::function<void()>& body);
 
 // For the tests.
 int schedules();
 void set_schedule(int schedule);
-void remove_barrier(const char* file_and_line);  // "panel.cuh:57"; "" puts it back
+// "panel.cuh:57", or "" for none; a launch ends when the sanitizer's `log` is no longer empty.
+void remove_barrier(const char* file_and_line, const char* log);
 int multiprocessors();
 void set_multiprocessors(int count);
 

@@ -1,0 +1,93 @@
+// Launcher of gram.cuh: built with SUPCLAP_HOPPER=1, for sm_90a.
+#include "cuda/gram.cuh"
+#include "cuda/launch.h"
+#include "cuda/launchers.h"
+
+namespace supclap::cuda {
+
+namespace {
+
+static_assert(kGramShared == sizeof(GramShared) + alignof(GramShared));
+
+// Boxes of `rows` x 64 of an operand [N, width], with the 128-byte swizzle.
+#ifdef __CUDACC__
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                       &status) != cudaSuccess)
+    return nullptr;
+  return reinterpret_cast<Encode>(found);
+}
+
+std::string tensor_map(const Problem& p, const void* X, int rows, TensorMap& map) {
+  static const Encode encode = encoder();
+  if (!encode) return "gram_tile: the driver has no cuTensorMapEncodeTiled";
+  const auto type =
+      p.dtype == kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t size[] = {cuuint64_t(p.width), cuuint64_t(p.N)};
+  const cuuint64_t stride[] = {cuuint64_t(p.width) * 2};
+  const cuuint32_t box[] = {kGramDepth, cuuint32_t(rows)}, step[] = {1, 1};
+  const CUresult result =
+      encode(&map, type, 2, const_cast<void*>(X), size, stride, box, step,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return "";
+  return "gram_tile: cuTensorMapEncodeTiled: error " + std::to_string(int(result));
+}
+#else
+std::string tensor_map(const Problem& p, const void* X, int rows, TensorMap& map) {
+  map = {X, p.N, p.width, rows, kGramDepth};
+  return "";
+}
+#endif
+
+template <class Scalar, int kMode, bool kInfonce>
+std::string launch_sweep(const Problem& p, const GramMaps& maps, const PanelTile& tile,
+                         const PanelScratch& scratch, Stream stream) {
+  const auto kernel = scratch.weights ? gram_kernel<Scalar, kMode, kInfonce, true>
+                                      : gram_kernel<Scalar, kMode, kInfonce, false>;
+  const unsigned tiles = blocks_for(tile.ni, kGramRows) * blocks_for(tile.nj, kGramColumns);
+  const Grid grid{{std::min(tiles, unsigned(multiprocessors()))}, kGramShared, false, kGramThreads};
+  return launch("gram_tile", kernel, grid, stream, p, maps, tile, scratch);
+}
+
+template <class Scalar>
+std::string by_mode(const Problem& p, const GramMaps& maps, const PanelTile& tile,
+                    const PanelScratch& scratch, Stream stream) {
+  const auto sweep = [&](auto go) { return go(p, maps, tile, scratch, stream); };
+  if (p.infonce) {
+    if (p.mode == kOneSided) return sweep(launch_sweep<Scalar, kOneSided, true>);
+    if (p.mode == kShared) return sweep(launch_sweep<Scalar, kShared, true>);
+    return sweep(launch_sweep<Scalar, kMirror, true>);
+  }
+  if (p.mode == kOneSided) return sweep(launch_sweep<Scalar, kOneSided, false>);
+  return sweep(launch_sweep<Scalar, kMirror, false>);
+}
+
+}  // namespace
+
+std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+                      Stream stream) {
+  if (p.dtype == kFloat32 || p.mode == kNone)
+    return "gram_tile: 16-bit embeddings with support vectors only";
+  GramMaps maps;
+  struct {
+    const void* X;
+    int rows;
+    TensorMap& map;
+  } wanted[] = {{p.T, kGroupRows, maps.text_group},
+                {p.A, kGroupRows, maps.audio_group},
+                {p.T, kGramColumns, maps.text},
+                {p.A, kGramColumns, maps.audio}};
+  for (const auto& one : wanted) {
+    const std::string error = tensor_map(p, one.X, one.rows, one.map);
+    if (!error.empty()) return error;
+  }
+  if (p.dtype == kBfloat16) return by_mode<Bfloat16>(p, maps, tile, scratch, stream);
+  return by_mode<Float16>(p, maps, tile, scratch, stream);
+}
+
+}  // namespace supclap::cuda

@@ -1,0 +1,183 @@
+// A sweep over one tile pair in one kernel, for Hopper: no logit leaves the chip.
+//
+// With Z = [T; A] every mode is a function of Z Z^T. A warpgroup multiplies 32 texts and their
+// audios with 128 audios and their texts. In the left operand texts and audios alternate in groups
+// of 8 rows, so the accumulators of a thread are whole 2 x 2 blocks: S, P, Q and K of one row i
+// with 32 columns j (of the modes with one of Q and K, a quarter of the product is in vain).
+//
+// A block is one warpgroup that copies and two that take tiles in turn: while one multiplies,
+// the other turns its products into statistics or weights. Tiles, slots and padding are those of
+// the panel engine (panel.cuh), and so is what merges the partial results.
+#pragma once
+
+#include "cuda/gram_tile.cuh"
+
+namespace supclap::cuda {
+
+constexpr int kGramDepth = 64;  // columns of an operand: 128 bytes
+constexpr int kGramStages = 4;  // operands on their way, or being multiplied
+constexpr int kGramTeams = 2;   // warpgroups that multiply
+constexpr int kGramThreads = (kGramTeams + 1) * kWarpgroup;
+constexpr int kGroupRows = 8, kGroupBytes = kGroupRows * 128;
+
+struct GramMaps {
+  TensorMap text_group, audio_group;  // boxes of 8 rows
+  TensorMap text, audio;              // and of kGramColumns
+};
+
+struct GramStage {
+  unsigned char left[2 * kGramRows * 128];     // t 0-7, a 0-7, t 8-15, ...
+  unsigned char right[2][kGramColumns * 128];  // audios, texts
+};
+struct alignas(1024) GramShared {
+  GramStage stage[kGramStages];
+  GramColumns columns[kGramTeams];
+  float scratch[kGramTeams][2 * kDirections * kTeamWarps * kGramColumns];
+  Mbarrier full[kGramStages], empty[kGramStages];
+  Mbarrier turn[kGramTeams];  // to multiply: the other team has all its operands
+};
+
+// The tiles of a pair, in the order in which blocks take them.
+__device__ __forceinline__ int gram_tiles(const PanelTile& tile) {
+  return (tile.ni + kGramRows - 1) / kGramRows * ((tile.nj + kGramColumns - 1) / kGramColumns);
+}
+struct GramPlace {
+  int x, y;  // first row and column
+  __device__ GramPlace(const PanelTile& tile, int n) {
+    const int down = (tile.ni + kGramRows - 1) / kGramRows;
+    x = n % down * kGramRows, y = n / down * kGramColumns;
+  }
+};
+
+// What one thread copies: every operand of the block's tiles, into the stages one after the other.
+__device__ inline void gram_copies(const Problem& p, const GramMaps& maps, const PanelTile& tile,
+                                   GramShared& at) {
+  int fill = 0;
+  for (int n = blockIdx.x; n < gram_tiles(tile); n += gridDim.x) {
+    const GramPlace place(tile, n);
+    const int i = int(tile.i0) + place.x, j = int(tile.j0) + place.y;
+    for (int column = 0; column < p.width; column += kGramDepth, ++fill) {
+      const int slot = fill % kGramStages;
+      GramStage& stage = at.stage[slot];
+      Mbarrier& full = at.full[slot];
+      mbarrier_wait(at.empty[slot], (fill / kGramStages + 1) & 1);
+      mbarrier_expect(full, sizeof(GramStage));
+      for (int group = 0; group < kGramRows / kGroupRows; ++group) {
+        const int row = i + group * kGroupRows;
+        unsigned char* to = stage.left + 2 * group * kGroupBytes;
+        copy_box(to, maps.text_group, row, column, full);
+        copy_box(to + kGroupBytes, maps.audio_group, row, column, full);
+      }
+      copy_box(stage.right[0], maps.audio, j, column, full);
+      copy_box(stage.right[1], maps.text, j, column, full);
+    }
+  }
+}
+
+// One arrival for each warp of a team.
+__device__ __forceinline__ void team_arrives(Mbarrier& at) {
+  if (threadIdx.x % kWarp == 0) mbarrier_arrive(at);
+}
+
+// A team's product of one tile, from the stages that `fill` and the next are copied to. Calls
+// passed() when it needs no further operands.
+template <class Scalar, class Passed>
+__device__ __forceinline__ void gram_products(float (&c)[kAccumulators], GramShared& at, int fill,
+                                              int steps, const Passed& passed) {
+  SUPCLAP_ROLLED
+  for (int step = 0; step < steps; ++step) {
+    const int slot = (fill + step) % kGramStages;
+    mbarrier_wait(at.full[slot], (fill + step) / kGramStages & 1);
+    const uint64_t left = operand_at(at.stage[slot].left), right = operand_at(at.stage[slot].right);
+    wgmma_begin();
+    SUPCLAP_UNROLL
+    for (int k = 0; k < kGramDepth / 16; ++k)
+      wgmma(c, left + k * kNextColumns, right + k * kNextColumns, step + k > 0, Scalar{});
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (step > 0) team_arrives(at.empty[(fill + step - 1) % kGramStages]);
+  }
+  passed();
+  wgmma_wait<0>();
+  wgmma_end(c);
+  team_arrives(at.empty[(fill + steps - 1) % kGramStages]);
+}
+
+template <class Scalar>
+__device__ __forceinline__ void store_pair(void* weights, int64_t at, const float (&w)[2]) {
+  struct alignas(4) Two {
+    Scalar at[2];
+  };
+  *reinterpret_cast<Two*>(static_cast<Scalar*>(weights) + at) = {narrow<Scalar>(w[0]),
+                                                                 narrow<Scalar>(w[1])};
+}
+
+// One tile pair: sweep 1, sweep 2, or with SigLIP both. Any number of blocks.
+template <class Scalar, int kMode, bool kInfonce, bool kWeights>
+__global__ void __launch_bounds__(kGramThreads, 1)
+    gram_kernel(const __grid_constant__ Problem p, const __grid_constant__ GramMaps maps,
+                const PanelTile tile, const PanelScratch to) {
+  SUPCLAP_SHARED(memory);
+  const uint32_t start = shared_address(memory);
+  auto& at = *reinterpret_cast<GramShared*>(memory + (1024 - start % 1024) % 1024);
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < kGramStages; ++slot)
+      mbarrier_init(at.full[slot], 1), mbarrier_init(at.empty[slot], kTeamWarps);
+    for (int team = 0; team < kGramTeams; ++team) mbarrier_init(at.turn[team], kTeamWarps);
+    mbarriers_ready();
+  }
+  __syncthreads();
+  const int team = uniform(threadIdx.x / kWarpgroup);
+  if (team == kGramTeams) {
+    fewer_registers<24>();
+    if (threadIdx.x % kWarpgroup == 0) gram_copies(p, maps, tile, at);
+    return;
+  }
+  more_registers<240>();
+
+  const bool diagonal = tile.i0 == tile.j0;
+  const int steps = int(p.width / kGramDepth);
+  const int64_t slots_i = (tile.nj + kGramColumns - 1) / kGramColumns;
+  const int64_t slots_j = (tile.ni + kGramRows - 1) / kGramRows;
+  const int64_t plane_i = slots_i * tile.ni, plane_j = slots_j * tile.nj;
+  const ColumnScratch scratch{at.scratch[team]};
+  for (int round = 0;; ++round) {
+    const int taken = kGramTeams * round + team, n = blockIdx.x + taken * gridDim.x;
+    if (n >= gram_tiles(tile)) return;
+    const GramPlace place(tile, n);
+    const Side I = panel_side(p, tile.i0, place.x, tile.ni);
+    const Side J = panel_side(p, tile.j0, place.y, tile.nj);
+    at.columns[team].load(J, kMode, kInfonce, kWeights);
+    float c[kAccumulators];
+    mbarrier_wait(at.turn[team], (round + 1 + team) & 1);
+    gram_products<Scalar>(c, at, taken * steps, steps, [&] { team_arrives(at.turn[1 - team]); });
+    warpgroup_barrier();
+
+    GramTile own(p, c, I, J, at.columns[team], kMode, diagonal);
+    const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
+    const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
+    if (!kWeights || (!kInfonce && to.part_i)) {
+      gram_statistics(p, own, c, kInfonce, {to.part_i + at_i, plane_i}, {to.part_j + at_j, plane_j},
+                      scratch);
+      warpgroup_barrier();
+    }
+    if (!kWeights) continue;
+    own.hidden = again(own.hidden);
+    const int64_t row = (place.x + GramShape::row()) * tile.ld + place.y;
+    gram_weights(own, c, kInfonce, {to.sums_i + at_i, plane_i}, {to.sums_j + at_j, plane_j},
+                 scratch, [&](int y, const float (&w)[4][2]) {
+                   int64_t to_block = row + y;
+                   const auto put = [&](int block) {
+                     store_pair<Scalar>(to.weights, to_block, w[block]);
+                     to_block += tile.size;
+                   };
+                   put(0);
+                   if (!diagonal) put(1);
+                   put(2);
+                   if (kMode == kMirror) put(3);
+                 });
+    warpgroup_barrier();
+  }
+}
+
+}  // namespace supclap::cuda

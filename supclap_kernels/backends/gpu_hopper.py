@@ -1,0 +1,35 @@
+"""The sweeps as one kernel for each tile pair on Hopper (csrc/cuda/gram.cuh): the "cuda" backend's
+way to batches that do not fit on the chip, if SUPCLAP_HOPPER=1 both at install and at run time."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..options import Options
+from . import contract
+from .gpu import Backend
+from .gpu_call import Scratch
+from .gpu_cuda import CudaCall
+from .panel import Tile
+
+WANTED = os.environ.get("SUPCLAP_HOPPER") == "1"
+
+
+class HopperCall(CudaCall):
+    """A call whose tile pairs leave no logits."""
+
+    def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
+        self.native.gram_tile(*self.place(tile, None, scratch))
+
+
+def takes(dtype: torch.dtype, has_radius: bool, options: Options) -> bool:
+    """16-bit embeddings with support vectors: InfoNCE alone needs half of the Gram matrix."""
+    if not WANTED or dtype == torch.float32 or contract.mode(has_radius, options) == contract.NONE:
+        return False
+    on_hopper = native.shim() is not None or torch.cuda.get_device_capability() == (9, 0)
+    return on_hopper and hasattr(native.cuda(), "gram_tile")
+
+
+HOPPER = Backend(HopperCall, fused=True)

@@ -1,0 +1,45 @@
+// Stands in for Hopper's asynchronous units, as csrc/cuda/hopper.cuh uses them.
+//
+// What they do happens as late as it may: a wgmma reads its operands when its results are waited
+// for, and with all but one schedule a copy arrives when nothing else can go on. So a kernel that
+// does not wait, or reuses memory too early, computes something else.
+#pragma once
+
+#include "shim.h"
+
+namespace shim {
+
+struct alignas(8) Mbarrier {
+  uint16_t count;
+  uint8_t pending, phase;
+  int32_t bytes;  // announced, not yet there
+};
+void mbarrier_init(Mbarrier& at, int count);
+void mbarrier_arrive(Mbarrier& at);
+void mbarrier_expect(Mbarrier& at, int bytes);
+void mbarrier_wait(Site site, Mbarrier& at, int parity);
+
+struct TensorMap {  // 16-bit elements [rows, columns], boxes [box_rows, box_columns]
+  const void* start;
+  int64_t rows, columns;
+  int box_rows, box_columns;
+};
+void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& full);
+
+// Addresses in shared memory count from the block's first byte.
+inline uint32_t shared_address(const void* at) {
+  return uint32_t(static_cast<const unsigned char*>(at) - shared_memory());
+}
+
+struct Wgmma {
+  float* c;       // 128 of this thread
+  uint64_t a, b;  // descriptors
+  bool adds;
+  float (*widen)(uint16_t);
+};
+void wgmma_m64n256k16(const Wgmma& one);
+void wgmma_commit();
+void wgmma_wait(int pending);
+void warpgroup_barrier(Site site);
+
+}  // namespace shim
