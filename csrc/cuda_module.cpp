@@ -69,7 +69,8 @@ void bind_problem(py::module_& m) {
 #define NUMBER(name) problem.def_readwrite(#name, &Problem::name)
   NUMBER(N), NUMBER(D), NUMBER(width), NUMBER(dtype), NUMBER(mode), NUMBER(infonce);
   NUMBER(renormalize), NUMBER(normalize), NUMBER(stats), NUMBER(per_row_radius);
-  NUMBER(per_row_upstream), NUMBER(out_single), NUMBER(alpha), NUMBER(beta), NUMBER(row_scale);
+  NUMBER(per_row_upstream), NUMBER(out_single), NUMBER(split), NUMBER(alpha), NUMBER(beta),
+      NUMBER(row_scale);
   NUMBER(text_n), NUMBER(text_d), NUMBER(audio_n), NUMBER(audio_d);
 #undef NUMBER
 #define POINTER(name) pointer(problem, #name, &Problem::name)

@@ -1,5 +1,6 @@
 """The public loss: every argument, every check, then one operator."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import collectives, dispatch, ops
 from .backends.contract import Inputs
 from .options import CHOICES, Options, check_choices
 from .radius import DynamicRadius, StaticRadius
@@ -66,8 +67,13 @@ def fused_svr_loss(
         ids: (N,) int64; different rows with equal ids are not negatives of each other.
         weight: (N,) weight of row i's terms in every direction; no gradient.
         reduction: "mean" (sum / N), "sum", or "none" ((N,): row i's own terms).
-        group: process group for negatives from every rank (not implemented yet).
-        exchange: "gather" or "ring", how ranks share rows.
+        group: torch.distributed process group: the batch is all ranks' rows, one rank's after the
+            other's, and every rank returns the loss of it ("none": of its own rows). On every rank
+            the gradient of its own rows is the derivative of the sum over ranks of what they
+            return, that of a 0-d tensor the same divided by the number of ranks: averaged over
+            ranks, as DistributedDataParallel does, both are the gradient of the loss.
+        exchange: "gather": the rows of others are here at once, and kept for backward; "ring": they
+            come one rank after the other, in backward again, O(n D) memory.
         workspace: bytes the engine may use for similarities: kept for backward if they fit, else
             recomputed.
         backend: "auto", "reference", or a name of `available_backends()`.
@@ -82,26 +88,56 @@ def fused_svr_loss(
         TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend
             that cannot run.
     """
-    check_choices(
-        objective=objective,
-        bilateral=bilateral,
-        reduction=reduction,
-        exchange=exchange,
-        backend=backend,
-    )
+    shared: dict[str, Any] = {
+        "objective": objective, "bilateral": bilateral, "alpha": alpha, "beta": beta,
+        "normalize": normalize, "renormalize": renormalize, "reduction": reduction,
+    }  # fmt: skip
+    across = group is not None and ranks(group) > 1
+    with collectives.together(group) if across else contextlib.nullcontext():
+        inputs, options = checked(
+            audio, text, radius, logit_scale, logit_bias, ids, weight, bool(return_stats), exchange,
+            {**shared, "workspace": workspace, "backend": backend},
+        )  # fmt: skip
+        name = dispatch.choose(backend, audio.device.type, audio.dtype)[0]
+    if name == "reference":
+        whole = group if across else None
+        return svr_loss_reference(
+            *inputs[:5], ids=ids, weight=weight, group=whole, return_stats=return_stats, **shared
+        )
+    if across:
+        loss, stats = ops.group_loss(inputs, options, group, exchange)
+    else:
+        loss, stats = ops.svr_loss(inputs, options)
+    return (loss, SVRStats(*stats.unbind())) if return_stats else loss
+
+
+def checked(
+    audio: Tensor,
+    text: Tensor,
+    radius: float | Tensor | None,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    ids: Tensor | None,
+    weight: Tensor | None,
+    stats: bool,
+    exchange: str,
+    given: dict[str, Any],
+) -> tuple[Inputs, Options]:
+    """The arguments as the operators take them, or the error that says what does not fit."""
+    names = ("objective", "bilateral", "reduction", "backend")
+    check_choices(exchange=exchange, **{name: given[name] for name in names})
     check_embeddings(audio, text)
     N = audio.shape[0]
-    if group is not None:
-        raise NotImplementedError(
-            "group: the loss over a process group is not implemented yet; gather the embeddings"
-        )
-    if logit_bias is not None and objective == "infonce":
+    if logit_bias is not None and given["objective"] == "infonce":
         raise ValueError(
             "logit_bias belongs to objective='siglip': InfoNCE does not depend on it; pass None"
         )
-    for name, value in (("alpha", alpha), ("beta", beta)):
+    for name in ("alpha", "beta"):
+        value = given[name]
         if isinstance(value, Tensor) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+        given[name] = float(value)
+    workspace = given["workspace"]
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
     if workspace < 0:
@@ -115,39 +151,19 @@ def fused_svr_loss(
         check_values(
             audio=audio, text=text, radius=R, logit_scale=scale, logit_bias=bias, weight=weight
         )
+    for name in ("normalize", "renormalize"):
+        given[name] = bool(given[name])
+    return Inputs(audio, text, R, scale, bias, ids, weight), Options(stats=stats, **given)
 
-    options = Options(
-        objective,
-        bilateral,
-        float(alpha),
-        float(beta),
-        bool(normalize),
-        bool(renormalize),
-        reduction,
-        workspace,
-        backend,
-        bool(return_stats),
-    )
-    if dispatch.choose(backend, audio.device.type, audio.dtype)[0] == "reference":
-        return svr_loss_reference(
-            audio,
-            text,
-            R,
-            scale,
-            bias,
-            objective=objective,
-            bilateral=bilateral,
-            alpha=alpha,
-            beta=beta,
-            normalize=normalize,
-            renormalize=renormalize,
-            ids=ids,
-            weight=weight,
-            reduction=reduction,
-            return_stats=return_stats,
+
+def ranks(group: Any) -> int:
+    """How many a process group has."""
+    if not hasattr(group, "size"):
+        raise TypeError(
+            "group must be a torch.distributed process group that this rank is in, got "
+            f"{type(group).__name__}"
         )
-    loss, stats = ops.svr_loss(Inputs(audio, text, R, scale, bias, ids, weight), options)
-    return (loss, SVRStats(*stats.unbind())) if return_stats else loss
+    return int(group.size())
 
 
 def check_embeddings(audio: Tensor, text: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
+from .backends import contract
 from .backends.contract import STATE_ROWS, Inputs
 from .options import Options
 from .reference import accumulator_dtype
@@ -41,9 +42,10 @@ _library.define(
 )
 
 
-def _plainly(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+def _plainly(
+    device: str, function: Callable[..., tuple[Tensor, ...]], *arguments: Any
+) -> tuple[Tensor, ...]:
     """Call a backend without autograd and autocast around its own products."""
-    device = arguments[0].audio.device.type
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return function(*arguments)
@@ -53,14 +55,23 @@ def _plainly(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tu
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
     backend = dispatch.backend_for(inputs.audio, options)
-    return _plainly(backend.forward, inputs, options, tuple(needs))
+    return _plainly(inputs.audio.device.type, backend.forward, inputs, options, tuple(needs))
 
 
 def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*arguments[:7]), Options(*arguments[10:])
     backend = dispatch.backend_for(inputs.audio, options)
     state, saved, needs = arguments[7:10]
-    return _plainly(backend.backward, inputs, options, tuple(needs), upstream, state, saved)
+    return _plainly(
+        inputs.audio.device.type,
+        backend.backward,
+        inputs,
+        options,
+        tuple(needs),
+        upstream,
+        state,
+        saved,
+    )
 
 
 for _device in ("CPU", "CUDA"):
@@ -119,6 +130,31 @@ class SVRFunction(torch.autograd.Function):
         return (*used, None, None, None, None)
 
 
+class GroupFunction(torch.autograd.Function):
+    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, work): over a process
+    group, in eager mode; `work` is a distributed.GroupCall of these tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, ctx.call = arguments
+        loss, stats = _plainly(inputs[0].device.type, ctx.call.forward)
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = Inputs(*ctx.saved_tensors)
+        gradients = _plainly(upstream.device.type, ctx.call.backward, upstream)
+        gradients = contract.returned(inputs, ctx.needs_input_grad[:5], *gradients)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = [x for x in (upstream, *inputs[:5]) if x is not None]
+            gradients = tuple(OnceDifferentiable.apply(g, *sources) for g in gradients)
+        needs = ctx.needs_input_grad[:5]
+        used = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return (*used, None, None, None)
+
+
 class OnceDifferentiable(torch.autograd.Function):
     """gradient = apply(gradient, *sources): an error where a second derivative would be wrong."""
 
@@ -152,3 +188,24 @@ def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     if any(needs):
         return SVRFunction.apply(*inputs, needs, tuple(options))
     return torch.ops.supclap_kernels.svr_loss(*inputs, needs, *options)[:2]
+
+
+def group_loss(
+    inputs: Inputs, options: Options, group: Any, exchange: str
+) -> tuple[Tensor, Tensor]:
+    """The loss over a process group of several ranks, after all of them agreed on the call."""
+    from . import distributed
+    from .collectives import agree, describe
+
+    recording = torch.is_grad_enabled()
+    needs = [recording and x is not None and x.requires_grad for x in inputs[:5]]
+    backend = dispatch.choose(options.backend, inputs.audio.device.type, inputs.audio.dtype)[0]
+    call = describe(inputs.audio, inputs.radius, inputs.ids, inputs.weight, **options._asdict())
+    call |= {"backend": backend, "exchange": exchange, "bias": inputs.bias is not None}
+    towers = {"audio": needs[0], "text": needs[1]}
+    said = agree(group, {**call, **towers}, free=("pairs", "audio", "text", "workspace"))
+    for n, name in enumerate(towers):  # what one rank wants, all help with
+        needs[n] = any(one[name] for one in said)
+    sizes = [one["pairs"] for one in said]
+    work = distributed.GroupCall(inputs, options, group, exchange == "ring", sizes, tuple(needs))
+    return GroupFunction.apply(*inputs, work)

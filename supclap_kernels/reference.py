@@ -106,10 +106,17 @@ def svr_loss_reference(
 
     float16 and bfloat16 inputs are raised to float32 first, so the result is exact for the given
     values. `exchange`, `workspace` and `backend` steer the kernels only and change nothing here.
+    With a `group`, every rank computes the loss of all rows.
     """
     check_choices(objective=objective, bilateral=bilateral, reduction=reduction)
-    if group is not None:
-        raise NotImplementedError("group: the loss over a process group is not implemented yet")
+    if group is not None and group.size() > 1:
+        from .collectives import over_group
+
+        return over_group(
+            svr_loss_reference, group, audio, text, radius, logit_scale, logit_bias, ids, weight,
+            objective=objective, bilateral=bilateral, alpha=alpha, beta=beta, normalize=normalize,
+            renormalize=renormalize, reduction=reduction, return_stats=return_stats,
+        )  # fmt: skip
     dtype = accumulator_dtype(audio.dtype)
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     T, A = text.to(dtype), audio.to(dtype)

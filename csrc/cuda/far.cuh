@@ -40,6 +40,7 @@ struct FarScratch {
 };
 
 __device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t j) {
+  if (p.split && (i < p.split) == (j < p.split)) return false;
   return i != j && !(p.ids && p.ids[i] == p.ids[j]);
 }
 
@@ -200,7 +201,7 @@ __device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float
     load_support(p, side, i, s);
     float own = positive_slope(p, side.direction, positive, i);
     if (p.mode == kShared) own += positive_slope(p, kOtherRows, positive, i);
-    own *= p.alpha * p.omega[i] / p.unit[0];
+    own *= p.split ? 0 : p.alpha * p.omega[i] / p.unit[0];
     SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
       g[d] = own * widen(side.Y[i * p.width + d]);

@@ -50,6 +50,7 @@ struct Problem {
   int per_row_radius;    // R is [N], else [1]
   int per_row_upstream;  // the upstream gradient is [N], else [1]
   int out_single;
+  int64_t split;  // > 0: only pairs of a row before it with one from it on, and no positives
   float alpha, beta;
   float row_scale;  // 1 / N for reduction "mean", else 1
   // The embeddings as given, any strides (in elements), and as the products read them.

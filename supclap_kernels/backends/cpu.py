@@ -30,11 +30,21 @@ TILING = {
 
 
 class Call:
-    """One forward or backward pass: the operands, and the native Problem that points into them."""
+    """One forward or backward pass: the operands, and the native Problem that points into them.
 
-    def __init__(self, inputs: Inputs, options: Options, state: Tensor | None = None) -> None:
+    `split` > 0: only pairs of a row before it with one from it on, and what they add to sums over
+    pairs; the rows' own terms are another call's (distributed.py).
+    """
+
+    exponential = staticmethod(torch.exp)  # log_sums are natural logarithms
+    unit = None  # what sums are multiples of
+    fused = False  # logits are in memory for a moment, and may be kept
+
+    def __init__(
+        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+    ) -> None:
         self.native = native.module()
-        self.inputs, self.options = inputs, options
+        self.inputs, self.options, self.split = inputs, options, split
         self.dtype = dtype = accumulator_dtype(inputs.audio.dtype)
         self.rounded = inputs.audio.dtype == torch.bfloat16 and rounds_to_bfloat16()
         self.T, self.A = self.operand(inputs.text), self.operand(inputs.audio)
@@ -43,7 +53,7 @@ class Call:
         self.svr = options.support(has_radius)
         self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
         self.grams = grams(has_radius, options)
-        self.layout = Layout.choose(N, self.grams, TILING[dtype], options.workspace)
+        self.layout = Layout.choose(N, self.grams, TILING[dtype], options.workspace, split)
         self.products = self.choose_products()
         directions, sums = self.native.DIRECTIONS, self.native.SUMS
         assert STATE_ROWS == 3 * directions + self.native.ROWS
@@ -97,16 +107,28 @@ class Call:
     def choose_products(self) -> Products:
         if not self.rounded:
             return LibraryProducts(self.T, self.A)
+        rows = self.inputs.text, self.inputs.audio
         if self.options.normalize:
-            return Bfloat16Products(self.T.to(torch.bfloat16), self.A.to(torch.bfloat16))
-        return Bfloat16Products(self.inputs.text, self.inputs.audio)
+            rows = self.T.to(torch.bfloat16), self.A.to(torch.bfloat16)
+        return Bfloat16Products(*rows, self.split)
 
     def far_rows(self) -> FarRows:
         assert self.R is not None
         index = self.row("offset").nonzero()[:, 0]
         k, b, R = self.problem.k, self.problem.b, self.R.expand(self.N)
-        modes = (self.mirror, self.shared)
+        modes = (self.mirror, self.shared, self.split)
         return FarRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
+
+    @property
+    def log_sums(self) -> Tensor:
+        """(2, directions, N) float64: m and l of the negatives so far."""
+        directions = self.native.DIRECTIONS
+        return self.wide[: 2 * directions].view(2, directions, self.N)
+
+    @property
+    def sums(self) -> Tensor:
+        """(SUMS, N) float64: Problem::sums."""
+        return self.wide[2 * self.native.DIRECTIONS :]
 
     # The epilogue of the panel engine.
     def mask(self, tile: Tile, panel: Tensor) -> None:
@@ -123,16 +145,22 @@ class Call:
     def scratch(self) -> Tensor:
         return torch.empty(self.layout.scratch_elements, dtype=self.dtype)
 
+    def sweep_statistics(self, kept: Tensor | None) -> None:
+        """Sweep 1: `log_sums`; fills `kept` with every tile's logits if it is given."""
+        scratch = self.scratch() if kept is None else None
+        sweep_statistics(self.layout, self.products, self, kept, scratch)
+        self.far_statistics()
+
+    def far_statistics(self) -> None:
+        if self.far is not None:
+            self.far.statistics(self.log_sums, self.native.MASKED)
+
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         """The loss; and, for the statistics, (6, N) float64.
 
         They are l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is beaten among
         the audios and among the texts.
         """
-        if self.far is not None:
-            directions = self.native.DIRECTIONS
-            running = self.wide[: 2 * directions].view(2, directions, self.N)
-            self.far.statistics(running, self.native.MASKED)
         loss = torch.empty(self.N if self.problem.per_row else (), dtype=self.dtype)
         terms = torch.empty(6, self.N, dtype=torch.float64) if self.options.stats else None
         self.native.finish_statistics(self.problem, loss.data_ptr(), native.address(terms))
@@ -144,25 +172,34 @@ class Call:
         self.problem.upstream = native.address(self.upstream)
         self.native.prepare_weights(self.problem)
 
-    def gradients(
-        self,
-        dA: Tensor | None,
-        dT: Tensor | None,
-        kept: Tensor | None = None,
-        with_statistics: bool = False,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Add the gradients of the rows as given to dA, dT (N, D; None: frozen).
+    def accumulators(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """dA, dT (N, D), zero; None where a tower is frozen."""
+        zeros = (torch.zeros(self.N, self.D, dtype=self.dtype) if need else None for need in needs)
+        return list(zeros)
 
-        Returns dR in the radius' shape or None, and dk, db (2,).
-        """
+    def sweep_gradients(
+        self,
+        dT: Tensor | None,
+        dA: Tensor | None,
+        kept: Tensor | None,
+        with_statistics: bool = False,
+    ) -> None:
+        """Sweep 2: `sums`, and the products into dT, dA. `with_statistics` adds sweep 1."""
         arguments = (self.layout, self.products, self, kept, self.scratch(), with_statistics)
         sweep_gradients(dT, dA, *arguments)
+        if with_statistics:
+            self.far_statistics()
         if self.far is not None:
             directions = self.native.DIRECTIONS
             state = self.state[: 3 * directions].view(3, directions, self.N)
             factors = self.factors[: 2 * directions].view(2, directions, self.N)
-            sums = self.wide[2 * directions :]
-            self.far.gradients(state, factors, sums, self.native.SUM, dT, dA)
+            self.far.gradients(state, factors, self.sums, self.native.SUM, dT, dA)
+
+    def finish_gradients(
+        self, dA: Tensor | None, dT: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """dA, dT (N, D) of the rows as given, in the sums' place, with the rows' own terms; dR in
+        the radius' shape or None; dk, db (2,)."""
         dR = None if self.R is None else torch.empty_like(self.R)
         scalars = torch.empty(2, dtype=self.dtype)
         pointers = (native.address(x) for x in (dT, dA, dR, scalars))
@@ -171,7 +208,7 @@ class Call:
             for X, dX in ((self.inputs.audio, dA), (self.inputs.text, dT)):
                 if dX is not None:
                     dX.copy_(normalize_gradient(X.to(self.dtype), dX))
-        return dR, scalars
+        return dA, dT, dR, scalars
 
     def stats(self, terms: Tensor) -> Tensor:
         """(11,): the values of SVRStats."""
@@ -198,6 +235,10 @@ class Call:
         return torch.stack([value.to(self.dtype) for value in values])
 
 
+def call(inputs: Inputs, options: Options, split: int = 0) -> Call:
+    return Call(inputs, options, split=split)
+
+
 def saved_elements(
     N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
 ) -> Any:
@@ -222,15 +263,15 @@ def forward(
         call.state[:STATISTICS].zero_()
         call.start_gradients(None)
         towers = (dA if needs[0] else None, dT if needs[1] else None)
-        dR_given, dk_db = call.gradients(*towers, with_statistics=True)
+        call.sweep_gradients(towers[1], towers[0], None, with_statistics=True)
+        *_, dR_given, dk_db = call.finish_gradients(*towers)
         scalars.copy_(dk_db)
         if dR_given is not None:
             dR[: dR_given.numel()].copy_(dR_given)
     else:
         kept = kept_panels(saved)
         saved[0 if kept is None else call.layout.panel_elements :].zero_()  # no output is undefined
-        scratch = call.scratch() if kept is None else None
-        sweep_statistics(call.layout, call.products, call, kept, scratch)
+        call.sweep_statistics(kept)
     loss, terms = call.finish_statistics()
     stats = torch.empty(0, dtype=dtype) if terms is None else call.stats(terms)
     return loss, stats, call.state, saved
@@ -245,16 +286,14 @@ def backward(
     saved: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
-    N, D = inputs.audio.shape
     if options.gradient_in_forward:
         gradients = contract.reduced_gradients(inputs, saved, upstream)
         return contract.returned(inputs, needs, *gradients)
     call = Call(inputs, options, state)
     call.start_gradients(upstream)
-    dA = torch.zeros(N, D, dtype=call.dtype) if needs[0] else None
-    dT = torch.zeros(N, D, dtype=call.dtype) if needs[1] else None
-    dR, scalars = call.gradients(dA, dT, kept_panels(saved))
-    return contract.returned(inputs, needs, dA, dT, dR, scalars)
+    dA, dT = call.accumulators(needs[:2])
+    call.sweep_gradients(dT, dA, kept_panels(saved))
+    return contract.returned(inputs, needs, *call.finish_gradients(dA, dT))
 
 
 def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:

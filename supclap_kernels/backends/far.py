@@ -31,7 +31,10 @@ def wide_blocks(Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 class FarRows:
-    """The far rows `index` (f,) of one call; `code` (N,) marks equal ids, or None."""
+    """The far rows `index` (f,) of one call; `code` (N,) marks equal ids, or None.
+
+    `split` > 0: only pairs of a row before it with one from it on, and no positives.
+    """
 
     def __init__(
         self,
@@ -45,10 +48,12 @@ class FarRows:
         options: Options,
         mirror: bool,
         shared: bool,
+        split: int = 0,
     ) -> None:
         # Rows at a time: what the workspace holds, but enough to pay for raising the embeddings.
         self.size = max(CHUNK_ROWS, options.workspace // (CHUNK_COPIES * 8 * len(T)))
         self.index, self.code, self.k, self.b = index, code, k, b if not options.infonce else 0.0
+        self.second = torch.arange(len(T)) >= split if split else None
         self.infonce, self.shared, self.renormalize = options.infonce, shared, options.renormalize
         t, a = T[index].double(), A[index].double()
         self.step = a - t
@@ -77,6 +82,8 @@ class FarRows:
             z.scatter_(1, own[:, None], float("-inf"))
             if self.code is not None:
                 z.masked_fill_(self.code[own][:, None] == self.code[None, :], float("-inf"))
+            if self.second is not None:
+                z.masked_fill_(self.second[own][:, None] == self.second[None, :], float("-inf"))
             yield rows, product, z
 
     def statistics(self, running: Tensor, lowest: float) -> None:
@@ -136,7 +143,8 @@ class FarRows:
                 support = rows_of["support_text" if sign > 0 else "support_audio"]
                 sums[support, own] += (h * product).sum(dim=1)
                 sums[rows_of["bias"], own] += h.sum(dim=1)
-                h.scatter_(1, own[:, None], positive[rows, None])
+                if self.second is None:
+                    h.scatter_(1, own[:, None], positive[rows, None])
                 H = self.k * inverse[rows, None] * h
                 # The gradient of s / |s|, and then of s: the part tangent to the sphere.
                 ds = torch.zeros_like(s[rows])

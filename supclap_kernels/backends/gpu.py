@@ -56,6 +56,10 @@ class Backend:
     def tiling(self, dtype: torch.dtype) -> Tiling:
         return tiling(self.engine.weights_dtype(dtype).itemsize, self.fused)
 
+    def call(self, inputs: Inputs, options: Options, split: int = 0) -> Call:
+        rules = self.tiling(inputs.audio.dtype)
+        return self.engine(inputs, options, rules, self.fused, split=split)
+
     def saved_elements(
         self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
     ) -> Any:
@@ -79,7 +83,9 @@ class Backend:
                 dA, dT, dR, scalars = split_gradients(saved.zero_(), call.N, call.D)
                 call.start_gradients(None)
                 out = (dA if needs[0] else None, dT if needs[1] else None)
-                *_, dR_given, dk_db = call.gradients(needs, out=out, with_statistics=True)
+                sums = call.accumulators(needs[:2])
+                call.sweep_gradients(sums[1], sums[0], None, with_statistics=True)
+                *_, dR_given, dk_db = call.finish_gradients(sums[0], sums[1], out)
                 scalars.copy_(dk_db)
                 if dR_given is not None:
                     dR[: dR_given.numel()].copy_(dR_given)
@@ -111,7 +117,9 @@ class Backend:
             call = self.engine(inputs, options, rules, self.fused, state)
             call.start_gradients(upstream)
             kept = None if self.fused else kept_panels(saved)
-            return contract.returned(inputs, needs, *call.gradients(needs, kept))
+            sums = call.accumulators(needs[:2])
+            call.sweep_gradients(sums[1], sums[0], kept)
+            return contract.returned(inputs, needs, *call.finish_gradients(sums[0], sums[1]))
 
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
         """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients:

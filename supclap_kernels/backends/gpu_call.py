@@ -44,7 +44,7 @@ class Scratch(NamedTuple):
 def lanes_of(layout: Layout, fused: bool) -> int:
     """Two tiles are in flight where there are several and the library's products can hide the
     epilogues; the tile kernels leave nothing to hide."""
-    return 1 + (layout.N > layout.side and not fused)
+    return 1 + (layout.off_diagonal and not fused)
 
 
 def scratch_shapes(
@@ -80,7 +80,9 @@ def scratch_dtypes(weights: torch.dtype) -> Scratch:
 
 
 class Call:
-    """One forward or backward pass."""
+    """One forward or backward pass. `split`: as of cpu.Call."""
+
+    exponential = staticmethod(torch.exp2)  # log_sums are logarithms to base 2
 
     def __init__(
         self,
@@ -89,13 +91,14 @@ class Call:
         tiling: Tiling,
         fused: bool,
         state: Tensor | None = None,
+        split: int = 0,
     ) -> None:
         self.inputs = inputs._replace(
             radius=contiguous(inputs.radius),
             ids=contiguous(inputs.ids),
             weight=contiguous(inputs.weight),
         )
-        self.options, self.fused = options, fused
+        self.options, self.fused, self.split = options, fused, split
         self.device, self.dtype = inputs.audio.device, inputs.audio.dtype
         self.N, self.D = N, D = inputs.audio.shape
         self.width = tiles.operand_width(D)
@@ -107,7 +110,7 @@ class Call:
         self.row_scale = 1.0 / N if options.reduction == "mean" else 1.0
         self.per_row_radius = inputs.radius is not None and inputs.radius.ndim == 1
         self.grams = grams(has_radius, options)
-        self.layout = Layout.choose(N, self.grams, tiling, options.workspace)
+        self.layout = Layout.choose(N, self.grams, tiling, options.workspace, split)
         # Which directions and sums a tile adds to: bit d for its rows, and for its columns.
         svr, two = self.mode != NONE, self.mode in (SHARED, MIRROR)
         self.directions = 0b0011 | svr * 0b0100 | two * 0b1000
@@ -227,6 +230,11 @@ class Call:
             multiply_tile(tile, self.grams, panel, self.products)
         return panel
 
+    @property
+    def log_sums(self) -> Tensor:
+        """(2, 4, N): m and l of the negatives so far."""
+        return self.running[:8].view(4, 2, self.N).transpose(0, 1)
+
     # The sweeps.
     def sweep_statistics(self, kept: Tensor | None) -> None:
         """Sweep 1: `running`; fills `kept` with every tile's logits if it is given."""
@@ -241,7 +249,11 @@ class Call:
             self.far_statistics()
 
     def sweep_gradients(
-        self, dT: Tensor | None, dA: Tensor | None, kept: Tensor | None, with_statistics: bool
+        self,
+        dT: Tensor | None,
+        dA: Tensor | None,
+        kept: Tensor | None,
+        with_statistics: bool = False,
     ) -> None:
         """Sweep 2: `sums`, and the products into dT, dA. `with_statistics` adds sweep 1."""
 
@@ -276,18 +288,19 @@ class Call:
         self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_FAR
         self.prepare_factors(contiguous(upstream))
 
-    def gradients(
+    def accumulators(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """dA, dT (N, width), zero; None where a tower is frozen."""
+        return [self.new_zeros(self.N, self.width) if need else None for need in needs]
+
+    def finish_gradients(
         self,
-        needs: tuple[bool, ...],
-        kept: Tensor | None = None,
+        dA: Tensor | None,
+        dT: Tensor | None,
         out: tuple[Tensor | None, Tensor | None] = (None, None),
-        with_statistics: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """dA, dT of the rows as given (written to `out` if given; None: frozen), dR in the radius'
-        shape or None, and (dk, db); in float32 or their final dtype."""
+        """From the sums dA, dT the gradients of the rows as given (written to `out` if given; None:
+        frozen), dR in the radius' shape or None, and (dk, db); in float32 or their final dtype."""
         radius = self.inputs.radius
-        dA, dT = (self.new_zeros(self.N, self.width) if need else None for need in needs[:2])
-        self.sweep_gradients(dT, dA, kept, with_statistics)
         outputs = [self.output(total, given) for total, given in zip((dA, dT), out, strict=True)]
         rows, totals = self.finish_towers(dT, dA, outputs[1], outputs[0])
         dR = None

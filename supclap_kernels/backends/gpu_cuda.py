@@ -70,6 +70,7 @@ class CudaCall(Call):
     def prepare_launches(self) -> None:
         self.given = Given(self.inputs, self.options, self.mode, self.width)
         self.native, self.problem, self.set = self.given.native, self.given.problem, self.given.set
+        self.problem.split = self.split
         self.stream = native.stream(self.device)
         self.far: tuple[Tensor, Tensor] | None = None
 

@@ -24,8 +24,10 @@ class FarRows:
         fixed: tuple[Tensor | None, ...],
         mode: int,
         infonce: bool,
+        split: int,
     ) -> None:
         self.N, self.width = N, width = T.shape
+        self.split = split
         self.mode, self.infonce, self.fixed = mode, infonce, fixed
         assert fixed[0] is not None
         self.state: Tensor = fixed[0]
@@ -49,7 +51,7 @@ class FarRows:
         for direction, X, Y in self.sides:
             kernels.far_rows[(self.blocks,)](
                 X, Y, *self.fixed, self.index, self.count, factors, part,
-                self.N, self.width, self.blocks, self.max_splits,
+                self.N, self.width, self.split, self.blocks, self.max_splits,
                 DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
                 FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2,
             )  # fmt: skip
@@ -69,7 +71,8 @@ class FarRows:
     ) -> None:
         grid = (triton.cdiv(self.N, BLOCK_J), 1 if factors is None else self.chunks)
         kernels.far_columns[grid](
-            X, Y, *self.fixed, self.index, self.count, factors, running, dY, self.N, self.width,
+            X, Y, *self.fixed, self.index, self.count, factors, running, dY,
+            self.N, self.width, self.split,
             DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
             FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -105,7 +108,7 @@ class FarRows:
         for direction, X, Y in self.sides:
             dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
             for first in range(0, self.N, capacity * FAR):
-                share = (self.N, self.width, first, capacity, self.max_splits)
+                share = (self.N, self.width, self.split, first, capacity, self.max_splits)
                 kernels.far_gradient[capacity, self.chunks](
                     X, Y, *self.fixed, self.index, self.count, factors, part, *share,
                     DIRECTION=direction, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,

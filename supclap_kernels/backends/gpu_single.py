@@ -18,7 +18,7 @@ from ..options import Options
 from . import contract, gpu_hopper
 from .contract import STATE_ROWS, Inputs
 from .gpu import Backend, device_of
-from .gpu_call import SUMS, statistics
+from .gpu_call import SUMS, Call, statistics
 from .gpu_cuda import CUDA_PANEL, DTYPES, Given
 from .gpu_hopper import HOPPER
 from .panel import PLACEHOLDER
@@ -101,6 +101,9 @@ class Single:
             single = PLACEHOLDER
         fits = torch.sym_min(1, limit_of(D, dtype, has_radius, options) // N)
         return fits * single + (1 - fits) * panel
+
+    def call(self, inputs: Inputs, options: Options, split: int = 0) -> Call:
+        return larger_of(inputs, options).call(inputs, options, split)
 
     def given(self, inputs: Inputs, options: Options) -> Given | None:
         """The call as the kernel takes it, or None if it is one for the panel engine."""

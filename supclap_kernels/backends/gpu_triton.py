@@ -151,7 +151,8 @@ class TritonCall(Call):
     @property
     def far(self) -> FarRows:
         if self.found_far is None:
-            self.found_far = FarRows(self.T, self.A, self.fixed, self.mode, self.infonce)
+            kind = (self.mode, self.infonce, self.split)
+            self.found_far = FarRows(self.T, self.A, self.fixed, *kind)
         return self.found_far
 
     def far_statistics(self) -> None:

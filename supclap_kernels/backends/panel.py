@@ -66,27 +66,37 @@ class Tiling(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the N x N problem is cut, and what is kept. `grams` is how many of Q and K exist."""
+    """How the N x N problem is cut, and what is kept. `grams` is how many of Q and K exist.
+
+    `split` > 0: only pairs of a row before it with one from it on (distributed.py).
+    """
 
     N: int
     grams: int
     side: int
     tiling: Tiling
+    split: int = 0
 
     @classmethod
-    def choose(cls, N: int, grams: int, tiling: Tiling, workspace: int) -> "Layout":
+    def choose(cls, N: int, grams: int, tiling: Tiling, workspace: int, split: int = 0) -> "Layout":
         """Even tiles, as large as the backend likes them and the workspace holds them."""
         fits = math.isqrt(workspace // ((2 + grams) * tiling.scratch))
         side = min(tiling.largest, max(tiling.smallest, fits // tiling.smallest * tiling.smallest))
-        even = -(-N // -(-N // side))
+        longest = max(split, N - split)
+        even = -(-longest // -(-longest // side))
         step = max(16, tiling.pad)
-        return cls(N, grams, min(side, -(-even // step) * step), tiling)
+        return cls(N, grams, min(side, -(-even // step) * step), tiling, split)
+
+    @property
+    def off_diagonal(self) -> bool:
+        """Whether there are tiles off the diagonal."""
+        return self.split > 0 or self.N > self.side
 
     @property
     def scratch_elements(self) -> int:
         """One tile's panel."""
         side = min(self.side, self.tiling.padded(self.N))
-        return (1 + (self.N > self.side) + self.grams) * side * side
+        return (1 + self.off_diagonal + self.grams) * side * side
 
     @property
     def panel_elements(self) -> int:
@@ -95,10 +105,10 @@ class Layout(NamedTuple):
         return last.offset + last.size * (1 + (not last.diagonal) + self.grams)
 
     def tiles(self) -> Iterator[Tile]:
-        offset = 0
-        for i0 in range(0, self.N, self.side):
-            ni = min(self.side, self.N - i0)
-            for j0 in range(i0, self.N, self.side):
+        offset, end = 0, self.split or self.N
+        for i0 in range(0, end, self.side):
+            ni = min(self.side, end - i0)
+            for j0 in range(self.split or i0, self.N, self.side):
                 nj = min(self.side, self.N - j0)
                 ld = self.tiling.padded(nj)
                 size = self.tiling.padded(ni) * ld

@@ -52,30 +52,34 @@ class Bfloat16Products:
 
     GROUP = 16
 
-    def __init__(self, T: Tensor, A: Tensor) -> None:
+    def __init__(self, T: Tensor, A: Tensor, split: int = 0) -> None:
         self.N, self.D = T.shape
+        self.starts = (0, split) if split else (0,)  # tiles begin at multiples of GROUP from here
         self.module, self.threads = native.module(), torch.get_num_threads()
         # Rows in pairs of elements: an odd D gets a column of zeros.
         odd = self.D % 2
         self.sides = tuple((F.pad(X, (0, 1)) if odd else X).contiguous() for X in (T, A))
         self.width = self.D + self.D % 2
-        self.transposed: list[Tensor | None] = [None, None]
-        self.packed: list[Tensor | None] = [None, None]
+        self.packed: dict[tuple[int, int, bool], Tensor] = {}
 
-    def pack(self, side: int, transposed: bool) -> Tensor:
-        cache = self.transposed if transposed else self.packed
-        found = cache[side]
+    def pack(self, side: int, J: slice, transposed: bool) -> tuple[Tensor, int]:
+        """The packed rows that J is among, and where J starts in them."""
+        start = max(n for n in self.starts if n <= J.start)
+        found = self.packed.get((side, start, transposed))
         if found is None:
-            X = self.sides[side]
-            columns, depth = (self.N, self.width) if transposed else (self.width, self.N)
+            end = min((n for n in self.starts if n > start), default=self.N)
+            X, N = self.sides[side][start:end], end - start
+            columns, depth = (N, self.width) if transposed else (self.width, N)
             groups, pairs = -(-columns // self.GROUP), -(-depth // 2)
-            found = cache[side] = X.new_empty(groups, pairs, self.GROUP, 2)
-            arguments = (X.data_ptr(), self.N, self.width, transposed)
+            found = X.new_empty(groups, pairs, self.GROUP, 2)
+            self.packed[side, start, transposed] = found
+            arguments = (X.data_ptr(), N, self.width, transposed)
             self.module.bf16_pack(*arguments, found.data_ptr(), self.threads)
-        return found
+        return found, J.start - start
 
     def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
-        X, Y = self.sides[x][I], self.pack(y, transposed=True)[J.start // self.GROUP :]
+        packed, first = self.pack(y, J, transposed=True)
+        X, Y = self.sides[x][I], packed[first // self.GROUP :]
         self.multiply(X, self.width, Y, out, accumulate=False)
 
     def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
@@ -85,7 +89,8 @@ class Bfloat16Products:
         rounded = torch.empty(rows, depth + depth % 2, dtype=torch.bfloat16)
         arguments = (stored.data_ptr(), *stored.shape, transposed)
         self.module.bf16_convert(*arguments, rounded.data_ptr(), self.threads)
-        Y = self.pack(y, transposed=False)[:, J.start // 2 :]
+        packed, first = self.pack(y, J, transposed=False)
+        Y = packed[:, first // 2 :]
         self.multiply(rounded, depth + depth % 2, Y, out, accumulate=True)
 
     def multiply(self, X: Tensor, K: int, Y: Tensor, out: Tensor, accumulate: bool) -> None:

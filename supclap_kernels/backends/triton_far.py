@@ -103,8 +103,15 @@ def far_row_scalars(state, i, in_i, N, DIRECTION: tl.constexpr):
 
 
 @triton.jit
+def far_negatives(i, j, in_i, in_j, ids, split):
+    """Pairs of negatives; with split > 0 those of a row before it with one from it on."""
+    across = (split == 0) | ((i < split)[:, None] != (j < split)[None, :])
+    return negatives(i, j, in_i, in_j, ids, True) & across
+
+
+@triton.jit
 def far_slopes(
-    product, factors, b, k2, i, j, in_i, in_j, ids, N,
+    product, factors, b, k2, i, j, in_i, in_j, ids, N, split,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
 ):  # fmt: skip
     """Slopes h towards the logits k2 product + b of far rows; 0 where a pair does not count."""
@@ -112,11 +119,11 @@ def far_slopes(
     h = slope(z + b, factors, DIRECTION, i, in_i, N, 1, INFONCE)
     if MODE == SHARED:
         h += slope(z, factors, OTHER_ROWS, j, in_j, N, 0, INFONCE)
-    return tl.where(negatives(i, j, in_i, in_j, ids, True), h, 0.0)
+    return tl.where(far_negatives(i, j, in_i, in_j, ids, split), h, 0.0)
 
 
 @triton.jit(
-    do_not_specialize=["N", "capacity", "max_splits"],
+    do_not_specialize=["N", "split", "capacity", "max_splits"],
     do_not_specialize_on_alignment=["scale", "bias", "ids"],
 )
 def far_rows(
@@ -124,7 +131,7 @@ def far_rows(
     state, ids, scale, bias, index, count,
     factors,  # None: sweep 1
     part,  # (2, capacity FAR) float32: m, l;  with factors: sums of support, bias
-    N, width, capacity, max_splits,
+    N, width, split, capacity, max_splits,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -145,12 +152,12 @@ def far_rows(
         product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         if factors is None:
-            z = tl.where(negatives(i, j, in_i, in_j, ids, True), k2 * product + b, HIDDEN)
+            z = tl.where(far_negatives(i, j, in_i, in_j, ids, split), k2 * product + b, HIDDEN)
             m, l = log_sum(z, 1, INFONCE)
             first, second = merge_pair(first, second, m, l, INFONCE)
         else:
             h = far_slopes(
-                product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE
+                product, factors, b, k2, i, j, in_i, in_j, ids, N, split, DIRECTION, MODE, INFONCE
             )
             first += tl.sum(h * (k2 * product), 1)
             second += tl.sum(h, 1)
@@ -198,13 +205,13 @@ def merge_far_rows(
 
 
 @triton.jit(
-    do_not_specialize=["N", "first", "capacity", "max_splits"],
+    do_not_specialize=["N", "split", "first", "capacity", "max_splits"],
     do_not_specialize_on_alignment=["scale", "bias", "ids"],
 )
 def far_gradient(
     X, Y, state, ids, scale, bias, index, count, factors,
     part,  # (capacity FAR, width) float32: sum_j h_ij y_j over a range of j
-    N, width, first, capacity, max_splits,
+    N, width, split, first, capacity, max_splits,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +231,9 @@ def far_gradient(
         in_j = j < end
         product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
-        h = far_slopes(product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE)
+        h = far_slopes(
+            product, factors, b, k2, i, j, in_i, in_j, ids, N, split, DIRECTION, MODE, INFONCE
+        )
         y = load_rows(Y, j, in_j, d0, width, CHUNK)
         total = tl.dot(h, y, total, input_precision="ieee")  # [FAR, J] @ [J, CHUNK]
     d = d0 + tl.arange(0, CHUNK)
@@ -251,13 +260,13 @@ def far_row(
     return g + positive[:, None] * y, unit, y - x
 
 
-@triton.jit(do_not_specialize=["N", "first", "capacity", "max_splits"])
+@triton.jit(do_not_specialize=["N", "split", "first", "capacity", "max_splits"])
 def finish_far(
     X, Y, state, scale, bias, index, count, omega, unit,
     part,  # of `far_gradient`
     sums,  # (7, N): RHO_FAR
     dX, dY,  # (N, width) float32 or None
-    N, width, first, capacity, max_splits, alpha,
+    N, width, split, first, capacity, max_splits, alpha,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
     RENORMALIZE: tl.constexpr, FAR: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -278,6 +287,7 @@ def finish_far(
     if MODE == SHARED:
         slope_own += positive_slope(state, OTHER_ROWS, z, i, in_i, N, INFONCE)
     positive = slope_own * (alpha * tl.load(omega + i, mask=in_i, other=0.0) / tl.load(unit))
+    positive = tl.where(split == 0, positive, 0.0)
     along = tl.zeros([FAR], tl.float32)
     if RENORMALIZE:
         for d0 in range(0, width, CHUNK):
@@ -306,14 +316,16 @@ def finish_far(
     tl.store(at, rho + tl.load(at, mask=in_i, other=0.0), mask=in_i)
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["scale", "bias", "ids"])
+@triton.jit(
+    do_not_specialize=["N", "split"], do_not_specialize_on_alignment=["scale", "bias", "ids"]
+)
 def far_columns(
     X, Y, state, ids, scale, bias, index, count,
     factors,  # None: sweep 1
     running,  # sweep 1, `shared`: OTHER_ROWS, where the compared rows have the far support vectors
               # as negatives
     dY,  # sweep 2: (N, width) float32
-    N, width,
+    N, width, split,
     DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
     FAR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -342,12 +354,12 @@ def far_columns(
         product = far_products(X, Y, c, i, j, in_i, in_j, width, FAR, BLOCK_J, BLOCK_D)
         product *= inverse[:, None]
         if factors is None:
-            z = tl.where(negatives(i, j, in_i, in_j, ids, True), k2 * product, HIDDEN)
+            z = tl.where(far_negatives(i, j, in_i, in_j, ids, split), k2 * product, HIDDEN)
             m_new, l_new = log_sum(z, 0, INFONCE)
             m, l = merge_pair(m, l, m_new, l_new, INFONCE)
         else:
             h = far_slopes(
-                product, factors, b, k2, i, j, in_i, in_j, ids, N, DIRECTION, MODE, INFONCE
+                product, factors, b, k2, i, j, in_i, in_j, ids, N, split, DIRECTION, MODE, INFONCE
             )
             x = load_rows(X, i, in_i, d0, width, CHUNK)
             s = x + c[:, None] * (load_rows(Y, i, in_i, d0, width, CHUNK) - x)
