@@ -171,8 +171,11 @@ def mean_over_ranks(x: Tensor, group: Any) -> Tensor:
     return (total / dist.get_world_size(group)).to(x.dtype)
 
 
-def whole_batch(group: Any, sizes: list[int], *tensors: Any) -> list[Any]:
-    """Rows of all ranks where this one gives its own (n, ...); numbers as they are."""
+def whole_batch(group: Any, count: int, *tensors: Any) -> tuple[list[int], list[Any]]:
+    """How many rows each rank has, and the rows of all (N, ...) for those of this one (count, ...);
+    0-d tensors are replicated, the rest passes as it is."""
+    own = torch.tensor([count], device=device_of(group))
+    sizes = [int(part) for part in all_gather(own, group)]
     found = []
     for x in tensors:
         if isinstance(x, Tensor) and x.ndim:
@@ -180,7 +183,7 @@ def whole_batch(group: Any, sizes: list[int], *tensors: Any) -> list[Any]:
         elif isinstance(x, Tensor):
             x = Replicated.apply(x, group)
         found.append(x)
-    return found
+    return sizes, found
 
 
 def over_group(
@@ -188,9 +191,8 @@ def over_group(
     ids: Tensor | None, weight: Tensor | None, **options: Any,
 ) -> Any:  # fmt: skip
     """`loss` of all ranks' rows on each of them; with reduction="none" its own rows of it."""
-    call = describe(audio, radius, ids, weight, **options)
-    sizes = [said["pairs"] for said in agree(group, call, free=("pairs",))]
-    given = whole_batch(group, sizes, audio, text, radius, k, b, ids, weight)
+    agree(group, describe(audio, radius, ids, weight, **options), free=("pairs",))
+    sizes, given = whole_batch(group, len(audio), audio, text, radius, k, b, ids, weight)
     found = loss(*given[:5], ids=given[5], weight=given[6], **options)
     if options["reduction"] != "none":
         return found

@@ -126,20 +126,20 @@ class GroupCall:
 
     # Who is there.
     def call_for(self, visit: Visit, rows: list[Tensor]) -> Any:
-        inputs = joined(self.inputs, visit.own, rows)
-        return self.backend.call(inputs, self.within, split=visit.own.stop - visit.own.start)
+        inputs = joined(self.rows, visit.own, rows)
+        return self.backend.call(inputs, self.visiting, split=visit.own.stop - visit.own.start)
 
     def post_rows(self, step: int) -> tuple[Mail, list[Tensor]]:
         """Lets the rows of a step's visits travel: those of the visited, as they will arrive."""
         mail = Mail(self.group)
         here, guest, there = self.partners(step)
         if not there.empty:
-            for x in rows_of(self.inputs, there.theirs):
+            for x in rows_of(self.rows, there.theirs):
                 mail.send(guest, x)
         found = []
         if not here.empty:
             count = here.theirs.stop - here.theirs.start
-            for x in rows_of(self.inputs, slice(0, 0)):
+            for x in rows_of(self.rows, slice(0, 0)):
                 found.append(mail.receive(here.rank, (count, *x.shape[1:]), x))
         mail.post()
         return mail, found
@@ -183,6 +183,11 @@ class GroupCall:
     def forward(self) -> tuple[Tensor, Tensor]:
         """The loss, the same on every rank (or of this rank's rows), and the values of SVRStats."""
         self.own = self.backend.call(self.inputs, self.within)
+        # Normalised once: where gaps are tiny, the roundings of a normalised row are its gap.
+        self.rows, self.visiting = self.inputs, self.within._replace(normalize=False)
+        if self.options.normalize:
+            text, audio = self.own.normalized()
+            self.rows = self.inputs._replace(text=text, audio=audio)
         home: list[tuple[int, Visit, Tensor]] = []
         for step, here, call in self.visits():
             if call is None:

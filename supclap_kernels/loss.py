@@ -331,7 +331,9 @@ class SVRLoss(nn.Module):
             rows = (audio, text)
             if self.options["normalize"] and not isinstance(self.radius, StaticRadius):
                 rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
-            radius = self.radius(*rows, logit_scale)
+            shared = isinstance(self.radius, DynamicRadius) and self.options["group"] is not None
+            over = {"group": self.options["group"]} if shared else {}
+            radius = self.radius(*rows, logit_scale, **over)
         return fused_svr_loss(
             audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, **self.options
         )

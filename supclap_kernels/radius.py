@@ -1,5 +1,7 @@
 """The semantic radius R: one learnable number (StaticSVR), or a small network (DynamicSVR)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,8 @@ class DynamicRadius(nn.Module):
     worked through in chunks of rows and recomputed in backward: nothing (N, N) is kept.
 
     Args:
-        batch_size: N of every batch; needed for "similarities" only.
+        batch_size: N of every batch, of all ranks together with a process group; needed for
+            "similarities" only.
         init: initial radius.
         hidden: widths of the two hidden layers (GELU).
         detach_similarity: no gradient through the similarities into the embeddings.
@@ -100,23 +103,31 @@ class DynamicRadius(nn.Module):
         s = s.gather(1, order)
         return summary(s) if self.features == "summary" else s
 
-    def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """R (N,) for audio, text (N, D)."""
-        N = len(text)
+    def forward(
+        self, audio: Tensor, text: Tensor, logit_scale: float | Tensor, group: Any = None
+    ) -> Tensor:
+        """R (N,) for audio, text (N, D); with a process group the negatives are every rank's."""
+        scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
+        if self.detach_similarity:
+            audio, text, scale = audio.detach(), text.detach(), scale.detach()
+        first = 0
+        if group is not None and group.size() > 1:
+            from .collectives import whole_batch
+
+            sizes, (audio, scale) = whole_batch(group, len(text), audio, scale)
+            first = sum(sizes[: group.rank()])
+        n, N = len(text), len(audio)
         if self.features == "similarities" and N != self.batch_size:
             raise ValueError(
                 f"this DynamicRadius was built for batches of {self.batch_size} pairs, got {N}; "
                 "keep the batch size fixed (drop the last batch) or use features='summary'"
             )
-        scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
-        if self.detach_similarity:
-            audio, text, scale = audio.detach(), text.detach(), scale.detach()
-        if N * N * text.element_size() <= CHUNK_BYTES:
-            return self.rows(text, audio, scale, 0)
+        if n * N * text.element_size() <= CHUNK_BYTES:
+            return self.rows(text, audio, scale, first)
         size = max(1, CHUNK_BYTES // (N * text.element_size()))
         parts = [
-            checkpoint(self.rows, text[i : i + size], audio, scale, i, use_reentrant=False)
-            for i in range(0, N, size)
+            checkpoint(self.rows, text[i : i + size], audio, scale, first + i, use_reentrant=False)
+            for i in range(0, n, size)
         ]
         return torch.cat(parts)
 

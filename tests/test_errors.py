@@ -196,12 +196,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("workspace sign", {"workspace": -1}, ValueError, ["workspace", "negative", "-1 bytes"]),
     ("workspace float", {"workspace": 2e8}, TypeError, ["workspace must be an int", "float"]),
     ("workspace bool", {"workspace": True}, TypeError, ["workspace must be an int", "bool"]),
-    (
-        "group",
-        {"group": object()},
-        NotImplementedError,
-        ["group", "not implemented", "gather the embeddings"],
-    ),
+    ("group", {"group": object()}, TypeError, ["group", "process group", "object"]),
 ]
 
 

@@ -104,6 +104,11 @@ class Call:
                 rows = rows.to(torch.bfloat16).to(self.dtype)
         return rows.contiguous()
 
+    def normalized(self) -> tuple[Tensor, Tensor]:
+        """text, audio (N, D) as the products see them, for another call."""
+        dtype = torch.bfloat16 if self.rounded else self.dtype
+        return self.T.to(dtype), self.A.to(dtype)
+
     def choose_products(self) -> Products:
         if not self.rounded:
             return LibraryProducts(self.T, self.A)

@@ -203,6 +203,10 @@ class Call:
         self.pack_rows(X, out)
         return out.to(self.dtype)
 
+    def normalized(self) -> tuple[Tensor, Tensor]:
+        """text, audio (N, D) as the products see them, for another call."""
+        return self.T[:, : self.D], self.A[:, : self.D]
+
     # One tile.
     def lanes(self, panel: bool, statistics: bool, weights: bool) -> list[Scratch]:
         """Scratch of a sweep."""

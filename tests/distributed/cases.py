@@ -1,13 +1,17 @@
-"""One case on every rank of a group, put together to what one process computes."""
+"""What the ranks of a group do in the tests of tests/test_distributed.py."""
 
+import os
+import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from supclap_kernels import fused_svr_loss
+import supclap_kernels as sk
+from supclap_kernels import collectives
 from supclap_kernels.testing import (
     DIFFERENTIABLE,
     Case,
@@ -20,67 +24,201 @@ from supclap_kernels.testing import (
     violations,
 )
 
+Job = tuple[int, Case, str, dict[str, Any]]
+"""ranks, case, backend, more options"""
+
 
 def parts(N: int, world: int) -> list[slice]:
-    """Uneven numbers of rows, one at least."""
+    """Uneven numbers of rows, one at least where there are enough."""
     shares = [n + 1 for n in range(world)]
-    ends = [N * sum(shares[: n + 1]) // sum(shares) for n in range(world)]
+    ends = [max(n + 1, N * sum(shares[: n + 1]) // sum(shares)) for n in range(world)]
     return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def own_rows(inputs: Inputs, part: slice) -> Inputs:
-    cut = {
-        name: x[part] if isinstance(x, Tensor) and x.ndim else x for name, x in vars(inputs).items()
-    }
-    return Inputs(**cut)
+    rows = lambda x: x[part] if isinstance(x, Tensor) and x.ndim else x  # noqa: E731
+    return Inputs(**{name: rows(x) for name, x in vars(inputs).items()})
+
+
+def whole(x: Tensor, group: Any) -> Tensor:
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, x, group=group)
+    return torch.cat(every)
 
 
 def evaluate(case: Case, group: Any, backend: str, **more: Any) -> Outputs:
-    """Loss and gradients of the whole batch, from all ranks; in the single process' scale."""
+    """Loss and gradients of all ranks' rows, and those of numbers times the number of ranks."""
     world, rank = group.size(), group.rank()
-    rows = parts(case.N, world)
-    inputs = own_rows(make_inputs(case), rows[rank])
+    inputs = own_rows(make_inputs(case), parts(case.N, world)[rank])
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
     arguments = (leaves.get(name) for name in DIFFERENTIABLE)
-    loss = fused_svr_loss(
+    loss = sk.fused_svr_loss(
         *arguments, ids=inputs.ids, weight=inputs.weight, group=group, backend=backend,
-        **{**case.options, **more},
+        **case.options, **more,
     )  # fmt: skip
     gradients = torch.autograd.grad(loss, list(leaves.values()), inputs.upstream.to(loss.dtype))
-    found = {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
     per_row = case.options.get("reduction") == "none"
-    whole: Outputs = {}
-    for name, x in found.items():
-        if x.ndim:  # rows
-            every: list[Any] = [None] * world
-            dist.all_gather_object(every, x, group=group)
-            whole[name] = torch.cat(every)
-            # The derivative of the sum of what the ranks return.
-            whole[name] = whole[name] / (1 if per_row or name == "loss" else world)
-        else:
-            whole[name] = x * world if per_row else x
-    return whole
-
-
-def verdict(case: Case, group: Any, backend: str, **more: Any) -> list[str]:
-    """Violations of the acceptance rule."""
-    result = evaluate(case, group, backend, **more)
-    inputs = make_inputs(case)
-    exact = truth(case, inputs)
-    base = baseline(case, inputs, case.dtype == torch.bfloat16)
-    return violations(result, exact, base, floors(case, inputs, exact))
-
-
-def suite(rank: int, world: int, cases: list[tuple[int, Case, str, dict[str, Any]]]) -> list[str]:
-    """Every (ranks, case, backend, more) in the group of the first ranks."""
-    groups = {n: dist.new_group(range(n)) for n in range(1, world + 1)}
-    found = []
-    for n, case, backend, more in cases:
-        if rank < n:
-            bad = verdict(case, groups[n], backend, **more)
-            if bad:
-                found.append("\n  ".join([f"{n} ranks, {backend} {more} {case}:", *bad]))
+    found: Outputs = {"loss": whole(loss.detach(), group) if per_row else loss.detach()}
+    for name, gradient in zip(leaves, gradients, strict=True):
+        found[name] = whole(gradient, group) if gradient.ndim else gradient * world
     return found
 
 
-__all__ = ["replace", "suite"]
+def expected(case: Case, world: int) -> Inputs:
+    """Inputs whose single process has these gradients: the sum of what the ranks return."""
+    inputs = make_inputs(case)
+    if case.options.get("reduction") != "none":
+        return replace(inputs, upstream=inputs.upstream * world)
+    return inputs
+
+
+def suite(rank: int, world: int, jobs: list[Job]) -> list[str]:
+    """The acceptance rule for each job, in the group of the first ranks."""
+    groups = {n: dist.new_group(range(n)) for n in range(1, world + 1)}
+    failures = []
+    for n, case, backend, more in jobs:
+        if rank >= n:
+            continue
+        result = evaluate(case, groups[n], backend, **more)
+        inputs = expected(case, n)
+        exact, narrow = truth(case, inputs), case.dtype != torch.float32 and backend != "reference"
+        base = baseline(case, inputs, narrow and case.dtype != torch.float64)
+        bad = violations(result, exact, base, floors(case, inputs, exact))
+        if bad:
+            failures.append("\n  ".join([f"{n} ranks, {backend} {more} {case}:", *bad]))
+    return failures
+
+
+class Model(nn.Module):
+    """Two encoders, a scale, a bias, and the loss."""
+
+    def __init__(self, radius: nn.Module | None, **options: Any) -> None:
+        super().__init__()
+        self.audio, self.text = nn.Linear(12, 8), nn.Linear(10, 8)
+        self.scale, self.bias = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(-3.0))
+        self.loss = sk.SVRLoss(radius, normalize=True, **options)
+
+    def forward(self, audio: Tensor, text: Tensor) -> Tensor:
+        bias = self.bias if self.loss.options["objective"] == "siglip" else self.bias.new_zeros(())
+        given = bias if self.loss.options["objective"] == "siglip" else None
+        loss = self.loss(self.audio(audio), self.text(text), self.scale, given)
+        return loss + 0.0 * self.bias  # every parameter has a gradient
+
+
+def model(radius: str, group: Any, **options: Any) -> Model:
+    torch.manual_seed(0)
+    made = {
+        "static": lambda: sk.StaticRadius(0.3),
+        "summary": lambda: sk.DynamicRadius(features="summary"),
+        "similarities": lambda: sk.DynamicRadius(22),
+    }[radius]()
+    found = Model(made, group=group, **options)
+    for parameter in found.parameters():  # the radius' last layer starts at zero
+        if not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.1)
+    return found
+
+
+def data_parallel(rank: int, world: int, radius: str, options: dict[str, Any]) -> list[float]:
+    """Largest error of each parameter's gradient over its largest value, DDP against one process,
+    for the first 1, 2, ... ranks."""
+    generator = torch.Generator().manual_seed(1)
+    audio = torch.randn(22, 12, generator=generator)
+    text = torch.randn(22, 10, generator=generator)
+    alone = model(radius, None, **options)
+    alone(audio, text).backward()
+    groups = {n: dist.new_group(range(n)) for n in range(1, world + 1)}
+    errors = []
+    for n, group in groups.items():
+        if rank >= n:
+            continue
+        part = parts(22, n)[rank]
+        own = model(radius, group, **options)
+        parallel = DistributedDataParallel(own, process_group=group)
+        parallel(audio[part], text[part]).backward()
+        for x, y in zip(own.parameters(), alone.parameters(), strict=True):
+            assert x.grad is not None and y.grad is not None
+            scale = float(y.grad.abs().max()) or 1.0
+            errors.append(float((x.grad - y.grad).abs().max()) / scale)
+    return errors
+
+
+def statistics(rank: int, world: int, case: Case) -> list[tuple[str, float, float]]:
+    """Every value of SVRStats: of the group, and of one process."""
+    inputs, group = make_inputs(case), dist.group.WORLD
+    own = own_rows(inputs, parts(case.N, world)[rank])
+    results = []
+    for given, over in ((own, group), (inputs, None)):
+        arguments = (getattr(given, name) for name in DIFFERENTIABLE)
+        _, stats = sk.fused_svr_loss(
+            *arguments, ids=given.ids, weight=given.weight, group=over, return_stats=True,
+            **case.options,
+        )  # fmt: skip
+        results.append(stats)
+    pairs = zip(sk.SVRStats._fields, *results, strict=True)
+    return [(name, float(x), float(y)) for name, x, y in pairs]
+
+
+def sent(rank: int, world: int, N: int, D: int, options: dict[str, Any]) -> int:
+    """Bytes this rank sends to others in a step."""
+    count = 0
+    add = collectives.Mail._add
+
+    def counted(self: Any, operation: Any, peer: int, x: Tensor) -> None:
+        nonlocal count
+        count += x.numel() * x.element_size() * (operation is dist.isend)
+        add(self, operation, peer, x)
+
+    collectives.Mail._add = counted  # type: ignore[method-assign]
+    torch.manual_seed(rank)
+    rows = [torch.randn(N // world, D, requires_grad=True) for _ in range(2)]
+    loss = sk.fused_svr_loss(*rows, 0.1, normalize=True, group=dist.group.WORLD, **options)
+    loss.backward()
+    return count
+
+
+def disagree(rank: int, world: int) -> list[str]:
+    """What every rank is told when one of them calls with something else."""
+    group, said = dist.group.WORLD, []
+    calls: list[dict[str, Any]] = [
+        {"audio": torch.randn(4, 8 + rank), "text": torch.randn(4, 8 + rank)},
+        {"alpha": 1.0 + rank},
+        {"objective": ("infonce", "siglip")[rank]},
+        {"radius": (0.1, None)[rank]},
+        {"text": torch.randn(4, 8) if rank == 0 else torch.randn(5, 8)},
+        {"reduction": "mean" if rank == 0 else "average"},
+    ]
+    for changed in calls:
+        given = {"audio": torch.randn(4, 8), "text": torch.randn(4, 8), "radius": 0.1, **changed}
+        try:
+            sk.fused_svr_loss(**given, group=group)
+        except (TypeError, ValueError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        else:
+            said.append("no error")
+    return said
+
+
+def one_dies(rank: int, world: int) -> tuple[str, float]:
+    start = time.monotonic()
+    audio, text = torch.randn(2, 4, 8, requires_grad=True).unbind()
+    loss = sk.fused_svr_loss(audio, text, 0.1, group=dist.group.WORLD)
+    if rank == 1:
+        os._exit(0)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def again(rank: int, world: int, exchange: str) -> bool:
+    """Backward twice gives the same bits; a frozen tower has no gradient; no_grad works."""
+    torch.manual_seed(rank)
+    audio, text = torch.randn(9, 8, requires_grad=True), torch.randn(9, 8)
+    options: dict[str, Any] = {"group": dist.group.WORLD, "exchange": exchange, "normalize": True}
+    loss = sk.fused_svr_loss(audio, text, 0.1, **options)
+    first, second = (torch.autograd.grad(loss, audio, retain_graph=True)[0] for _ in range(2))
+    with torch.no_grad():
+        same = bool(sk.fused_svr_loss(audio, text, 0.1, **options) == loss)
+    return torch.equal(first, second) and same
