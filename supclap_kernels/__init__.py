@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .cached import cached_step
 from .diagnostics import ForceDecomposition, force_decomposition
 from .dispatch import available_backends, explain
 from .loss import SVRLoss, fused_svr_loss
@@ -22,6 +23,7 @@ __all__ = [
     "SVRStats",
     "StaticRadius",
     "available_backends",
+    "cached_step",
     "explain",
     "force_decomposition",
     "fused_svr_loss",

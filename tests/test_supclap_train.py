@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -64,6 +67,13 @@ def settings(manifest, out, **changes):
     return TrainConfig(data=manifest, out=out, **{"epochs": 2, "model": SMALL, **changes})
 
 
+ALONE = loop.Ranks(torch.device("cpu"))
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -110,7 +120,7 @@ def test_statistics_normalise_each_mel_bin(manifest):
 def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
     corpus = load_corpus(manifest, 30.0)
     seen = []
-    for mel, lengths, text, ids in loop.batches(corpus, 4, 256, torch.Generator().manual_seed(0)):
+    for mel, lengths, text, ids in loop.batches(corpus, 4, 256, seeded(), ALONE):
         assert len(mel) == len(lengths) == len(text) == len(ids) <= 4
         for row, (clip, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
             assert torch.equal(mel[row, :length], corpus.features[clip].float())
@@ -127,7 +137,7 @@ def test_captions_of_one_clip_are_no_negatives_of_each_other(manifest, tmp_path)
     model = SupclapModel(SMALL)
     criterion = loop.build_loss(settings(manifest, tmp_path, loss="infonce"))
     audio, text = torch.nn.functional.normalize(torch.randn(2, 4, 32), dim=2)
-    _, line = loop.compute_loss(model, criterion, audio, text, torch.tensor([7, 3, 7, 5]))
+    _, line = loop.compute_loss(model, criterion, audio, text, torch.tensor([7, 3, 7, 5]), ALONE)
     logits = text @ audio.T / 0.07
     logits[0, 2] = logits[2, 0] = -torch.inf
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(4)).item()
@@ -171,17 +181,14 @@ def test_learning_rate_rises_then_falls_to_zero(manifest, tmp_path):
 def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, loss):
     config = settings(manifest, tmp_path, loss=loss, learn_tau=True)
     corpus = load_corpus(manifest, 30.0)
-    (batch,) = loop.batches(corpus, 18, 256, torch.Generator().manual_seed(0))
+    (batch,) = loop.batches(corpus, 18, 256, seeded(), ALONE)
     gradients, lines = [], []
     for chunked in (False, True):
         torch.manual_seed(0)
         model, criterion = SupclapModel(SMALL), loop.build_loss(config)
         model.audio.set_statistics(corpus.features)
         loop.build_optimizer(config, model, criterion)
-        if chunked:
-            lines.append(loop.backward_in_chunks(model, criterion, batch, size))
-        else:
-            lines.append(loop.backward_whole(model, criterion, batch))
+        lines.append(loop.backward(model, criterion, batch, size if chunked else None, ALONE))
         parameters = [*model.parameters(), *criterion.parameters()]
         grads = [p.grad.flatten() for p in parameters if p.grad is not None]
         gradients.append(torch.cat(grads))
@@ -193,7 +200,9 @@ def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, l
 
 def test_chunked_training_runs_and_agrees_at_the_first_step(manifest, tmp_path):
     whole = log_of(loop.train(settings(manifest, tmp_path / "a", batch_size=9)))
-    pieces = log_of(loop.train(settings(manifest, tmp_path / "b", batch_size=9, chunk=4)))
+    pieces = log_of(
+        loop.train(settings(manifest, tmp_path / "b", batch_size=9, micro_batch_size=4))
+    )
     assert len(whole) == len(pieces)
     assert near(pieces[0]["loss"], whole[0]["loss"], within=1e-4)
     assert near(pieces[0]["norm"], whole[0]["norm"], within=1e-2)
@@ -267,13 +276,13 @@ def test_a_broken_checkpoint_or_setting_is_explained(manifest, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_path, monkeypatch):
-    whole, calls = loop.backward_whole, []
+    whole, calls = loop.backward, []
 
     def fails_late(*args):
         calls.append(1)
         return whole(*args) | ({"loss": None} if len(calls) == 3 else {})
 
-    monkeypatch.setattr(loop, "backward_whole", fails_late)
+    monkeypatch.setattr(loop, "backward", fails_late)
     config = settings(manifest, tmp_path / "run", epochs=5, batch_size=9)
     with pytest.raises(UserError, match="not finite at step 3; .*after epoch 1"):
         loop.train(config)
@@ -307,3 +316,28 @@ def test_it_memorises_a_handful_of_clips_with_default_settings(manifest, tmp_pat
     assert metrics["t2a"]["R@1"] >= 0.9 and metrics["a2t"]["R@1"] >= 0.9
     untrained = evaluate_corpus(SupclapModel(ModelConfig()), corpus)
     assert untrained["t2a"]["R@1"] < 0.5  # the clips alone do not give it away
+
+
+def torchrun(processes, *arguments):
+    """`supclap train` in several processes of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "supclap", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--loss", "dynamic", "--micro-batch-size", "3", "--learn-tau")]
+)
+def test_two_processes_train_as_one(manifest, tmp_path, options):
+    """The same loss curve over 20 steps, at the same global batch."""
+    shared = ["--data", str(manifest), "--epochs", "10", "--batch-size", "9", "--device", "cpu"]
+    shared += ["--width", "16", "--heads", "2", "--embed-dim", "16", "--lr", "1e-3", *options]
+    torchrun(2, *shared, "--out", str(tmp_path / "two"))
+    torchrun(1, *shared, "--out", str(tmp_path / "one"))
+    two, one = log_of(tmp_path / "two"), log_of(tmp_path / "one")
+    assert len(two) == len(one) >= 20
+    for ours, wanted in zip(two[:20], one[:20], strict=True):
+        assert near(ours["loss"], wanted["loss"], within=1e-4 * wanted["loss"])
+        assert near(ours["radius"], wanted["radius"], within=1e-4)

@@ -41,7 +41,7 @@ TRAIN_HELP = {
     "radius_init": "initial semantic radius",
     "tau": "temperature (its initial value with --learn-tau)",
     "learn_tau": "learn the temperature",
-    "chunk": "encode a batch in pieces of this many pairs: same gradient, less memory",
+    "micro_batch_size": "encode a batch in pieces of this many pairs: same gradient, less memory",
     "device": "auto takes a GPU if there is one",
     "threads": "CPU threads of PyTorch",
     "skip_bad_audio": "leave broken or missing files out instead of stopping",
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "out of memory" not in str(error):
             raise
         print(
-            "supclap: out of memory; try --chunk, a smaller --batch-size or --max-seconds",
+            "supclap: out of memory; try --micro-batch-size, or a smaller --max-seconds",
             file=sys.stderr,
         )
         return 2

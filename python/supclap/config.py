@@ -75,7 +75,7 @@ class TrainConfig:
     radius_init: float = 0.1
     tau: float = 0.07  # logits = <t, a> / tau
     learn_tau: bool = False
-    chunk: int | None = None  # encode a batch in pieces of this many pairs
+    micro_batch_size: int | None = None  # encode a batch in pieces of this many pairs
     device: str = "auto"
     threads: int | None = None
     skip_bad_audio: bool = False
@@ -83,7 +83,11 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
 
     def __post_init__(self) -> None:
-        whole = {"epochs": self.epochs, "batch-size": self.batch_size, "chunk": self.chunk}
+        whole = {
+            "epochs": self.epochs,
+            "batch-size": self.batch_size,
+            "micro-batch-size": self.micro_batch_size,
+        }
         for name, count in whole.items():
             if count is not None and count < 1:
                 raise UserError(f"--{name} must be at least 1, got {count}")
