@@ -222,3 +222,40 @@ def again(rank: int, world: int, exchange: str) -> bool:
     with torch.no_grad():
         same = bool(sk.fused_svr_loss(audio, text, 0.1, **options) == loss)
     return torch.equal(first, second) and same
+
+
+def gather_modes(rank: int, world: int, local: bool, objective: str) -> list[float]:
+    """Errors of the open_clip adapters on this rank: value, and gradients averaged over ranks."""
+    from supclap_kernels.integrations import open_clip
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.nn.functional.normalize(torch.randn(12, 8, generator=generator)) for _ in "it"]
+    part = slice(4 * rank, 4 * rank + 4)
+    own = [x[part].clone().requires_grad_() for x in rows]
+    every = [x.clone().requires_grad_() for x in rows]
+    scales = [torch.tensor(9.0, requires_grad=True) for _ in range(2)]
+    given = {"rank": rank, "world_size": world}
+    logits = scales[1] * every[0] @ every[1].t()
+    if objective == "clip":
+        ours = open_clip.ClipLoss(local_loss=local, gather_with_grad=True, **given)(*own, scales[0])
+        labels = torch.arange(12)
+        entropy = torch.nn.functional.cross_entropy
+        terms = [entropy(x, labels, reduction="none") for x in (logits, logits.t())]
+        values = (terms[0] + terms[1]) / 2
+    else:
+        ours = open_clip.SigLipLoss(**given)(*own, scales[0], torch.tensor(-3.0))
+        signs = 2 * torch.eye(12) - 1
+        values = -torch.nn.functional.logsigmoid(signs * (logits - 3.0)).sum(dim=1)
+    is_local = local or objective == "siglip"
+    wanted = values[part].mean() if is_local else values.mean()
+    ours.backward()
+    values.mean().backward()
+    errors = [float((ours - wanted).detach().abs())]
+    wholes = (every[0].grad, every[1].grad)
+    for x, whole in zip(own, wholes, strict=True):
+        assert x.grad is not None and whole is not None
+        errors.append(float((x.grad / world - whole[part]).abs().max()))
+    mean, alone = (x.grad for x in scales)
+    assert mean is not None and alone is not None
+    errors.append(float(collectives.mean_over_ranks(mean, dist.group.WORLD) - alone))
+    return [abs(error) for error in errors]

@@ -1,0 +1,60 @@
+"""What the adapters share: the loss in the scale of its average over directions, and ranks."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..loss import SVRLoss
+
+
+class Contrast(nn.Module):
+    """`SVRLoss` as CLIP-like trainers count it: InfoNCE's two directions are averaged, not summed,
+    and with them the support vectors' term.
+
+    Args:
+        radius: a module such as StaticRadius(), or None for the library's own loss.
+        local_loss: with several ranks, the value is that of this rank's rows; else everybody's. The
+            gradient is that of the loss over all rows either way, once it is averaged over ranks.
+        rank, world_size: as the trainer counts; several ranks need an initialised process group.
+        **options: of `SVRLoss`.
+    """
+
+    def __init__(
+        self,
+        radius: nn.Module | None,
+        local_loss: bool,
+        rank: int,
+        world_size: int,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.world_size, self.local = world_size, local_loss and world_size > 1
+        if world_size > 1:
+            options.setdefault("group", dist.group.WORLD)
+            given = options["group"].rank(), options["group"].size()
+            if given != (rank, world_size):
+                raise ValueError(
+                    f"rank={rank}, world_size={world_size} do not fit the process group, in which "
+                    f"this is rank {given[0]} of {given[1]}"
+                )
+        if "reduction" in options:
+            raise TypeError("reduction is the library's own: the mean")
+        self.criterion = SVRLoss(radius, reduction="none" if self.local else "mean", **options)
+        self.share = 0.5 if self.criterion.options["objective"] == "infonce" else 1.0
+
+    def forward(
+        self,
+        audio: Tensor,
+        text: Tensor,
+        scale: float | Tensor,
+        bias: float | Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        loss = self.criterion(audio, text, number(scale), number(bias), weight=weight)
+        return self.share * (loss.mean() if self.local else loss)
+
+
+def number(x: Any) -> Any:
+    """0-d: parameters of one element come in other shapes, too."""
+    return x.reshape(()) if isinstance(x, Tensor) and x.ndim else x

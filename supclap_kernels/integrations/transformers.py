@@ -1,0 +1,35 @@
+"""A contrastive loss for transformers' `ClapModel`.
+
+    outputs = model(input_ids=..., input_features=...)
+    loss = clap_loss(outputs, model.logit_scale_a.exp(), radius=0.1)
+
+`ClapModel(return_loss=True)` adds up two cross entropies that are the same direction, texts against
+audios, with the two scales (the second one's logits are transposed; transformers 5.24). Here it is
+the symmetric loss of CLAP: texts against audios and audios against texts, averaged.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..loss import fused_svr_loss
+from .contrast import number
+
+
+def clap_loss(outputs: Any, logit_scale: float | Tensor, **options: Any) -> Any:
+    """
+    Args:
+        outputs: a ClapOutput, or anything with `audio_embeds` and `text_embeds`, (N, D) each.
+        logit_scale: exponentiated.
+        **options: of `fused_svr_loss`: radius, bilateral, group, return_stats, ... Support vectors'
+            terms are averaged over directions like the others.
+
+    Returns:
+        The loss; with return_stats=True (loss, SVRStats).
+    """
+    rows = outputs.audio_embeds, outputs.text_embeds
+    found = fused_svr_loss(*rows, logit_scale=number(logit_scale), **options)
+    share = 0.5 if options.get("objective", "infonce") == "infonce" else 1.0
+    if options.get("return_stats"):
+        return share * found[0], found[1]
+    return share * found
