@@ -170,6 +170,11 @@ def check_embeddings(audio: Tensor, text: Tensor) -> None:
     for name, value in (("audio", audio), ("text", text)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if hasattr(value, "device_mesh"):
+            raise TypeError(
+                f"{name} is a DTensor; pass this rank's rows, {name}.to_local(), and group= for "
+                "negatives from the other ranks"
+            )
         if value.ndim != 2:
             raise ValueError(f"{name} must have shape (N, D), got {tuple(value.shape)}")
     if audio.shape != text.shape:

@@ -186,6 +186,11 @@ def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     recording = torch.is_grad_enabled()
     needs = tuple(recording and x is not None and x.requires_grad for x in inputs[:5])
     if any(needs):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "the kernels of fused_svr_loss have no rule for torch.func transforms with "
+                "gradients; use torch.autograd.grad, or backend='reference'"
+            )
         return SVRFunction.apply(*inputs, needs, tuple(options))
     return torch.ops.supclap_kernels.svr_loss(*inputs, needs, *options)[:2]
 

@@ -175,3 +175,12 @@ def test_a_rank_that_dies_is_an_error():
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_backward_twice(exchange):
     assert all(run(3, cases.again, exchange))
+
+
+def test_fully_sharded_towers():
+    for errors in run(2, cases.fully_sharded):
+        assert max(errors) < 2e-5, errors
+
+
+def test_a_dtensor_is_told_what_to_pass():
+    assert all("audio.to_local()" in said and "group=" in said for said in run(2, cases.dtensors))

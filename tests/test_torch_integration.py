@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from covering import covering
 from integration_cases import OPTION_SETS, SMALL, every_option_set, leaves_of, same, step_of
 from torch import Tensor
 
@@ -138,11 +139,45 @@ def test_compile_with_static_shapes(name):
         assert same(compiled_outputs(compiled, inputs, stats), eager), N
 
 
+EVERY = {
+    "renormalize": (False, True),
+    "normalize": (False, True),
+    "alpha": (1.0, 0.0),
+    "beta": (0.0, 0.2),
+    "reduction": ("mean", "sum", "none"),
+    "objective": ("infonce", "siglip"),
+    "bilateral": ("none", "mirror", "shared"),
+}
+
+
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_with_the_default_compiler(tmp_path, monkeypatch):
+@pytest.mark.parametrize("n", range(12))
+def test_compile_every_option(n):
+    """Pairs of all options and of what a call is given."""
+    rows = covering(
+        12, 0, **EVERY, radius=("none", "scalar", "row"), weighted=(False, True),
+        duplicates=(False, True),
+    )  # fmt: skip
+    for row in rows[n::12]:
+        fields = {name: row[name] for name in ("radius", "weighted", "duplicates")}
+        case = Case(**fields, options={name: row[name] for name in EVERY})
+        step = step_of(case)
+        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+        for N in one_graph((24, 37)):
+            inputs = make_inputs(replace(case, N=N))
+            eager = compiled_outputs(step, inputs, False)
+            assert same(compiled_outputs(compiled, inputs, False), eager), row
+        torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
+@pytest.mark.parametrize("objective", ["infonce", "siglip"])
+def test_compile_with_the_default_compiler(tmp_path, monkeypatch, objective, bilateral):
     """Inductor, where the graph around the operator is compiled too; nothing cached before."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    case = Case(radius="row", weighted=True)
+    options = {"objective": objective, "bilateral": bilateral}
+    case = Case(radius="row", weighted=True, options=options)
     step = step_of(case)
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for N in one_graph((24, 37)):

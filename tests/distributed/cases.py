@@ -259,3 +259,40 @@ def gather_modes(rank: int, world: int, local: bool, objective: str) -> list[flo
     assert mean is not None and alone is not None
     errors.append(float(collectives.mean_over_ranks(mean, dist.group.WORLD) - alone))
     return [abs(error) for error in errors]
+
+
+def fully_sharded(rank: int, world: int) -> list[float]:
+    """Largest error of the towers' gradients under FSDP2, over their largest value."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    generator = torch.Generator().manual_seed(1)
+    audio, text = torch.randn(10, 12, generator=generator), torch.randn(10, 10, generator=generator)
+    alone, own = model("static", None), model("static", dist.group.WORLD)
+    alone(audio, text).backward()
+    mesh = init_device_mesh("cpu", (world,))
+    for tower in (own.audio, own.text):
+        fully_shard(tower, mesh=mesh)
+    part = parts(10, world)[rank]
+    own(audio[part], text[part]).backward()
+    errors = []
+    for name in ("audio", "text"):
+        for x, y in zip(getattr(own, name).parameters(), getattr(alone, name).parameters(),
+                        strict=True):  # fmt: skip
+            assert y.grad is not None
+            error = (x.grad.full_tensor() - y.grad).abs().max()
+            errors.append(float(error) / float(y.grad.abs().max()))
+    return errors
+
+
+def dtensors(rank: int, world: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    rows = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])
+    try:
+        sk.fused_svr_loss(rows, rows)
+    except TypeError as error:
+        return str(error)
+    return "no error"

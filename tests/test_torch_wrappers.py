@@ -1,0 +1,64 @@
+"""What people wrap around a loss: checkpoints, functional transforms, export, DTensor."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import supclap_kernels as sk
+
+
+def rows(N: int = 11) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    audio, text = (torch.randn(N, 8, generator=generator) for _ in range(2))
+    return audio.requires_grad_(), text.requires_grad_()
+
+
+def loss(audio: Tensor, text: Tensor, backend: str = "auto") -> Tensor:
+    return sk.fused_svr_loss(audio, text, 0.1, normalize=True, backend=backend)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    audio, text = rows()
+    wanted = torch.autograd.grad(loss(audio, text), (audio, text))
+    checkpoint(loss, audio, text, use_reentrant=reentrant).backward()
+    assert torch.equal(audio.grad, wanted[0]) and torch.equal(text.grad, wanted[1])
+
+
+def test_functional_gradient_is_a_clear_error():
+    audio, text = (x.detach() for x in rows())
+    with pytest.raises(RuntimeError, match=r"torch\.func .* backend='reference'"):
+        torch.func.grad(loss)(audio, text)
+    found = torch.func.grad(lambda x: loss(x, text, "reference"))(audio)
+    leaf = audio.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(leaf, text), leaf)
+    assert float((found - wanted).abs().max()) <= 2e-6 * float(wanted.abs().max())
+
+
+def test_vmap():
+    """Over a batch of batches, without gradients."""
+    audio, text = (x.detach() for x in rows())
+    several = torch.stack([audio, audio.flip(0), 2.0 * audio])
+    found = torch.func.vmap(loss, in_dims=(0, None))(several, text)
+    assert torch.equal(found, torch.stack([loss(x, text) for x in several]))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = sk.SVRLoss(sk.StaticRadius(0.1), normalize=True)
+
+    def forward(self, audio: Tensor, text: Tensor) -> Tensor:
+        return self.loss(audio, text, 10.0)
+
+
+def test_export():
+    """One program for every batch size."""
+    model, given = Model(), tuple(x.detach() for x in rows())
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, given, dynamic_shapes=({0: batch}, {0: batch}))
+    for N in (11, 5, 40):
+        audio, text = (x.detach() for x in rows(N))
+        with torch.no_grad():
+            assert torch.equal(program.module()(audio, text), model(audio, text))
