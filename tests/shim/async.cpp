@@ -89,7 +89,7 @@ void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& ful
   unsigned char* shared = self().shared;
   const uint32_t start = shared_address(to);
   if (start % 1024 || map.box_columns != 64) throw std::runtime_error("shim: no swizzled box");
-  later([=, map = map, &full] {
+  const auto act = [=, map = map, &full] {
     const auto* from = static_cast<const uint16_t*>(map.start);
     for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < 64; ++c) {
@@ -102,7 +102,13 @@ void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& ful
     SHIM_TSAN(__tsan_release(tag(full, full.phase));)
     full.bytes -= map.box_rows * 128;
     complete(full);
-  });
+  };
+  std::function<void()> kept;
+  {
+    const Unseen unseen;
+    kept = act;
+  }
+  later(std::move(kept));
 }
 
 void wgmma_m64n256k16(const Wgmma& one) { running->current->products.back().push_back(one); }
@@ -113,6 +119,7 @@ void wgmma_wait(int pending) {
     for (const Wgmma& one : groups.front()) compute(one);
     groups.erase(groups.begin());
   }
+  warp_barrier({"", 0}, ~0u);  // a warp waits together: what one lane says afterwards holds for all
 }
 
 }  // namespace shim

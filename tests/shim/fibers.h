@@ -10,12 +10,33 @@
 
 #if SHIM_TELLS_TSAN  // these files are not instrumented themselves: they are no part of the kernels
 #include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #define SHIM_TSAN(...) __VA_ARGS__
 #else
 #define SHIM_TSAN(...)
 #endif
 
 namespace shim {
+
+// While it lives the sanitizer sees nothing: what fibers and scheduler hand each other.
+struct Unseen {
+#if SHIM_TELLS_TSAN
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unseen() {}
+  ~Unseen() {}
+#endif
+};
 
 enum State { kRuns, kAtBlock, kAtGroup, kAtWarp, kExchanges, kAtGrid, kPolls, kDone };
 // Lockstep: every block a step at a time. Greedy: a block runs until it waits for another one.
