@@ -345,6 +345,9 @@ void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
     }
   } catch (...) {
     SHIM_TSAN(__tsan_acquire(&launch.end);)
+    const Unseen unseen;  // threads were left where they are: nothing orders what they allocated
+    launch.blocks.clear();
+    launch.later.clear();
     running = nullptr;
     throw;
   }
