@@ -126,6 +126,27 @@ def test_estimate_within_a_tenth(name):
     assert 0.9 <= ratio <= 1.1, f"{case}: estimate / measured = {ratio:.3f} of {measured} bytes"
 
 
+LARGE: dict[str, dict[str, Any]] = {
+    "plain": {"alpha": 0.0},
+    "one-sided": {"bilateral": "none"},
+    "shared": {"bilateral": "shared"},
+    "mirror": {},
+    "siglip": {"objective": "siglip"},
+}
+
+
+@pytest.mark.parametrize("mode", LARGE)
+def test_a_large_batch_and_its_second_step(mode):
+    """N = 16,384: logits alone would be 1 GiB. A second step takes what the first one took."""
+    case = Case(N=16_384, D=32, options={**LARGE[mode], "workspace": 4 * MIB})
+    step = step_of(case)
+    first, gradients = traced(step)
+    second, _ = traced(step)
+    returned = sum(g.numel() * g.element_size() for g in gradients)
+    assert second.peak <= first.peak and second.held <= first.held
+    assert 0.9 <= estimate(case) / (second.peak - returned) <= 1.1
+
+
 def test_the_workspace_decides_between_kept_and_recomputed():
     """At the boundary: one byte less, and the panels are gone, from both numbers."""
     case = Case(N=1200, D=32, radius="none")
