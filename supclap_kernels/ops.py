@@ -8,6 +8,7 @@ state. `state` holds the softmax statistics and the geometry of each row, `saved
 wants to reuse (kept panels, or SigLIP's gradients).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,11 @@ def _plainly(
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return function(*arguments)
     return function(*arguments)
+
+
+def _current(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -137,7 +143,8 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *inputs, ctx.call = arguments
-        loss, stats = _plainly(inputs[0].device.type, ctx.call.forward)
+        with _current(inputs[0]):
+            loss, stats = _plainly(inputs[0].device.type, ctx.call.forward)
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -145,7 +152,8 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         inputs = Inputs(*ctx.saved_tensors)
-        gradients = _plainly(upstream.device.type, ctx.call.backward, upstream)
+        with _current(upstream):
+            gradients = _plainly(upstream.device.type, ctx.call.backward, upstream)
         gradients = contract.returned(inputs, ctx.needs_input_grad[:5], *gradients)
         if torch.is_grad_enabled():  # create_graph=True
             sources = [x for x in (upstream, *inputs[:5]) if x is not None]
