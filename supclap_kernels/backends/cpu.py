@@ -321,11 +321,11 @@ def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Option
     returned, wide_gradients = 2 * matrix * narrow, 2 * matrix * size
     if options.gradient_in_forward:
         packs = (2 * pack + tile) * rounded
-        forward_peak = saved + rows + operands + scratch + packs + tangent
+        forward_peak = saved + rows + operands + packs + max(scratch, tangent)
         backward_peak = state + saved + wide_gradients + N * size + returned * cast
     else:
         forward_peak = saved + rows + operands + scratch * (not kept) + pack * rounded
         packs = (pack + pack * (not kept) + tile) * rounded
-        working = max(scratch + tangent, returned * cast)
+        working = max(scratch, tangent, returned * cast)
         backward_peak = saved + rows + operands + packs + wide_gradients + working
     return max(forward_peak, backward_peak) - returned
