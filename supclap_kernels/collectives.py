@@ -63,15 +63,16 @@ def agree(group: Any, own: dict[str, Any], free: Sequence[str] = ()) -> list[dic
         for name in names:
             if name not in free and values[name] != found[0][name]:
                 raise ValueError(
-                    f"group: ranks must agree on {name}, but rank 0 and rank {rank} differ "
-                    f"({found[0][name]} and {values[name]})"
+                    f"group: ranks must agree on {name}, but rank 0 and rank {rank} differ; rank "
+                    f"{dist.get_rank(group)} has {own[name]!r}"
                 )
     return found
 
 
 def describe(
-    audio: Tensor, radius: Any, ids: Tensor | None, weight: Tensor | None, **options: Any
-) -> dict[str, Any]:
+    audio: Tensor, text: Tensor, radius: Any, ids: Tensor | None, weight: Tensor | None,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """A call as `agree` compares it; "pairs" alone may differ."""
     dimensions = radius.ndim if isinstance(radius, Tensor) else 0
     return {
@@ -191,7 +192,7 @@ def over_group(
     ids: Tensor | None, weight: Tensor | None, **options: Any,
 ) -> Any:  # fmt: skip
     """`loss` of all ranks' rows on each of them; with reduction="none" its own rows of it."""
-    agree(group, describe(audio, radius, ids, weight, **options), free=("pairs",))
+    agree(group, describe(audio, text, radius, ids, weight, **options), free=("pairs",))
     sizes, given = whole_batch(group, len(audio), audio, text, radius, k, b, ids, weight)
     found = loss(*given[:5], ids=given[5], weight=given[6], **options)
     if options["reduction"] != "none":

@@ -115,7 +115,7 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> str:
 def implementation(name: str) -> Any:
     """What has `forward`, `backward`, `saved_elements` and `memory` for a backend's name."""
     if name == "cpu":
-        return cpu
+        return cpu.CPU
     if name == "cuda":
         return importlib.import_module("supclap_kernels.backends.gpu_single").CUDA
     if triton_state() != "ok":

@@ -4,7 +4,7 @@ The N x N problem is cut by rank. A block of the Gram matrix off its diagonal ho
 ranks' rows, and one of them computes it: rank r visits r + 1, ..., r + (W - 1) / 2, and where W is
 even the ranks r and r + W / 2 share theirs, half of the rows each. So every rank has the same work,
 S, Q and K are multiplied out once in the whole group, and the backends' own tiles and kernels do it
-(`split` in backends/panel.py).
+(`split` of backends/backend.py).
 
     forward    rows of the visited -> partial log-sum-exps, home -> the loss of each row
     backward   softmax statistics of the visited -> partial gradients, home -> row terms
@@ -14,8 +14,7 @@ one visit's rows travel while another is computed, in both passes: O(n D) memory
 collectives.py.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch
-from .backends.contract import GAP, POSITIVE, STATISTICS, Inputs
+from .backends import contract
+from .backends.backend import Call
+from .backends.contract import STATISTICS, Inputs
 from .collectives import Mail, mean_over_ranks
 from .options import Options
 
@@ -35,81 +36,30 @@ class Visit(NamedTuple):
     own: slice
     theirs: slice
 
+
+def count(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+class Plan(NamedTuple):
+    """One loss over a group, without its tensors."""
+
+    options: Options
+    group: Any
+    ring: bool
+    sizes: tuple[int, ...]
+    """rows of each rank"""
+    needs: tuple[bool, ...]
+    """which gradients are wanted, of the towers by any rank"""
+
     @property
-    def empty(self) -> bool:
-        return self.own.start == self.own.stop or self.theirs.start == self.theirs.stop
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
 
-
-def visit(rank: int, step: int, sizes: list[int]) -> Visit:
-    """The visit of `rank` in a step, 1 ... W / 2."""
-    other = (rank + step) % len(sizes)
-    own, theirs = slice(0, sizes[rank]), slice(0, sizes[other])
-    if 2 * step == len(sizes):  # both visit each other
-        if rank < other:
-            theirs = slice(0, sizes[other] // 2)
-        else:
-            own = slice(sizes[rank] // 2, sizes[rank])
-    return Visit(other, own, theirs)
-
-
-def rows_of(inputs: Inputs, part: slice) -> list[Tensor]:
-    """What a visitor needs of some rows."""
-    every = (inputs.text, inputs.audio, per_row(inputs.radius), inputs.ids, inputs.weight)
-    return [x[part].contiguous() for x in every if x is not None]
-
-
-def per_row(x: Tensor | None) -> Tensor | None:
-    return x if x is not None and x.ndim else None
-
-
-def joined(inputs: Inputs, part: slice, theirs: list[Tensor]) -> Inputs:
-    """Rows `part` of the inputs, then those of `rows_of` another rank."""
-    found = iter(theirs)
-    join = lambda x: None if x is None else torch.cat((x[part], next(found)))  # noqa: E731
-    text, audio = join(inputs.text), join(inputs.audio)
-    radius = join(inputs.radius) if per_row(inputs.radius) is not None else inputs.radius
-    assert text is not None and audio is not None
-    return inputs._replace(
-        text=text, audio=audio, radius=radius, ids=join(inputs.ids), weight=join(inputs.weight)
-    )
-
-
-def negatives_between(call: Any, I: slice, J: slice) -> Tensor:
-    """(2,) float64: sum and count of <t, a> over the negatives between rows I and J of a call, each
-    way if they differ. In O(N D): all pairs less those of equal ids."""
-    total = torch.zeros(2, dtype=torch.float64, device=call.T.device)
-    code = torch.arange(len(call.T), device=call.T.device)
-    if call.inputs.ids is not None:
-        code = torch.unique(call.inputs.ids, return_inverse=True)[1]
-    for texts, audios in ((I, J),) if I == J else ((I, J), (J, I)):
-        T, A = call.T[texts].double(), call.A[audios].double()
-        groups = T.new_zeros(2, len(code), T.shape[1])
-        groups[0].index_add_(0, code[texts], T)
-        groups[1].index_add_(0, code[audios], A)
-        counts = [code[part].bincount(minlength=len(code)).double() for part in (texts, audios)]
-        total[0] += T.sum(0) @ A.sum(0) - (groups[0] * groups[1]).sum()
-        total[1] += len(T) * len(A) - counts[0] @ counts[1]
-    return total
-
-
-class GroupCall:
-    """One loss over a group, on one rank: forward, then backward any number of times."""
-
-    def __init__(
-        self, inputs: Inputs, options: Options, group: Any, ring: bool, sizes: list[int],
-        needs: tuple[bool, ...],
-    ) -> None:  # fmt: skip
-        self.inputs, self.options, self.group, self.ring = inputs, options, group, ring
-        self.sizes, self.needs = sizes, needs
-        self.rank, self.N = dist.get_rank(group), sum(sizes)
-        self.steps = range(1, len(sizes) // 2 + 1)
-        # Sums: what N divides is not known to a visit.
-        self.within = options._replace(reduction="none" if self.per_row else "sum")
-        self.backend = dispatch.backend_for(inputs.audio, options)
-        self.calls: dict[int, Any] = {}
-        self.kept: dict[int, Tensor] = {}
-        self.budget = options.workspace
-        self.similarity = torch.zeros(2, dtype=torch.float64, device=inputs.audio.device)
+    @property
+    def steps(self) -> range:
+        """In each, every rank visits another one, and is visited."""
+        return range(1, len(self.sizes) // 2 + 1)
 
     @property
     def per_row(self) -> bool:
@@ -117,230 +67,228 @@ class GroupCall:
 
     @property
     def row_scale(self) -> float:
-        return 1.0 / self.N if self.options.reduction == "mean" else 1.0
+        return 1.0 / sum(self.sizes) if self.options.reduction == "mean" else 1.0
+
+    def visit(self, rank: int, step: int) -> Visit:
+        """Whom a rank visits."""
+        sizes, other = self.sizes, (rank + step) % len(self.sizes)
+        own, theirs = slice(0, sizes[rank]), slice(0, sizes[other])
+        if 2 * step == len(sizes):  # both visit each other
+            if rank < other:
+                theirs = slice(0, sizes[other] // 2)
+            else:
+                own = slice(sizes[rank] // 2, sizes[rank])
+        return Visit(other, own, theirs)
 
     def partners(self, step: int) -> tuple[Visit, int, Visit]:
-        """This rank's visit of a step; who visits this rank in it, and that visit."""
+        """This rank's visit; who visits this rank, and that visit."""
         guest = (self.rank - step) % len(self.sizes)
-        return visit(self.rank, step, self.sizes), guest, visit(guest, step, self.sizes)
+        return self.visit(self.rank, step), guest, self.visit(guest, step)
 
-    # Who is there.
-    def call_for(self, visit: Visit, rows: list[Tensor]) -> Any:
-        inputs = joined(self.rows, visit.own, rows)
-        return self.backend.call(inputs, self.visiting, split=visit.own.stop - visit.own.start)
 
-    def post_rows(self, step: int) -> tuple[Mail, list[Tensor]]:
-        """Lets the rows of a step's visits travel: those of the visited, as they will arrive."""
-        mail = Mail(self.group)
-        here, guest, there = self.partners(step)
-        if not there.empty:
-            for x in rows_of(self.rows, there.theirs):
-                mail.send(guest, x)
-        found = []
-        if not here.empty:
-            count = here.theirs.stop - here.theirs.start
-            for x in rows_of(self.rows, slice(0, 0)):
-                found.append(mail.receive(here.rank, (count, *x.shape[1:]), x))
+Memory = dict[tuple[str, int, int], Tensor]
+"""What forward leaves for backward: ("state", 0, 0), ("rows", step, n), ("kept", step, 0)."""
+
+
+class Pass:
+    """Forward or backward of a plan on this rank. What travels has its rows first."""
+
+    def __init__(self, plan: Plan, inputs: Inputs, memory: Memory | None = None) -> None:
+        self.plan, self.inputs, self.memory = plan, inputs, memory or {}
+        self.backend = dispatch.backend_for(inputs.audio, plan.options)
+        # Sums: what N divides is not known to a visit.
+        within = plan.options._replace(reduction="none" if plan.per_row else "sum")
+        self.own: Call = self.backend.call(inputs, within, self.memory.get(("state", 0, 0)))
+        # Normalised once: where gaps are tiny, the roundings of a normalised row are its gap.
+        self.rows, self.visiting = inputs, within._replace(normalize=False)
+        if plan.options.normalize:
+            text, audio = self.own.normalized()
+            self.rows = inputs._replace(text=text, audio=audio)
+        self.ahead = 1 if plan.ring else len(plan.steps)
+        self.posted = {step: self.post_rows(step) for step in plan.steps[: self.ahead]}
+        self.budget = plan.options.workspace
+        self.negatives = torch.zeros(2, dtype=torch.float64, device=inputs.audio.device)
+
+    # What travels.
+    def lend(self, step: int, tensors: list[Tensor]) -> tuple[Mail, list[Tensor]]:
+        """Own rows of `tensors` (n, ...) to the visitor of a step; the visited's arrive."""
+        here, guest, there = self.plan.partners(step)
+        mail = Mail(self.plan.group)
+        for x in tensors:
+            mail.send(guest, x[there.theirs])
+        found = [mail.receive(here.rank, (count(here.theirs), *x.shape[1:]), x) for x in tensors]
         mail.post()
         return mail, found
 
-    def visits(self) -> Iterator[tuple[int, Visit, Any]]:
-        """Each step with this rank's visit and its call (None: nothing to compute), while the rows
-        of the next are on their way, or of all that follow. Step 0: the own rows."""
-        whole = Visit(self.rank, *(slice(0, len(self.inputs.audio)),) * 2)
-        if len(self.calls) == len(self.steps):  # kept from forward
-            yield 0, whole, self.own
-            for step in self.steps:
-                yield step, self.partners(step)[0], self.calls[step]
-            return
-        ahead = 1 if self.ring else len(self.steps)
-        posted = {step: self.post_rows(step) for step in self.steps[:ahead]}
-        yield 0, whole, self.own
-        for step in self.steps:
-            if step + ahead in self.steps:
-                posted[step + ahead] = self.post_rows(step + ahead)
-            mail, rows = posted.pop(step)
-            mail.wait()
-            here = self.partners(step)[0]
-            call = None if here.empty else self.call_for(here, rows)
-            if not self.ring and any(self.needs):
-                self.calls[step] = call
-            yield step, here, call
-
-    def panels(self, step: int, call: Any) -> Tensor | None:
-        """Room for a call's logits, to be kept for backward if the workspace allows."""
-        if call.fused or not any(self.needs) or (self.ring and step > 0):
-            return None
-        elements = call.layout.panel_elements
-        size = elements * call.state.element_size()
-        if size > self.budget:
-            return None
-        self.budget -= size
-        self.kept[step] = call.state.new_empty(elements)
-        return self.kept[step]
-
-    # Forward.
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The loss, the same on every rank (or of this rank's rows), and the values of SVRStats."""
-        self.own = self.backend.call(self.inputs, self.within)
-        # Normalised once: where gaps are tiny, the roundings of a normalised row are its gap.
-        self.rows, self.visiting = self.inputs, self.within._replace(normalize=False)
-        if self.options.normalize:
-            text, audio = self.own.normalized()
-            self.rows = self.inputs._replace(text=text, audio=audio)
-        home: list[tuple[int, Visit, Tensor]] = []
-        for step, here, call in self.visits():
-            if call is None:
-                continue
-            call.sweep_statistics(self.panels(step, call))
-            if step == 0:
-                continue
-            split = call.split
-            if self.options.stats:
-                self.similarity += negatives_between(call, slice(0, split), slice(split, None))
-            self.merge(here.own, call.log_sums[..., :split])
-            home.append((step, here, call.log_sums[..., split:].contiguous()))
-        mail, arrived = Mail(self.group), []
-        for _, here, part in home:
-            mail.send(here.rank, part)
-        for step in self.steps:
-            _, guest, there = self.partners(step)
-            if not there.empty:
-                like, count = self.own.log_sums, there.theirs.stop - there.theirs.start
-                shape = (*like.shape[:-1], count)
-                arrived.append((there.theirs, mail.receive(guest, shape, like)))
-        mail.post()
-        mail.wait()
-        for rows, log_sums in arrived:
-            self.merge(rows, log_sums)
-        loss, terms = self.own.finish_statistics()
-        stats = loss.new_empty(0) if terms is None else self.statistics(terms)
-        if self.per_row:
-            return loss, stats
-        total = loss.double() if loss.device.type == "cpu" else loss
-        dist.all_reduce(total, group=self.group)
-        return (total * self.row_scale).to(loss.dtype), stats
-
-    def merge(self, part: slice, log_sums: Tensor) -> None:
-        """Join partial (m, l) of the negatives of some own rows."""
-        m, l = self.own.log_sums[..., part]
-        m_new, l_new = log_sums
-        if self.options.infonce:
-            top = torch.maximum(m, m_new)
-            l.mul_(self.own.exponential(m - top))
-            l.add_(l_new * self.own.exponential(m_new - top))
-            m.copy_(top)
-        else:
-            torch.maximum(m, m_new, out=m)
-            l.add_(l_new)
-
-    def statistics(self, terms: Tensor) -> Tensor:
-        """(11,): the values of SVRStats, over all ranks' rows."""
-        own, whole = self.own, slice(0, len(self.inputs.audio))
-        given = terms[:4] if self.inputs.weight is None else terms[:4] * self.inputs.weight
-        rows = own.state[STATISTICS:]
-        nan = torch.full_like(rows[POSITIVE], math.nan)
-        geometry = (nan, nan, nan)
-        if self.inputs.radius is not None:
-            R = self.inputs.radius.expand_as(nan)
-            geometry = (R, rows[GAP], 1.0 - R / rows[GAP])
-        every = torch.stack([*given, *(1.0 - terms[4:]), rows[POSITIVE], *geometry])
-        similarity = self.similarity + negatives_between(own, whole, whole)
-        total = torch.cat((every.double().sum(dim=1), similarity))
-        dist.all_reduce(total, group=self.group)
-        means = total[:-2] / self.N
-        return torch.cat((means[:7], total[-2:-1] / total[-1:], means[7:])).to(own.state.dtype)
-
-    # Backward.
-    def exchange_statistics(self, upstream: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """For each step the softmax statistics (12, m) of the visited, and what arrives at their
-        rows (m,) if that differs."""
-        mail, found = Mail(self.group), {}
-        state = self.own.state[:STATISTICS]
-        rows = upstream if self.per_row else upstream.new_empty(0)
-        for step in self.steps:
-            here, guest, there = self.partners(step)
-            if not there.empty:
-                mail.send(guest, state[:, there.theirs])
-                mail.send(guest, rows[there.theirs])
-            if not here.empty:
-                count = here.theirs.stop - here.theirs.start
-                theirs = mail.receive(here.rank, (STATISTICS, count), state)
-                found[step] = theirs, mail.receive(here.rank, (count * self.per_row,), rows)
-        mail.post()
-        mail.wait()
-        return found
-
-    def backward(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """dA, dT, dR and (dk, db), as `contract.returned` takes them."""
-        own, needs = self.own, self.needs[:2]
-        if not self.per_row:
-            upstream = upstream.to(own.state.dtype, copy=True)
-            dist.all_reduce(upstream, group=self.group)
-            upstream = upstream * self.row_scale
-        own.start_gradients(upstream)
-        towers = own.accumulators(needs)
-        statistics = self.exchange_statistics(upstream)
-        mail, arrived = Mail(self.group), Arrived(slice(0, 0), [])
-        for step, here, call in self.visits():
-            if step == 0:
-                own.sweep_gradients(towers[1], towers[0], self.kept.get(0))
-                continue
-            parts: list[Tensor] = []
-            if call is not None:
-                parts = self.visited(step, here, call, statistics[step], upstream, towers)
-            mail.wait()  # one step's partial gradients travel while the next is computed
-            self.add(towers, arrived)
-            mail, arrived = self.post_gradients(step, parts, towers)
-        mail.wait()
-        self.add(towers, arrived)
-        dA, dT, dR, scalars = own.finish_gradients(*towers)
-        if dR is not None and not dR.ndim:
-            dR = mean_over_ranks(dR, self.group)
-        return dA, dT, dR, mean_over_ranks(scalars, self.group)
-
-    def visited(
-        self, step: int, here: Visit, call: Any, statistics: tuple[Tensor, Tensor],
-        upstream: Tensor, towers: list[Tensor | None],
-    ) -> list[Tensor]:  # fmt: skip
-        """Adds this rank's part of a visit's gradients; returns the other one's: sums, towers."""
-        theirs, rows = statistics
-        call.state[:STATISTICS] = torch.cat((self.own.state[:STATISTICS, here.own], theirs), dim=1)
-        if self.per_row:
-            upstream = torch.cat((upstream[here.own], rows))
-        call.start_gradients(upstream)
-        partial = call.accumulators(self.needs[:2])
-        call.sweep_gradients(partial[1], partial[0], self.kept.get(step))
-        every = [call.sums.t(), *(x for x in partial if x is not None)]
-        if call.unit is not None:
-            every = [x * call.unit for x in every]
-        split = call.split
-        self.add(towers, Arrived(here.own, [x[:split] for x in every]))
-        return [x[split:].contiguous() for x in every]
-
-    def post_gradients(
-        self, step: int, parts: list[Tensor], towers: list[Tensor | None]
-    ) -> tuple[Mail, "Arrived"]:
-        here, guest, there = self.partners(step)
-        mail, found = Mail(self.group), []
+    def bring(self, step: int, parts: list[Tensor], like: list[Tensor]) -> tuple[Mail, "Arrived"]:
+        """Results for the visited's rows home; those for own rows of `like` (n, ...) arrive."""
+        here, guest, there = self.plan.partners(step)
+        mail = Mail(self.plan.group)
         for x in parts:
             mail.send(here.rank, x)
-        if not there.empty:
-            count = there.theirs.stop - there.theirs.start
-            for like in (self.own.sums.t(), *(x for x in towers if x is not None)):
-                found.append(mail.receive(guest, (count, like.shape[1]), like))
+        found = [mail.receive(guest, (count(there.theirs), *x.shape[1:]), x) for x in like]
         mail.post()
         return mail, Arrived(there.theirs, found)
 
-    def add(self, towers: list[Tensor | None], arrived: "Arrived") -> None:
-        """Partial sums and gradients to those of some own rows."""
-        totals = [self.own.sums.t(), *(x for x in towers if x is not None)]
-        for total, x in zip(totals, arrived.parts, strict=False):
-            total[arrived.rows] += x if self.own.unit is None else x / self.own.unit
+    def post_rows(self, step: int) -> tuple[Mail, list[Tensor]]:
+        """Lets the rows of a step's visits travel, unless forward kept them."""
+        kept = [x for (name, at, _), x in self.memory.items() if (name, at) == ("rows", step)]
+        if kept:
+            return Mail(self.plan.group), kept
+        every = (*self.rows[:2], per_row(self.rows.radius), *self.rows[5:])
+        return self.lend(step, [x for x in every if x is not None])
+
+    def call_for(self, visit: Visit, theirs: list[Tensor]) -> Call:
+        """Own rows of a visit, then those of the visited."""
+        arrived = iter(theirs)
+        join = lambda x: None if x is None else torch.cat((x[visit.own], next(arrived)))  # noqa: E731
+        rows = self.rows
+        audio, text = join(rows.audio), join(rows.text)
+        assert audio is not None and text is not None
+        radius = rows.radius if per_row(rows.radius) is None else join(rows.radius)
+        inputs = rows._replace(
+            audio=audio, text=text, radius=radius, ids=join(rows.ids), weight=join(rows.weight)
+        )
+        return self.backend.call(inputs, self.visiting, split=count(visit.own))
+
+    def tour(
+        self,
+        compute: Callable[[int, Visit, Call], list[Tensor]],
+        add: Callable[[slice, list[Tensor]], None],
+        like: list[Tensor],
+    ) -> None:
+        """All visits. compute(step, visit, call) gives partial results of the call's rows; add(own
+        rows, results) takes them in. Rows of the next visit (gather: of all) and results of the
+        last one travel while one is computed."""
+        mail, arrived = Mail(self.plan.group), Arrived(slice(0, 0), [])
+        for step in self.plan.steps:
+            if step + self.ahead in self.plan.steps:
+                self.posted[step + self.ahead] = self.post_rows(step + self.ahead)
+            travel, rows = self.posted.pop(step)
+            travel.wait()
+            here = self.plan.partners(step)[0]
+            results: list[Tensor] = []
+            if not self.plan.ring and any(self.plan.needs):
+                self.memory |= {("rows", step, n): x for n, x in enumerate(rows)}
+            if count(here.theirs):
+                call = self.call_for(here, rows)
+                found, split = compute(step, here, call), call.split
+                add(here.own, [x[:split] for x in found])
+                results = [x[split:] for x in found]
+            mail.wait()
+            add(*arrived)
+            mail, arrived = self.bring(step, results, like)
+        mail.wait()
+        add(*arrived)
+
+    # Forward.
+    def kept(self, step: int, call: Call) -> Tensor | None:
+        """Room for a call's logits, to be kept for backward if the workspace allows."""
+        elements, passing = call.layout.panel_elements, self.plan.ring and step > 0
+        size = elements * call.state.element_size()
+        if call.fused or passing or not any(self.plan.needs) or size > self.budget:
+            return None
+        self.budget -= size
+        self.memory["kept", step, 0] = call.new_empty(elements)
+        return self.memory["kept", step, 0]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The loss, the same on every rank (or of this rank's rows), and the values of SVRStats."""
+        own, plan = self.own, self.plan
+        own.sweep_statistics(self.kept(0, own))
+        self.tour(self.visit_statistics, self.merge, [rows_first(own.log_sums)])
+        loss, terms = own.finish_statistics()
+        self.memory["state", 0, 0] = own.state
+        stats = loss.new_empty(0)
+        if terms is not None:
+            values = contract.row_values(self.inputs, terms, own.state)
+            total = torch.cat((values, self.negatives + own.similarity()))
+            dist.all_reduce(total, group=plan.group)
+            stats = contract.statistics(total[:-2], sum(plan.sizes), total[-2:]).to(loss.dtype)
+        if plan.per_row:
+            return loss, stats
+        total = loss.double() if loss.device.type == "cpu" else loss
+        dist.all_reduce(total, group=plan.group)
+        return (total * plan.row_scale).to(loss.dtype), stats
+
+    def visit_statistics(self, step: int, visit: Visit, call: Call) -> list[Tensor]:
+        call.sweep_statistics(self.kept(step, call))
+        if self.plan.options.stats:
+            sides = slice(0, call.split), slice(call.split, len(call.T))
+            self.negatives += contract.negatives_between(call.T, call.A, call.inputs.ids, *sides)
+        return [rows_first(call.log_sums)]
+
+    def merge(self, part: slice, results: list[Tensor]) -> None:
+        """Join partial (m, l) of the negatives of some own rows."""
+        for log_sums in results:
+            m, l = self.own.log_sums[..., part]
+            m_new, l_new = log_sums.movedim(0, -1)
+            if self.plan.options.infonce:
+                top = torch.maximum(m, m_new)
+                l.mul_(self.own.exponential(m - top))
+                l.add_(l_new * self.own.exponential(m_new - top))
+                m.copy_(top)
+            else:
+                torch.maximum(m, m_new, out=m)
+                l.add_(l_new)
+
+    # Backward.
+    def backward(
+        self, upstream: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """dA, dT, dR and (dk, db), as `contract.returned` takes them."""
+        own, plan = self.own, self.plan
+        given = [own.state[:STATISTICS].t()]
+        if plan.per_row:
+            given.append(upstream)
+        else:
+            upstream = upstream.to(own.state.dtype, copy=True)
+            dist.all_reduce(upstream, group=plan.group)
+            upstream = upstream * plan.row_scale
+        own.start_gradients(upstream)
+        towers = own.accumulators(plan.needs)
+        own.sweep_gradients(*towers, self.memory.get(("kept", 0, 0)))
+        lent = {step: self.lend(step, given) for step in plan.steps}
+
+        def visit_gradients(step: int, visit: Visit, call: Call) -> list[Tensor]:
+            mail, arrived = lent[step]
+            mail.wait()
+            both = [torch.cat((x[visit.own], y)) for x, y in zip(given, arrived, strict=True)]
+            call.state[:STATISTICS] = both[0].t()
+            call.start_gradients(both[1] if plan.per_row else upstream)
+            sums = call.accumulators(plan.needs)
+            call.sweep_gradients(*sums, self.memory.get(("kept", step, 0)))
+            every = results_of(call, sums)
+            return every if call.unit is None else [x * call.unit for x in every]
+
+        def add(part: slice, results: list[Tensor]) -> None:
+            for total, x in zip(results_of(own, towers), results, strict=False):
+                total[part] += x if own.unit is None else x / own.unit
+
+        self.tour(visit_gradients, add, results_of(own, towers))
+        for mail, _ in lent.values():
+            mail.wait()
+        dA, dT, dR, scalars = own.finish_gradients(*towers)
+        if dR is not None and not dR.ndim:
+            dR = mean_over_ranks(dR, plan.group)
+        return dA, dT, dR, mean_over_ranks(scalars, plan.group)
 
 
 class Arrived(NamedTuple):
-    """Partial sums (m, SUMS) and gradients (m, D) of some rows."""
+    """Partial results (m, ...) of some rows."""
 
     rows: slice
-    parts: list[Tensor]
+    results: list[Tensor]
+
+
+def rows_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 0)
+
+
+def per_row(x: Tensor | None) -> Tensor | None:
+    return x if x is not None and x.ndim else None
+
+
+def results_of(call: Call, towers: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
+    """Sums over pairs (N, SUMS), and sums of products (N, D) of the towers that are trained."""
+    return [rows_first(call.sums), *(x for x in towers if x is not None)]

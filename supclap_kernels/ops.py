@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch
+from . import collectives, dispatch, distributed
 from .backends import contract
 from .backends.contract import STATE_ROWS, Inputs
 from .options import Options
@@ -43,41 +43,27 @@ _library.define(
 )
 
 
-def _plainly(
-    device: str, function: Callable[..., tuple[Tensor, ...]], *arguments: Any
-) -> tuple[Tensor, ...]:
-    """Call a backend without autograd and autocast around its own products."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return function(*arguments)
-    return function(*arguments)
-
-
-def _current(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _plainly(x: Tensor, function: Callable[..., tuple[Tensor, ...]], *given: Any) -> Any:
+    """Call a backend without autograd and autocast around its own products, on the device of x."""
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                return function(*given)
+        return function(*given)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
     backend = dispatch.backend_for(inputs.audio, options)
-    return _plainly(inputs.audio.device.type, backend.forward, inputs, options, tuple(needs))
+    return _plainly(inputs.audio, backend.forward, inputs, options, tuple(needs))
 
 
 def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, options = Inputs(*arguments[:7]), Options(*arguments[10:])
     backend = dispatch.backend_for(inputs.audio, options)
     state, saved, needs = arguments[7:10]
-    return _plainly(
-        inputs.audio.device.type,
-        backend.backward,
-        inputs,
-        options,
-        tuple(needs),
-        upstream,
-        state,
-        saved,
-    )
+    given = (inputs, options, tuple(needs), upstream, state, saved)
+    return _plainly(inputs.audio, backend.backward, *given)
 
 
 for _device in ("CPU", "CUDA"):
@@ -129,38 +115,49 @@ class SVRFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (upstream, *ctx.saved_tensors, ctx.needs, *ctx.options)
         gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
-        if torch.is_grad_enabled():  # create_graph=True
-            sources = [x for x in (upstream, *ctx.saved_tensors[:5]) if x is not None]
-            gradients = [OnceDifferentiable.apply(g, *sources) for g in gradients]
-        used = (g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
-        return (*used, None, None, None, None)
+        inputs = Inputs(*ctx.saved_tensors[:7])
+        return (*_returned(gradients, ctx.needs, upstream, inputs), None, None, None, None)
 
 
 class GroupFunction(torch.autograd.Function):
-    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, work): over a process
-    group, in eager mode; `work` is a distributed.GroupCall of these tensors."""
+    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, plan): over a process
+    group (distributed.Plan), in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *inputs, ctx.call = arguments
-        with _current(inputs[0]):
-            loss, stats = _plainly(inputs[0].device.type, ctx.call.forward)
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.plan = arguments
+        loss, stats, memory = _plainly(tensors[0], _group_forward, ctx.plan, Inputs(*tensors))
+        ctx.names = list(memory)
+        ctx.save_for_backward(*tensors, *memory.values())
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = Inputs(*ctx.saved_tensors)
-        with _current(upstream):
-            gradients = _plainly(upstream.device.type, ctx.call.backward, upstream)
-        gradients = contract.returned(inputs, ctx.needs_input_grad[:5], *gradients)
-        if torch.is_grad_enabled():  # create_graph=True
-            sources = [x for x in (upstream, *inputs[:5]) if x is not None]
-            gradients = tuple(OnceDifferentiable.apply(g, *sources) for g in gradients)
-        needs = ctx.needs_input_grad[:5]
-        used = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return (*used, None, None, None)
+        inputs, needs = Inputs(*ctx.saved_tensors[:7]), ctx.needs_input_grad[:5]
+        memory = dict(zip(ctx.names, ctx.saved_tensors[7:], strict=True))
+        gradients = _plainly(upstream, _group_backward, ctx.plan, inputs, memory, upstream)
+        return (*_returned(gradients, needs, upstream, inputs), None, None, None)
+
+
+def _group_forward(plan: Any, inputs: Inputs) -> tuple[Any, ...]:
+    work = distributed.Pass(plan, inputs)
+    return *work.forward(), work.memory
+
+
+def _group_backward(plan: Any, inputs: Inputs, memory: Any, upstream: Tensor) -> tuple[Any, ...]:
+    found = distributed.Pass(plan, inputs, memory).backward(upstream)
+    return contract.returned(inputs, plan.needs, *found)
+
+
+def _returned(
+    gradients: tuple[Tensor, ...], needs: tuple[bool, ...], upstream: Tensor, inputs: Inputs
+) -> tuple[Tensor | None, ...]:
+    """For autograd: None where none is needed; with create_graph an error that waits."""
+    if torch.is_grad_enabled():
+        sources = [x for x in (upstream, *inputs[:5]) if x is not None]
+        gradients = tuple(OnceDifferentiable.apply(g, *sources) for g in gradients)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -207,18 +204,16 @@ def group_loss(
     inputs: Inputs, options: Options, group: Any, exchange: str
 ) -> tuple[Tensor, Tensor]:
     """The loss over a process group of several ranks, after all of them agreed on the call."""
-    from . import distributed
-    from .collectives import agree, describe
-
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in inputs[:5]]
     backend = dispatch.choose(options.backend, inputs.audio.device.type, inputs.audio.dtype)[0]
-    call = describe(inputs.audio, inputs.radius, inputs.ids, inputs.weight, **options._asdict())
+    call = collectives.describe(*inputs[:3], *inputs[5:], **options._asdict())
     call |= {"backend": backend, "exchange": exchange, "bias": inputs.bias is not None}
     towers = {"audio": needs[0], "text": needs[1]}
-    said = agree(group, {**call, **towers}, free=("pairs", "audio", "text", "workspace"))
+    free = ("pairs", "workspace", *towers)
+    said = collectives.agree(group, {**call, **towers}, free)
     for n, name in enumerate(towers):  # what one rank wants, all help with
         needs[n] = any(one[name] for one in said)
-    sizes = [one["pairs"] for one in said]
-    work = distributed.GroupCall(inputs, options, group, exchange == "ring", sizes, tuple(needs))
-    return GroupFunction.apply(*inputs, work)
+    sizes = tuple(one["pairs"] for one in said)
+    plan = distributed.Plan(options, group, exchange == "ring", sizes, tuple(needs))
+    return GroupFunction.apply(*inputs, plan)

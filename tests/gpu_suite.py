@@ -138,9 +138,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guard:
     """The working memory of the panel engine inside NaN, too."""
     guard = Guard()
     empty = lambda self, *shape, dtype=torch.float32: guard.empty(shape, dtype)  # noqa: E731
-    monkeypatch.setattr(gpu_call.Call, "new_empty", empty)
+    monkeypatch.setattr(gpu_call.GpuCall, "new_empty", empty)
     zeros = lambda self, *shape: guard.empty(shape).zero_()  # noqa: E731
-    monkeypatch.setattr(gpu_call.Call, "new_zeros", zeros)
+    monkeypatch.setattr(gpu_call.GpuCall, "new_zeros", zeros)
     return guard
 
 

@@ -1,6 +1,7 @@
 """What every backend takes and returns: the tensors of a call, and those that pass from forward to
 backward."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -93,3 +94,42 @@ def returned(
         else scalars.new_empty(0, dtype=torch.float32)
         for value, x, need in zip(values, like, needs, strict=True)
     )
+
+
+def negatives_between(T: Tensor, A: Tensor, ids: Tensor | None, I: slice, J: slice) -> Tensor:
+    """(2,) float64: sum and count of <t, a> over the negatives between rows I and J, each way if
+    they differ. In O(N D): all pairs less the positives and those of equal ids."""
+    total = torch.zeros(2, dtype=torch.float64, device=T.device)
+    code = None if ids is None else torch.unique(ids, return_inverse=True)[1]
+    for texts, audios in ((I, J),) if I == J else ((I, J), (J, I)):
+        t, a = T[texts].double(), A[audios].double()
+        total[0] += t.sum(dim=0) @ a.sum(dim=0)
+        total[1] += len(t) * len(a)
+        if code is not None:
+            groups = t.new_zeros(2, len(T), T.shape[1])
+            groups[0].index_add_(0, code[texts], t)
+            groups[1].index_add_(0, code[audios], a)
+            counts = [code[part].bincount(minlength=len(T)).double() for part in (texts, audios)]
+            total[0] -= (groups[0] * groups[1]).sum()
+            total[1] -= counts[0] @ counts[1]
+        elif I == J:
+            total[0] -= (t * a).sum()
+            total[1] -= len(t)
+    return total
+
+
+def row_values(inputs: Inputs, terms: Tensor, state: Tensor) -> Tensor:
+    """(10,) float64: sums over rows of what SVRStats averages over them, in its order."""
+    given = terms[:4] if inputs.weight is None else terms[:4] * inputs.weight
+    rows = state[STATISTICS:]
+    geometry = [torch.full_like(rows[GAP], math.nan)] * 3
+    if inputs.radius is not None:
+        R = inputs.radius.to(state.dtype).expand_as(rows[GAP])
+        geometry = [R, rows[GAP], 1.0 - R / rows[GAP]]
+    return torch.stack([*given, *(1.0 - terms[4:]), rows[POSITIVE], *geometry]).double().sum(dim=1)
+
+
+def statistics(values: Tensor, N: int, similarity: Tensor) -> Tensor:
+    """(11,): the values of SVRStats, from `row_values` and the negatives' (sum, count)."""
+    means = values / N
+    return torch.cat((means[:7], similarity[:1] / similarity[1:], means[7:]))

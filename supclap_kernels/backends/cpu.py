@@ -16,9 +16,10 @@ from ..gradients import normalize_gradient
 from ..options import Options
 from ..reference import accumulator_dtype
 from . import contract
-from .contract import STATE_ROWS, STATISTICS, Inputs, grams, split_gradients
+from .backend import Backend, Call, Towers
+from .contract import STATE_ROWS, Inputs, grams
 from .far import FarRows
-from .panel import PLACEHOLDER, Layout, Tile, Tiling, kept_panels, sweep_gradients, sweep_statistics
+from .panel import PLACEHOLDER, Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
@@ -29,16 +30,11 @@ TILING = {
 """By the accumulator's dtype: one panel, turned into weights in place."""
 
 
-class Call:
-    """One forward or backward pass: the operands, and the native Problem that points into them.
+class CpuCall:
+    """One pass (backend.Call): the operands, and the native Problem that points into them."""
 
-    `split` > 0: only pairs of a row before it with one from it on, and what they add to sums over
-    pairs; the rows' own terms are another call's (distributed.py).
-    """
-
-    exponential = staticmethod(torch.exp)  # log_sums are natural logarithms
-    unit = None  # what sums are multiples of
-    fused = False  # logits are in memory for a moment, and may be kept
+    unit: Any = None
+    fused = False
 
     def __init__(
         self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
@@ -59,7 +55,8 @@ class Call:
         assert STATE_ROWS == 3 * directions + self.native.ROWS
         # All that is (., N): the statistics and the rows' geometry, which backward gets from
         # forward; factors and omega; running and sums.
-        self.state = torch.empty(STATE_ROWS, N, dtype=dtype) if state is None else state
+        new = torch.zeros if options.gradient_in_forward else torch.empty  # sweep 2 reads it first
+        self.state = new(STATE_ROWS, N, dtype=dtype) if state is None else state
         self.factors = torch.empty(2 * directions + 1, N, dtype=dtype)
         self.wide = torch.empty(2 * directions + sums, N, dtype=torch.float64)
         self.R, self.w = self.vector(inputs.radius), self.vector(inputs.weight)
@@ -105,7 +102,6 @@ class Call:
         return rows.contiguous()
 
     def normalized(self) -> tuple[Tensor, Tensor]:
-        """text, audio (N, D) as the products see them, for another call."""
         dtype = torch.bfloat16 if self.rounded else self.dtype
         return self.T.to(dtype), self.A.to(dtype)
 
@@ -124,15 +120,18 @@ class Call:
         modes = (self.mirror, self.shared, self.split)
         return FarRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
 
+    def exponential(self, x: Tensor) -> Tensor:
+        return x.exp()
+
     @property
     def log_sums(self) -> Tensor:
-        """(2, directions, N) float64: m and l of the negatives so far."""
+        """float64"""
         directions = self.native.DIRECTIONS
         return self.wide[: 2 * directions].view(2, directions, self.N)
 
     @property
     def sums(self) -> Tensor:
-        """(SUMS, N) float64: Problem::sums."""
+        """float64: Problem::sums"""
         return self.wide[2 * self.native.DIRECTIONS :]
 
     # The epilogue of the panel engine.
@@ -146,12 +145,14 @@ class Call:
     def weights(self, tile: Tile, panel: Tensor, out: Tensor) -> None:
         self.native.weights(self.problem, *tile[:4], panel.data_ptr(), out.data_ptr())
 
-    # The two sweeps.
+    # The stages.
+    def new_empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
     def scratch(self) -> Tensor:
-        return torch.empty(self.layout.scratch_elements, dtype=self.dtype)
+        return self.new_empty(self.layout.scratch_elements)
 
     def sweep_statistics(self, kept: Tensor | None) -> None:
-        """Sweep 1: `log_sums`; fills `kept` with every tile's logits if it is given."""
         scratch = self.scratch() if kept is None else None
         sweep_statistics(self.layout, self.products, self, kept, scratch)
         self.far_statistics()
@@ -161,35 +162,37 @@ class Call:
             self.far.statistics(self.log_sums, self.native.MASKED)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
-        """The loss; and, for the statistics, (6, N) float64.
-
-        They are l_t2a, l_a2t, l_svr, l_cons of each row, and whether its positive is beaten among
-        the audios and among the texts.
-        """
         loss = torch.empty(self.N if self.problem.per_row else (), dtype=self.dtype)
         terms = torch.empty(6, self.N, dtype=torch.float64) if self.options.stats else None
         self.native.finish_statistics(self.problem, loss.data_ptr(), native.address(terms))
         return loss, terms
 
+    def similarity(self) -> Tensor:
+        whole = slice(0, self.N)
+        return contract.negatives_between(self.T, self.A, self.inputs.ids, whole, whole)
+
     def start_gradients(self, upstream: Tensor | None) -> None:
-        """Weights of the rows' terms in the gradient, from what arrives at the loss."""
         self.upstream = self.vector(upstream)
         self.problem.upstream = native.address(self.upstream)
         self.native.prepare_weights(self.problem)
 
-    def accumulators(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
-        """dA, dT (N, D), zero; None where a tower is frozen."""
-        zeros = (torch.zeros(self.N, self.D, dtype=self.dtype) if need else None for need in needs)
-        return list(zeros)
+    def accumulators(self, needs: tuple[bool, ...], out: Towers = (None, None)) -> Towers:
+        """The gradients' own place."""
+        dA, dT = out
+        shape = (self.N, self.D)
+        if needs[0] and dA is None:
+            dA = torch.zeros(shape, dtype=self.dtype)
+        if needs[1] and dT is None:
+            dT = torch.zeros(shape, dtype=self.dtype)
+        return dA, dT
 
     def sweep_gradients(
         self,
-        dT: Tensor | None,
         dA: Tensor | None,
+        dT: Tensor | None,
         kept: Tensor | None,
         with_statistics: bool = False,
     ) -> None:
-        """Sweep 2: `sums`, and the products into dT, dA. `with_statistics` adds sweep 1."""
         arguments = (self.layout, self.products, self, kept, self.scratch(), with_statistics)
         sweep_gradients(dT, dA, *arguments)
         if with_statistics:
@@ -201,10 +204,9 @@ class Call:
             self.far.gradients(state, factors, self.sums, self.native.SUM, dT, dA)
 
     def finish_gradients(
-        self, dA: Tensor | None, dT: Tensor | None
+        self, dA: Tensor | None, dT: Tensor | None, out: Towers = (None, None)
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """dA, dT (N, D) of the rows as given, in the sums' place, with the rows' own terms; dR in
-        the radius' shape or None; dk, db (2,)."""
+        """In place."""
         dR = None if self.R is None else torch.empty_like(self.R)
         scalars = torch.empty(2, dtype=self.dtype)
         pointers = (native.address(x) for x in (dT, dA, dR, scalars))
@@ -215,117 +217,48 @@ class Call:
                     dX.copy_(normalize_gradient(X.to(self.dtype), dX))
         return dA, dT, dR, scalars
 
-    def stats(self, terms: Tensor) -> Tensor:
-        """(11,): the values of SVRStats."""
-        weighted = terms[:4] if self.w is None else terms[:4] * self.w
-        T, A = self.T, self.A
-        positive = (T * A).sum(dim=1, dtype=torch.float64)
-        # The sum over all pairs, less those of equal ids (the positive is one of them).
-        similarity = T.sum(0, dtype=torch.float64) @ A.sum(0, dtype=torch.float64)
-        count = self.N * self.N
-        if self.code is None:
-            similarity, count = similarity - positive.sum(), count - self.N
+
+class CpuBackend(Backend):
+    def call(
+        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+    ) -> Call:
+        return CpuCall(inputs, options, state, split)
+
+    def saved_elements(
+        self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
+    ) -> Any:
+        wide = accumulator_dtype(dtype)
+        return contract.saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
+
+    def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
+        accumulator, module = accumulator_dtype(dtype), native.module()
+        size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
+        cast, matrix = dtype != accumulator, N * D
+        rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
+        layout = Layout.choose(
+            N, grams(has_radius, options), TILING[accumulator], options.workspace
+        )
+        saved = self.saved_elements(N, D, dtype, has_radius, options, True) * size
+        state, factors = STATE_ROWS * N * size, (2 * module.DIRECTIONS + 2) * N * size
+        rows = state + factors + (2 * module.DIRECTIONS + module.SUMS) * N * wide
+        scratch = layout.scratch_elements * size
+        kept = not options.gradient_in_forward and saved > PLACEHOLDER * size
+        operands = 2 * matrix * size if cast or options.normalize else 0
+        pack, tile = 2 * matrix * narrow, layout.side**2 * narrow  # both sides; one tile's weights
+        if rounded and options.normalize:
+            operands += 2 * matrix * narrow
+        tangent = 3 * matrix * size if options.normalize else 0  # of normalize_gradient
+        returned, wide_gradients = 2 * matrix * narrow, 2 * matrix * size
+        if options.gradient_in_forward:
+            packs = (2 * pack + tile) * rounded
+            forward_peak = saved + rows + operands + packs + max(scratch, tangent)
+            backward_peak = state + saved + wide_gradients + N * size + returned * cast
         else:
-            groups = torch.zeros(2, self.N, self.D, dtype=torch.float64)
-            groups[0].index_add_(0, self.code, T.double())
-            groups[1].index_add_(0, self.code, A.double())
-            similarity = similarity - (groups[0] * groups[1]).sum()
-            count -= int(self.code.bincount().square().sum())
-        values = [*weighted.mean(dim=1), *(1.0 - terms[4:].mean(dim=1)), positive.mean()]
-        values.append(similarity / count if count else torch.tensor(float("nan")))
-        if self.R is None:
-            values += [torch.tensor(float("nan"))] * 3
-        else:
-            values += [self.R.mean(), self.row("gap").mean(), (1.0 - self.row("c")).mean()]
-        return torch.stack([value.to(self.dtype) for value in values])
+            forward_peak = saved + rows + operands + scratch * (not kept) + pack * rounded
+            packs = (pack + pack * (not kept) + tile) * rounded
+            working = max(scratch, tangent, returned * cast)
+            backward_peak = saved + rows + operands + packs + wide_gradients + working
+        return max(forward_peak, backward_peak) - returned
 
 
-def call(inputs: Inputs, options: Options, split: int = 0) -> Call:
-    return Call(inputs, options, split=split)
-
-
-def saved_elements(
-    N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
-) -> Any:
-    """Length of the buffer that forward leaves for backward; N may be symbolic."""
-    wide = accumulator_dtype(dtype)
-    return contract.saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
-
-
-def forward(
-    inputs: Inputs, options: Options, needs: tuple[bool, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (or rows of it), the values of SVRStats (or empty), state (STATE_ROWS, N), and `saved`.
-
-    `needs` says which of audio, text, radius, scale, bias will want a gradient.
-    """
-    call = Call(inputs, options)
-    N, D, dtype, keep = call.N, call.D, call.dtype, any(needs)
-    size = saved_elements(N, D, dtype, inputs.radius is not None, options, keep)
-    saved = torch.empty(size, dtype=dtype)
-    if keep and options.gradient_in_forward:
-        dA, dT, dR, scalars = split_gradients(saved.zero_(), N, D)
-        call.state[:STATISTICS].zero_()
-        call.start_gradients(None)
-        towers = (dA if needs[0] else None, dT if needs[1] else None)
-        call.sweep_gradients(towers[1], towers[0], None, with_statistics=True)
-        *_, dR_given, dk_db = call.finish_gradients(*towers)
-        scalars.copy_(dk_db)
-        if dR_given is not None:
-            dR[: dR_given.numel()].copy_(dR_given)
-    else:
-        kept = kept_panels(saved)
-        saved[0 if kept is None else call.layout.panel_elements :].zero_()  # no output is undefined
-        call.sweep_statistics(kept)
-    loss, terms = call.finish_statistics()
-    stats = torch.empty(0, dtype=dtype) if terms is None else call.stats(terms)
-    return loss, stats, call.state, saved
-
-
-def backward(
-    inputs: Inputs,
-    options: Options,
-    needs: tuple[bool, ...],
-    upstream: Tensor,
-    state: Tensor,
-    saved: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
-    if options.gradient_in_forward:
-        gradients = contract.reduced_gradients(inputs, saved, upstream)
-        return contract.returned(inputs, needs, *gradients)
-    call = Call(inputs, options, state)
-    call.start_gradients(upstream)
-    dA, dT = call.accumulators(needs[:2])
-    call.sweep_gradients(dT, dA, kept_panels(saved))
-    return contract.returned(inputs, needs, *call.finish_gradients(dA, dT))
-
-
-def memory(N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-    """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients."""
-    accumulator, module = accumulator_dtype(dtype), native.module()
-    size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
-    cast, matrix = dtype != accumulator, N * D
-    rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
-    layout = Layout.choose(N, grams(has_radius, options), TILING[accumulator], options.workspace)
-    saved = saved_elements(N, D, dtype, has_radius, options, True) * size
-    state, factors = STATE_ROWS * N * size, (2 * module.DIRECTIONS + 2) * N * size
-    rows = state + factors + (2 * module.DIRECTIONS + module.SUMS) * N * wide
-    scratch = layout.scratch_elements * size
-    kept = not options.gradient_in_forward and saved > PLACEHOLDER * size
-    operands = 2 * matrix * size if cast or options.normalize else 0
-    pack, tile = 2 * matrix * narrow, layout.side**2 * narrow  # both sides; one tile's weights
-    if rounded and options.normalize:
-        operands += 2 * matrix * narrow
-    tangent = 3 * matrix * size if options.normalize else 0  # of normalize_gradient
-    returned, wide_gradients = 2 * matrix * narrow, 2 * matrix * size
-    if options.gradient_in_forward:
-        packs = (2 * pack + tile) * rounded
-        forward_peak = saved + rows + operands + packs + max(scratch, tangent)
-        backward_peak = state + saved + wide_gradients + N * size + returned * cast
-    else:
-        forward_peak = saved + rows + operands + scratch * (not kept) + pack * rounded
-        packs = (pack + pack * (not kept) + tile) * rounded
-        working = max(scratch, tangent, returned * cast)
-        backward_peak = saved + rows + operands + packs + wide_gradients + working
-    return max(forward_peak, backward_peak) - returned
+CPU = CpuBackend()

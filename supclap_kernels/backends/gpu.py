@@ -10,7 +10,6 @@ where a host stands in for the device: Triton's interpreter (TRITON_INTERPRET=1;
 only in float32, so there outputs are float32 and PyTorch casts them), and tests/shim for csrc/cuda.
 """
 
-import contextlib
 import math
 from typing import Any
 
@@ -19,25 +18,13 @@ from torch import Tensor
 
 from ..options import Options
 from . import contract, tiles
-from .contract import Inputs, grams, split_gradients
-from .gpu_call import (
-    PLANES,
-    SUMS,
-    Call,
-    lanes_of,
-    scratch_dtypes,
-    scratch_shapes,
-    statistics,
-)
-from .panel import PLACEHOLDER, Layout, Tiling, kept_panels
+from .backend import Backend, Call
+from .contract import Inputs, grams
+from .gpu_call import PLANES, SUMS, GpuCall, lanes_of, scratch_dtypes, scratch_shapes
+from .panel import PLACEHOLDER, Layout, Tiling
 
 PARTIAL = 3
 """Bytes of partial results for each position of a block, at most (16 planes over BLOCK_I rows)."""
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def tiling(weight: int, fused: bool) -> Tiling:
@@ -47,83 +34,31 @@ def tiling(weight: int, fused: bool) -> Tiling:
     return Tiling(tiles.GPU_TILE, tiles.GPU_PAD, tiles.GPU_PAD, scratch)
 
 
-class Backend:
-    """What dispatch calls. `engine` launches; `fused`: its tile kernels compute the logits."""
+class GpuBackend(Backend):
+    """`engine` launches; `fused`: its tile kernels compute the logits."""
 
-    def __init__(self, engine: type[Call], fused: bool) -> None:
+    def __init__(self, engine: type[GpuCall], fused: bool) -> None:
         self.engine, self.fused = engine, fused
 
     def tiling(self, dtype: torch.dtype) -> Tiling:
         return tiling(self.engine.weights_dtype(dtype).itemsize, self.fused)
 
-    def call(self, inputs: Inputs, options: Options, split: int = 0) -> Call:
+    def call(
+        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+    ) -> Call:
         rules = self.tiling(inputs.audio.dtype)
-        return self.engine(inputs, options, rules, self.fused, split=split)
+        return self.engine(inputs, options, rules, self.fused, state, split)
 
     def saved_elements(
         self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
     ) -> Any:
-        """Length of the buffer that forward leaves for backward; N may be symbolic."""
         if self.fused and not options.gradient_in_forward:
             return PLACEHOLDER
         rules = self.tiling(dtype)
         return contract.saved_elements(N, D, has_radius, options, 4, keep, rules)
 
-    def forward(
-        self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """loss (or rows of it), the values of SVRStats (or empty), state (22, N), and `saved`."""
-        with device_of(inputs.audio):
-            rules = self.tiling(inputs.audio.dtype)
-            call = self.engine(inputs, options, rules, self.fused)
-            has_radius, keep = inputs.radius is not None, any(needs)
-            size = self.saved_elements(call.N, call.D, call.dtype, has_radius, options, keep)
-            saved = call.new_empty(size)
-            if keep and options.gradient_in_forward:
-                dA, dT, dR, scalars = split_gradients(saved.zero_(), call.N, call.D)
-                call.start_gradients(None)
-                out = (dA if needs[0] else None, dT if needs[1] else None)
-                sums = call.accumulators(needs[:2])
-                call.sweep_gradients(sums[1], sums[0], None, with_statistics=True)
-                *_, dR_given, dk_db = call.finish_gradients(sums[0], sums[1], out)
-                scalars.copy_(dk_db)
-                if dR_given is not None:
-                    dR[: dR_given.numel()].copy_(dR_given)
-            else:
-                call.sweep_statistics(kept_panels(saved))
-                if size == PLACEHOLDER:
-                    saved.zero_()  # no output is undefined
-            loss, terms = call.finish_statistics()
-            stats = call.new_empty(0)
-            if terms is not None:
-                stats = statistics(call.inputs, terms, call.state, call.running)
-            return loss, stats, call.state, saved
-
-    def backward(
-        self,
-        inputs: Inputs,
-        options: Options,
-        needs: tuple[bool, ...],
-        upstream: Tensor,
-        state: Tensor,
-        saved: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Gradients of audio, text, radius, scale, bias, each in its own dtype, or empty."""
-        with device_of(inputs.audio):
-            if options.gradient_in_forward:
-                gradients = contract.reduced_gradients(inputs, saved, upstream)
-                return contract.returned(inputs, needs, *gradients)
-            rules = self.tiling(inputs.audio.dtype)
-            call = self.engine(inputs, options, rules, self.fused, state)
-            call.start_gradients(upstream)
-            kept = None if self.fused else kept_panels(saved)
-            sums = call.accumulators(needs[:2])
-            call.sweep_gradients(sums[1], sums[0], kept)
-            return contract.returned(inputs, needs, *call.finish_gradients(sums[0], sums[1]))
-
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-        """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients:
-        what `Call` allocates, in the same order."""
+        """What `GpuCall` allocates, in the same order."""
         rules = self.tiling(dtype)
         svr, single = options.support(has_radius), options.gradient_in_forward
         layout = Layout.choose(N, grams(has_radius, options), rules, options.workspace)
@@ -151,7 +86,7 @@ class Backend:
     def scratch_bytes(
         self, layout: Layout, dtype: torch.dtype, panel: bool, statistics: bool, weights: bool
     ) -> int:
-        """Of all tiles in flight: what `Call.lanes` allocates."""
+        """Of all tiles in flight: what `GpuCall.lanes` allocates."""
         infonce = not (statistics and weights)
         slots = lambda ni, nj: self.engine.slots_for(  # noqa: E731
             ni, nj, self.fused, weights, layout.grams, infonce, dtype

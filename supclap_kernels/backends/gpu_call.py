@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..options import Options
 from . import contract, tiles
-from .contract import GAP, MIRROR, NONE, POSITIVE, SHARED, STATE_ROWS, Inputs, grams
+from .backend import Towers
+from .contract import MIRROR, NONE, SHARED, STATE_ROWS, Inputs, grams
 from .lanes import in_flight
 from .panel import (
     Layout,
@@ -79,10 +80,10 @@ def scratch_dtypes(weights: torch.dtype) -> Scratch:
     return Scratch(single, weights, single, single, single, single)
 
 
-class Call:
-    """One forward or backward pass. `split`: as of cpu.Call."""
+class GpuCall:
+    """One pass (backend.Call)."""
 
-    exponential = staticmethod(torch.exp2)  # log_sums are logarithms to base 2
+    unit: Any = None
 
     def __init__(
         self,
@@ -204,7 +205,6 @@ class Call:
         return out.to(self.dtype)
 
     def normalized(self) -> tuple[Tensor, Tensor]:
-        """text, audio (N, D) as the products see them, for another call."""
         return self.T[:, : self.D], self.A[:, : self.D]
 
     # One tile.
@@ -234,15 +234,15 @@ class Call:
             multiply_tile(tile, self.grams, panel, self.products)
         return panel
 
+    def exponential(self, x: Tensor) -> Tensor:
+        return x.exp2()
+
     @property
     def log_sums(self) -> Tensor:
-        """(2, 4, N): m and l of the negatives so far."""
         return self.running[:8].view(4, 2, self.N).transpose(0, 1)
 
     # The sweeps.
     def sweep_statistics(self, kept: Tensor | None) -> None:
-        """Sweep 1: `running`; fills `kept` with every tile's logits if it is given."""
-
         def free(tile: Tile, scratch: Scratch) -> None:
             self.launch_tile(tile, self.logits(tile, kept, scratch, multiply=True), scratch)
 
@@ -254,13 +254,11 @@ class Call:
 
     def sweep_gradients(
         self,
-        dT: Tensor | None,
         dA: Tensor | None,
+        dT: Tensor | None,
         kept: Tensor | None,
         with_statistics: bool = False,
     ) -> None:
-        """Sweep 2: `sums`, and the products into dT, dA. `with_statistics` adds sweep 1."""
-
         def free(tile: Tile, scratch: Scratch) -> None:
             panel = self.logits(tile, kept, scratch, multiply=kept is None)
             self.launch_tile(tile, panel, scratch)
@@ -278,32 +276,30 @@ class Call:
             self.far_gradients(dT, dA)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
-        """The loss; and, for the statistics, the (6, N) terms of each row."""
         options = self.options
         rows = self.new_empty(self.N)
         terms = self.new_empty(6, self.N) if options.stats else None
         self.finish_rows(rows, terms)
         return rows if options.reduction == "none" else rows.sum(), terms
 
+    def similarity(self) -> Tensor:
+        return similarity_of(self.running[-2:], self.inputs.scale)
+
     def start_gradients(self, upstream: Tensor | None) -> None:
-        """Weights of the rows' terms in the gradient, from what arrives at the loss."""
         self.omega, self.unit = self.new_empty(self.N), self.new_empty()
         self.factors = self.new_zeros(8, self.N)
         self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_FAR
         self.prepare_factors(contiguous(upstream))
 
-    def accumulators(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
-        """dA, dT (N, width), zero; None where a tower is frozen."""
-        return [self.new_zeros(self.N, self.width) if need else None for need in needs]
+    def accumulators(self, needs: tuple[bool, ...], out: Towers = (None, None)) -> Towers:
+        """(N, width)"""
+        dA, dT = (self.new_zeros(self.N, self.width) if need else None for need in needs[:2])
+        return dA, dT
 
     def finish_gradients(
-        self,
-        dA: Tensor | None,
-        dT: Tensor | None,
-        out: tuple[Tensor | None, Tensor | None] = (None, None),
+        self, dA: Tensor | None, dT: Tensor | None, out: Towers = (None, None)
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """From the sums dA, dT the gradients of the rows as given (written to `out` if given; None:
-        frozen), dR in the radius' shape or None, and (dk, db); in float32 or their final dtype."""
+        """In float32 or their final dtype."""
         radius = self.inputs.radius
         outputs = [self.output(total, given) for total, given in zip((dA, dT), out, strict=True)]
         rows, totals = self.finish_towers(dT, dA, outputs[1], outputs[0])
@@ -322,19 +318,8 @@ class Call:
         return torch.empty(self.N, self.D, dtype=dtype, device=self.device)
 
 
-def statistics(inputs: Inputs, terms: Tensor, state: Tensor, running: Tensor) -> Tensor:
-    """(11,): the values of SVRStats, from what the kernels left of each row."""
-    weighted = terms[:4] if inputs.weight is None else terms[:4] * inputs.weight
-    means = torch.cat((weighted, 1.0 - terms[4:])).mean(dim=1)
-    rows = state[contract.STATISTICS :]
-    similarity, count = running[-2:].sum(dim=1, dtype=torch.float64)
-    k2 = inputs.scale.float() * math.log2(math.e)
-    negative = similarity / torch.where(k2 == 0.0, 1e-30, k2) / count
-    parts = [means, rows[POSITIVE].mean()[None], negative.float()[None]]
-    if inputs.radius is None:
-        parts.append(means.new_full((3,), math.nan))
-    else:
-        contraction = 1.0 - inputs.radius / rows[GAP]
-        values = (inputs.radius.float(), rows[GAP], contraction)
-        parts += [value.mean()[None].float() for value in values]
-    return torch.cat(parts)
+def similarity_of(planes: Tensor, scale: Tensor) -> Tensor:
+    """(2,) float64: sum and count of <t, a>, from those (2, N) of logits in base 2."""
+    total, count = planes.sum(dim=1, dtype=torch.float64)
+    k2 = scale.float() * math.log2(math.e)
+    return torch.stack((total / torch.where(k2 == 0.0, 1e-30, k2), count))

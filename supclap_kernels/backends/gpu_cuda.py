@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import native
 from ..options import Options
 from .contract import Inputs
-from .gpu import Backend
-from .gpu_call import Call, Scratch, contiguous
+from .gpu import GpuBackend
+from .gpu_call import GpuCall, Scratch, contiguous
 from .panel import Tile
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -49,7 +49,7 @@ class Given:
             setattr(self.problem, name, native.address(tensor))
 
 
-class CudaCall(Call):
+class CudaCall(GpuCall):
     """A call that launches kernels of csrc/cuda."""
 
     @staticmethod
@@ -144,4 +144,4 @@ class CudaCall(Call):
         return radius, totals
 
 
-CUDA_PANEL = Backend(CudaCall, fused=False)
+CUDA_PANEL = GpuBackend(CudaCall, fused=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import native
 from ..options import Options
 from . import contract
-from .gpu import Backend
+from .gpu import GpuBackend
 from .gpu_call import Scratch
 from .gpu_cuda import CudaCall
 from .panel import Tile
@@ -32,4 +32,4 @@ def takes(dtype: torch.dtype, has_radius: bool, options: Options) -> bool:
     return on_hopper and hasattr(native.cuda(), "gram_tile")
 
 
-HOPPER = Backend(HopperCall, fused=True)
+HOPPER = GpuBackend(HopperCall, fused=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import native
 from ..options import Options
 from . import contract, gpu_hopper
+from .backend import Backend, Call
 from .contract import STATE_ROWS, Inputs
-from .gpu import Backend, device_of
-from .gpu_call import SUMS, Call, statistics
+from .gpu_call import SUMS, similarity_of
 from .gpu_cuda import CUDA_PANEL, DTYPES, Given
 from .gpu_hopper import HOPPER
 from .panel import PLACEHOLDER
@@ -84,13 +84,12 @@ def launch(given: Given, loss: Tensor | None, gradient: bool) -> Tensor:
     return scratch
 
 
-class Single:
-    """What dispatch calls."""
+class Single(Backend):
+    """One launch where the batch fits, else another backend."""
 
     def saved_elements(
         self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
     ) -> Any:
-        """Length of the buffer that forward leaves for backward; N may be symbolic."""
         if not keep:
             return PLACEHOLDER
         panel = larger(dtype, has_radius, options).saved_elements(
@@ -102,8 +101,11 @@ class Single:
         fits = torch.sym_min(1, limit_of(D, dtype, has_radius, options) // N)
         return fits * single + (1 - fits) * panel
 
-    def call(self, inputs: Inputs, options: Options, split: int = 0) -> Call:
-        return larger_of(inputs, options).call(inputs, options, split)
+    def call(
+        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+    ) -> Call:
+        """Stage by stage it is never one launch."""
+        return larger_of(inputs, options).call(inputs, options, state, split)
 
     def given(self, inputs: Inputs, options: Options) -> Given | None:
         """The call as the kernel takes it, or None if it is one for the panel engine."""
@@ -116,29 +118,29 @@ class Single:
     def forward(
         self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """loss (or rows of it), the values of SVRStats (or empty), state (22, N), and `saved`."""
-        with device_of(inputs.audio):
-            given = self.given(inputs, options)
-            if given is None:
-                return larger_of(inputs, options).forward(inputs, options, needs)
-            per_row = options.reduction == "none"
-            N, width = len(inputs.audio), given.problem.width
-            gradient = any(needs) and not per_row
-            empty = functools.partial(torch.empty, dtype=torch.float32, device=inputs.audio.device)
-            state, loss = empty(STATE_ROWS, N), empty((N,) if per_row else ())
-            saved = empty(Sums.size(N, width) if gradient else PLACEHOLDER)
-            if gradient:
-                Sums(saved, N, width).give(given, needs)
-            else:
-                saved.zero_()  # no output is undefined
-            stats = (empty(6, N), empty(2, N)) if options.stats else (None, None)
-            given.set(terms=stats[0], similarity=stats[1])
-            given.set(state=state, row_loss=loss if per_row else None)
-            launch(given, None if per_row else loss, gradient)
-            terms, similarity = stats
-            if terms is None or similarity is None:
-                return loss, empty(0), state, saved
-            return loss, statistics(inputs, terms, state, similarity), state, saved
+        given = self.given(inputs, options)
+        if given is None:
+            return larger_of(inputs, options).forward(inputs, options, needs)
+        per_row = options.reduction == "none"
+        N, width = len(inputs.audio), given.problem.width
+        gradient = any(needs) and not per_row
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=inputs.audio.device)
+        state, loss = empty(STATE_ROWS, N), empty((N,) if per_row else ())
+        saved = empty(Sums.size(N, width) if gradient else PLACEHOLDER)
+        if gradient:
+            Sums(saved, N, width).give(given, needs)
+        else:
+            saved.zero_()  # no output is undefined
+        stats = (empty(6, N), empty(2, N)) if options.stats else (None, None)
+        given.set(terms=stats[0], similarity=stats[1])
+        given.set(state=state, row_loss=loss if per_row else None)
+        launch(given, None if per_row else loss, gradient)
+        terms, similarity = stats
+        if terms is None or similarity is None:
+            return loss, empty(0), state, saved
+        values = contract.row_values(inputs, terms, state)
+        found = contract.statistics(values, N, similarity_of(similarity, inputs.scale))
+        return loss, found.to(loss.dtype), state, saved
 
     def backward(
         self,
@@ -149,27 +151,25 @@ class Single:
         state: Tensor,
         saved: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Gradients of audio, text, radius, scale, bias, each in its own dtype, or empty."""
-        with device_of(inputs.audio):
-            given = self.given(inputs, options)
-            if given is None:
-                panel = larger_of(inputs, options)
-                return panel.backward(inputs, options, needs, upstream, state, saved)
-            N, width = len(inputs.audio), given.problem.width
-            if options.reduction == "none":
-                saved = state.new_empty(Sums.size(N, width))
-                state, rows = torch.empty_like(state), state.new_empty(N)
-                given.problem.per_row_upstream = True
-                given.problem.stats = False
-                given.numbers(upstream=upstream)
-                given.set(state=state, row_loss=rows)
-                Sums(saved, N, width).give(given, needs)
-                launch(given, None, True)
-            else:
-                given.numbers(after=upstream)
-                given.set(state=state)
-                Sums(saved, N, width).give(given, needs)
-            return self.finish(given, needs)
+        given = self.given(inputs, options)
+        if given is None:
+            panel = larger_of(inputs, options)
+            return panel.backward(inputs, options, needs, upstream, state, saved)
+        N, width = len(inputs.audio), given.problem.width
+        if options.reduction == "none":
+            saved = state.new_empty(Sums.size(N, width))
+            state, rows = torch.empty_like(state), state.new_empty(N)
+            given.problem.per_row_upstream = True
+            given.problem.stats = False
+            given.numbers(upstream=upstream)
+            given.set(state=state, row_loss=rows)
+            Sums(saved, N, width).give(given, needs)
+            launch(given, None, True)
+        else:
+            given.numbers(after=upstream)
+            given.set(state=state)
+            Sums(saved, N, width).give(given, needs)
+        return self.finish(given, needs)
 
     def finish(self, given: Given, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
         """The launch of backward. Gradients of numbers come out in float32."""

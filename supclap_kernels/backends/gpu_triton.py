@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import tiles
 from . import triton_epilogue as epilogue
-from .gpu import Backend
-from .gpu_call import PLANES, SUMS, Call, Scratch
+from .gpu import GpuBackend
+from .gpu_call import PLANES, SUMS, GpuCall, Scratch
 from .gpu_far import FarRows
 from .panel import Tile
 from .triton_backward import tile_backward
@@ -53,7 +53,7 @@ def slots_of(ni: int, nj: int, block: tiles.Blocks) -> tuple[int, int]:
     return triton.cdiv(nj, block.j) * block.parts, triton.cdiv(ni, block.i)
 
 
-class TritonCall(Call):
+class TritonCall(GpuCall):
     """A call that launches Triton kernels."""
 
     @staticmethod
@@ -202,4 +202,4 @@ class TritonCall(Call):
         return rows[2].clone(), rows.sum(dim=1, dtype=torch.float64)
 
 
-PANEL, TRITON = Backend(TritonCall, fused=False), Backend(TritonCall, fused=True)
+PANEL, TRITON = GpuBackend(TritonCall, fused=False), GpuBackend(TritonCall, fused=True)
