@@ -88,22 +88,24 @@ def fused_svr_loss(
         TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend
             that cannot run.
     """
-    shared: dict[str, Any] = {
-        "objective": objective, "bilateral": bilateral, "alpha": alpha, "beta": beta,
-        "normalize": normalize, "renormalize": renormalize, "reduction": reduction,
-    }  # fmt: skip
+    options = Options(
+        objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace, backend,
+        bool(return_stats),
+    )  # fmt: skip
     across = group is not None and ranks(group) > 1
     with collectives.together(group) if across else contextlib.nullcontext():
-        inputs, options = checked(
-            audio, text, radius, logit_scale, logit_bias, ids, weight, bool(return_stats), exchange,
-            {**shared, "workspace": workspace, "backend": backend},
-        )  # fmt: skip
+        check_choices(exchange=exchange)
+        options = checked_options(options)
+        inputs = checked_inputs(
+            audio, text, radius, logit_scale, logit_bias, ids, weight, options.objective
+        )
         name = dispatch.choose(backend, audio.device.type, audio.dtype)[0]
     if name == "reference":
-        whole = group if across else None
+        given = options._asdict()
         return svr_loss_reference(
-            *inputs[:5], ids=ids, weight=weight, group=whole, return_stats=return_stats, **shared
-        )
+            *inputs[:5], ids=ids, weight=weight, group=group, return_stats=given.pop("stats"),
+            **given,
+        )  # fmt: skip
     if across:
         loss, stats = ops.group_loss(inputs, options, group, exchange)
     else:
@@ -111,7 +113,26 @@ def fused_svr_loss(
     return (loss, SVRStats(*stats.unbind())) if return_stats else loss
 
 
-def checked(
+def checked_options(options: Options) -> Options:
+    """Plain values of their types, or the error that says what does not fit."""
+    names = ("objective", "bilateral", "reduction", "backend")
+    check_choices(**{name: getattr(options, name) for name in names})
+    for name in ("alpha", "beta"):
+        value = getattr(options, name)
+        if isinstance(value, Tensor) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    workspace = options.workspace
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
+    if workspace < 0:
+        raise ValueError(f"workspace must not be negative, got {workspace} bytes")
+    return options._replace(
+        alpha=float(options.alpha), beta=float(options.beta),
+        normalize=bool(options.normalize), renormalize=bool(options.renormalize),
+    )  # fmt: skip
+
+
+def checked_inputs(
     audio: Tensor,
     text: Tensor,
     radius: float | Tensor | None,
@@ -119,29 +140,15 @@ def checked(
     logit_bias: float | Tensor | None,
     ids: Tensor | None,
     weight: Tensor | None,
-    stats: bool,
-    exchange: str,
-    given: dict[str, Any],
-) -> tuple[Inputs, Options]:
-    """The arguments as the operators take them, or the error that says what does not fit."""
-    names = ("objective", "bilateral", "reduction", "backend")
-    check_choices(exchange=exchange, **{name: given[name] for name in names})
+    objective: str,
+) -> Inputs:
+    """The tensors as the operators take them, or the error that says what does not fit."""
     check_embeddings(audio, text)
     N = audio.shape[0]
-    if logit_bias is not None and given["objective"] == "infonce":
+    if logit_bias is not None and objective == "infonce":
         raise ValueError(
             "logit_bias belongs to objective='siglip': InfoNCE does not depend on it; pass None"
         )
-    for name in ("alpha", "beta"):
-        value = given[name]
-        if isinstance(value, Tensor) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-        given[name] = float(value)
-    workspace = given["workspace"]
-    if isinstance(workspace, bool) or not isinstance(workspace, int):
-        raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
-    if workspace < 0:
-        raise ValueError(f"workspace must not be negative, got {workspace} bytes")
     check_vector("ids", ids, N, audio.device, (torch.int64,))
     check_vector("weight", weight, N, audio.device, FLOATS)
     scale = as_scalar("logit_scale", logit_scale, audio)
@@ -151,9 +158,7 @@ def checked(
         check_values(
             audio=audio, text=text, radius=R, logit_scale=scale, logit_bias=bias, weight=weight
         )
-    for name in ("normalize", "renormalize"):
-        given[name] = bool(given[name])
-    return Inputs(audio, text, R, scale, bias, ids, weight), Options(stats=stats, **given)
+    return Inputs(audio, text, R, scale, bias, ids, weight)
 
 
 def ranks(group: Any) -> int:

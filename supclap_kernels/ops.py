@@ -113,9 +113,10 @@ class SVRFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (upstream, *ctx.saved_tensors, ctx.needs, *ctx.options)
+        tensors = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
+        arguments = (upstream, *tensors, ctx.needs, *ctx.options)
         gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
-        inputs = Inputs(*ctx.saved_tensors[:7])
+        inputs = Inputs(*tensors[:7])
         return (*_returned(gradients, ctx.needs, upstream, inputs), None, None, None, None)
 
 
@@ -134,8 +135,8 @@ class GroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, needs = Inputs(*ctx.saved_tensors[:7]), ctx.needs_input_grad[:5]
-        memory = dict(zip(ctx.names, ctx.saved_tensors[7:], strict=True))
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+        inputs, memory = Inputs(*tensors[:7]), dict(zip(ctx.names, tensors[7:], strict=True))
         gradients = _plainly(upstream, _group_backward, ctx.plan, inputs, memory, upstream)
         return (*_returned(gradients, needs, upstream, inputs), None, None, None)
 

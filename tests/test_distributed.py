@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from covering import covering
+from gpu_suite import MODES, OPTIONS
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
@@ -18,21 +19,6 @@ from ranks import run
 from supclap_kernels.testing import Case
 
 TESTS = Path(__file__).parent
-MODES = [
-    {"objective": "infonce", "radius": "none"},
-    {"objective": "infonce", "bilateral": "none"},
-    {"objective": "infonce", "bilateral": "shared"},
-    {"objective": "infonce", "bilateral": "mirror"},
-    {"objective": "siglip", "bilateral": "none"},
-    {"objective": "siglip", "bilateral": "mirror"},
-]
-OPTIONS: dict[str, tuple[Any, ...]] = {
-    "reduction": ("mean", "sum", "none"),
-    "renormalize": (False, True),
-    "normalize": (False, True),
-    "alpha": (1.0, 0.3),
-    "beta": (0.0, 0.2),
-}
 FIELDS: dict[str, tuple[Any, ...]] = {
     "N": (4, 33, 70),
     "D": (3, 16, 48),
@@ -49,10 +35,10 @@ def jobs(backends: tuple[str, ...], dtypes: tuple[torch.dtype, ...], least: int)
         radius = (mode["radius"],) if "radius" in mode else ("scalar", "row")
         rows = covering(
             least, n, **OPTIONS, **FIELDS, radius=radius, dtype=dtypes, backend=backends,
-            ranks=(1, 2, 3, 4), exchange=("gather", "ring"), workspace=(0, 2**28),
+            ranks=(1, 2, 3, 4), exchange=("gather", "ring"),
         )  # fmt: skip
         for row in rows:
-            options = {name: row[name] for name in OPTIONS}
+            options = {name: row[name] for name in OPTIONS if name != "workspace"}
             options |= {k: v for k, v in mode.items() if k != "radius"}
             fields = {name: row[name] for name in (*FIELDS, "radius", "dtype")}
             if fields["dtype"] in (torch.float16, torch.bfloat16):  # of few numbers a lottery

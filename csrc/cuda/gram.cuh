@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kGramThreads, 1)
     const int taken = kGramTeams * round + team, n = blockIdx.x + taken * gridDim.x;
     if (n >= gram_tiles(tile)) return;
     const GramPlace place(tile, n);
-    const Side I = panel_side(p, tile.i0, place.x, tile.ni);
-    const Side J = panel_side(p, tile.j0, place.y, tile.nj);
+    const Side I = side_of(p, tile.i0, place.x, tile.ni);
+    const Side J = side_of(p, tile.j0, place.y, tile.nj);
     at.columns[team].load(J, kMode, kInfonce, kWeights);
     float c[kAccumulators];
     mbarrier_wait(at.turn[team], (round + 1 + team) & 1);

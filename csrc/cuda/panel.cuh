@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   const PanelPlace place;
-  const Side I = panel_side(p, tile.i0, place.x, tile.ni);
-  const Side J = panel_side(p, tile.j0, place.y, tile.nj);
+  const Side I = side_of(p, tile.i0, place.x, tile.ni);
+  const Side J = side_of(p, tile.j0, place.y, tile.nj);
   const bool diagonal = tile.i0 == tile.j0;
   const float b = logit_bias_2(p);
   const PanelReader read(p, tile, place, to.panel, I, J, kMode);

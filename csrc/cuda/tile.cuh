@@ -67,7 +67,7 @@ struct Side {
 };
 
 // Rows from first + at on, of the n from `first` on, as the sweeps left them in `state`.
-__device__ __forceinline__ Side panel_side(const Problem& p, int64_t first, int at, int n) {
+__device__ __forceinline__ Side side_of(const Problem& p, int64_t first, int at, int n) {
   const int64_t start = first + at;
   return {p.state + kStateRows * p.N + start,
           p.factors + start,
@@ -120,28 +120,33 @@ __device__ __forceinline__ float direction_logit(int d, int mode, const Products
   return support_logit(z.P, z.Q, other.c, other.text) + other.offset + b;
 }
 
+template <int kCount>
+__device__ __forceinline__ float largest(const float (&z)[kCount]) {
+  float m = kHidden;
+  SUPCLAP_UNROLL
+  for (int n = 0; n < kCount; ++n) m = fmaxf(m, z[n]);
+  return m;
+}
+template <int kCount>
+__device__ __forceinline__ float summands(const float (&z)[kCount], float m, int d, bool infonce) {
+  float l = 0;
+  SUPCLAP_UNROLL
+  for (int n = 0; n < kCount; ++n) l += summand(z[n], m, d, infonce);
+  return l;
+}
+
 // (m, l) of direction d over some logits of this thread.
 template <int kCount>
 __device__ __forceinline__ LogSum log_sum(const float (&z)[kCount], int d, bool infonce) {
-  float m = kHidden, l = 0;
-  SUPCLAP_UNROLL
-  for (int n = 0; n < kCount; ++n) m = fmaxf(m, z[n]);
-  SUPCLAP_UNROLL
-  for (int n = 0; n < kCount; ++n) l += summand(z[n], m, d, infonce);
-  return {m, l};
+  const float m = largest(z);
+  return {m, summands(z, m, d, infonce)};
 }
-
-// (m, l) of direction d over a row's logits: this thread's, and those of the lanes beside it.
+// ... over a row's logits: this thread's, and those of the lanes beside it.
 template <class Shape>
 __device__ __forceinline__ LogSum row_log_sum(const float (&z)[Shape::kColumns], int d,
                                               bool infonce) {
-  float m = kHidden, l = 0;
-  SUPCLAP_UNROLL
-  for (int c = 0; c < Shape::kColumns; ++c) m = fmaxf(m, z[c]);
-  m = warp_max<Shape::kLanes>(m);
-  SUPCLAP_UNROLL
-  for (int c = 0; c < Shape::kColumns; ++c) l += summand(z[c], m, d, infonce);
-  return {m, warp_sum<Shape::kLanes>(l)};
+  const float m = warp_max<Shape::kLanes>(largest(z));
+  return {m, warp_sum<Shape::kLanes>(summands(z, m, d, infonce))};
 }
 
 // Adds an element to the sum and count of a row's negatives, as kSimilarity wants them: off the

@@ -43,6 +43,10 @@ class Ranks:
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             self.rank, self.group = dist.get_rank(), dist.group.WORLD
 
+    def close(self) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
     def share(self, pairs: Tensor) -> Tensor:
         """This rank's part of a batch."""
         return pairs.tensor_split(self.count)[self.rank]
@@ -305,5 +309,6 @@ def train(config: TrainConfig) -> Path:
                 f"evaluate it with: supclap eval {run} --data MANIFEST.csv"
             ) from None
 
+    ranks.close()
     say(f"{saved} is in {run}")
     return run

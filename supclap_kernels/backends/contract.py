@@ -131,5 +131,6 @@ def row_values(inputs: Inputs, terms: Tensor, state: Tensor) -> Tensor:
 
 def statistics(values: Tensor, N: int, similarity: Tensor) -> Tensor:
     """(11,): the values of SVRStats, from `row_values` and the negatives' (sum, count)."""
-    means = values / N
-    return torch.cat((means[:7], similarity[:1] / similarity[1:], means[7:]))
+    means, (total, count) = values / N, similarity
+    mean = torch.where(count > 0, total / count, math.nan)  # without negatives `total` is rounding
+    return torch.cat((means[:7], mean[None], means[7:]))

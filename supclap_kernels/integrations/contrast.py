@@ -26,9 +26,12 @@ class Contrast(nn.Module):
         local_loss: bool,
         rank: int,
         world_size: int,
+        use_horovod: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod: only torch.distributed process groups are supported")
         self.world_size, self.local = world_size, local_loss and world_size > 1
         if world_size > 1:
             options.setdefault("group", dist.group.WORLD)

@@ -42,15 +42,13 @@ class ClipLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if use_horovod:
-            raise ValueError("use_horovod: only torch.distributed process groups are supported")
         if weight_loss_kappa and (not mlp_loss or world_size > 1):
             raise ValueError(
                 "weight_loss_kappa needs mlp_loss=True and world_size=1: else the two directions "
                 "of a pair of towers would be weighted differently"
             )
         self.mlp_loss, self.kappa = mlp_loss, weight_loss_kappa
-        self.contrast = Contrast(radius, local_loss, rank, world_size, **options)
+        self.contrast = Contrast(radius, local_loss, rank, world_size, use_horovod, **options)
 
     def forward(
         self,

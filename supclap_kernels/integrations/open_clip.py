@@ -41,9 +41,7 @@ class ClipLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if use_horovod:
-            raise ValueError("use_horovod: only torch.distributed process groups are supported")
-        self.contrast = Contrast(radius, local_loss, rank, world_size, **options)
+        self.contrast = Contrast(radius, local_loss, rank, world_size, use_horovod, **options)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 """What the ranks of a group do in the tests of tests/test_distributed.py."""
 
+import functools
 import os
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import supclap_kernels as sk
 from supclap_kernels import collectives
@@ -213,15 +215,26 @@ def one_dies(rank: int, world: int) -> tuple[str, float]:
 
 
 def again(rank: int, world: int, exchange: str) -> bool:
-    """Backward twice gives the same bits; a frozen tower has no gradient; no_grad works."""
+    """Backward twice, or of a recomputed loss, gives the same bits, and then holds nothing; no_grad
+    works."""
     torch.manual_seed(rank)
     audio, text = torch.randn(9, 8, requires_grad=True), torch.randn(9, 8)
     options: dict[str, Any] = {"group": dist.group.WORLD, "exchange": exchange, "normalize": True}
     loss = sk.fused_svr_loss(audio, text, 0.1, **options)
     first, second = (torch.autograd.grad(loss, audio, retain_graph=True)[0] for _ in range(2))
+    loss.backward()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "second time" in str(error), error
+    else:
+        return False
     with torch.no_grad():
         same = bool(sk.fused_svr_loss(audio, text, 0.1, **options) == loss)
-    return torch.equal(first, second) and same
+    call = functools.partial(sk.fused_svr_loss, **options)
+    late = checkpoint(call, audio, text, 0.1, use_reentrant=False)
+    third = torch.autograd.grad(late, audio)[0]
+    return torch.equal(first, second) and torch.equal(first, third) and same
 
 
 def gather_modes(rank: int, world: int, local: bool, objective: str) -> list[float]:
