@@ -203,13 +203,16 @@ def floors(case: Case, inputs: Inputs, exact: Outputs) -> dict[str, float]:
         "loss": total if case.options.get("reduction") != "none" else row,
     }
     u = torch.finfo(accumulator_dtype(case.dtype)).eps / 2
+    units = dict.fromkeys(exact, u)
     if case.dtype == torch.float64 and wide.radius is not None:
-        # Truth and baseline are one computation here, so nothing else carries what c = R / r
-        # multiplies.
+        # Truth and baseline are one computation here, so nothing else carries the rounding of
+        # a - t: c = R / r times it is in the logits, and 1 / r times that in the gradients.
         r, _ = gap_and_direction(T, A)
-        u *= 1 + float((wide.radius / r).abs().max())
+        c, near = (wide.radius / r).abs(), 1 + T.norm(dim=1) / r
+        units = dict.fromkeys(exact, u * (1 + float((c * near).max())))
+        units["loss"] = u * (1 + float(c.max()))
     largest = {name: float(value.abs().max()) for name, value in exact.items()}
-    return {name: u * (2 * (1 + z) * size[name] + largest[name]) for name in exact}
+    return {name: units[name] * (2 * (1 + z) * size[name] + largest[name]) for name in exact}
 
 
 def errors(value: Tensor, exact: Tensor) -> tuple[float, float, float]:

@@ -34,6 +34,7 @@ def work(rank: int, world: int, folder: str, target: Callable[..., Any], *argume
     with contextlib.suppress(RuntimeError):  # a test may have let one die
         dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads do not always survive the end of the interpreter
 
 
 def run(world: int, target: Callable[..., Any], *arguments: Any) -> list[Any]:
