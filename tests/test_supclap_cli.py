@@ -14,8 +14,8 @@ import soundfile
 import supclap
 from supclap import synth
 from supclap.cli import main
-from supclap.data import read_manifest
-from supclap.model import load_checkpoint
+from supclap.manifest import read_manifest
+from supclap.model import load_model
 
 import supclap_kernels
 
@@ -106,7 +106,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(corpus, run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["eval", "{tmp}/none", "--data", "{corpus}/test.csv"], "not a finished run"),
+        (["eval", "{tmp}/none", "--data", "{corpus}/test.csv"], "not a run"),
         (["eval", "{run}", "--data", "{tmp}/none.csv"], "manifest not found"),
         (["eval", "{run}", "--data", "{corpus}/val.csv", "--json", "{tmp}/a/b"], "no folder"),
         (["train", "--data", "{tmp}/none.csv", "--out", "{tmp}/x"], "manifest not found"),
@@ -139,7 +139,7 @@ def test_a_process_fails_without_a_traceback(tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    for module in ("data", "synth", "train", "evaluate", "model"):
+    for module in ("audio", "data", "synth", "train", "evaluate", "model"):
         monkeypatch.delitem(sys.modules, f"supclap.{module}", raising=False)
     assert main(["synth", str(tmp_path / "corpus")]) == 2
     message = capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_ctrl_c_keeps_checkpoint_and_log_and_says_so(corpus, tmp_path, val, caps
     assert "interrupted after step" in message and f"supclap eval {out}" in message
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(lines) >= 5 and [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    load_checkpoint(out)
+    load_model(out)
     assert main(["eval", str(out), "--data", str(corpus / "test.csv")]) == 0
 
 

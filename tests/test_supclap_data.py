@@ -4,19 +4,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from supclap.audio import HOP, N_FFT, N_MELS, load_audio, log_mel, mel_filters
 from supclap.config import UserError
-from supclap.data import (
-    HOP,
-    N_FFT,
-    N_MELS,
-    encode_captions,
-    load_audio,
-    load_corpus,
-    log_mel,
-    mel_filters,
-    pad_features,
-    read_manifest,
-)
+from supclap.data import Bytes, load_corpus, pad_features
+from supclap.manifest import read_manifest
 
 
 def near(found, expected, within=1e-6):
@@ -41,7 +32,7 @@ def manifest_of(folder, text, name="m.csv"):
         ("", "is empty"),
         ("file_name,caption_1\n", "a header and no clip"),
         ("file,caption_1\na.wav,x\n", "no column 'file_name'; it has file, caption_1"),
-        ("file_name,caption\na.wav,x\n", "no column 'caption_1'"),
+        ("file_name,said\na.wav,x\n", "no column 'caption_1'"),
         ("file_name,caption_1,caption_2\na.wav,x,\n", "line 2 (a.wav): caption_2 is empty"),
         ("file_name,caption_1\na.wav,x\nb.wav,  \n", "line 3 (b.wav): caption_1 is empty"),
         ("file_name,caption_1\n,x\n", "line 2: file_name is empty"),
@@ -180,7 +171,5 @@ def test_padding_and_caption_bytes():
     mel, lengths = pad_features([torch.ones(3, N_MELS), torch.ones(5, N_MELS)])
     assert mel.shape == (2, 5, N_MELS) and lengths.tolist() == [3, 5]
     assert mel[0, 3:].abs().sum() == 0
-    assert encode_captions(["Ab", "é!x"], max_bytes=3).tolist() == [
-        [98, 99, 0],
-        [0xC3 + 1, 0xA9 + 1, 34],
-    ]
+    (text,) = Bytes(3)(["Ab", "é!x"], ["eng", "eng"])
+    assert text.tolist() == [[98, 99, 0], [0xC3 + 1, 0xA9 + 1, 34]]

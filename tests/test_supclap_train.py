@@ -7,45 +7,14 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from supclap import train as loop
 from supclap.config import ModelConfig, TrainConfig, UserError
-from supclap.data import encode_captions, load_corpus, pad_features
+from supclap.data import Bytes, Epoch, load_corpus, pad_features
 from supclap.evaluate import embed_corpus, evaluate_corpus, evaluate_run
-from supclap.model import SupclapModel, load_checkpoint, save_checkpoint
-
-
-def near(found, expected, within=1e-6):
-    """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
-    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    return found.shape == expected.shape and np.abs(found - expected).max() <= within
-
-
-SMALL = ModelConfig(width=32, heads=2, embed_dim=32)
-RATES = (8_000, 16_000, 22_050, 44_100)
-
-
-def sound(number, rng):
-    """A short sound unlike the others, at one of several rates."""
-    rate = RATES[number % len(RATES)]
-    t = np.arange(int(rate * rng.uniform(0.3, 1.2))) / rate
-    if number % 3 == 0:
-        pitch = rng.uniform(150, 2_500) * (1 + 0.2 * np.sin(2 * np.pi * rng.uniform(1, 8) * t))
-        wave = np.sin(2 * np.pi * np.cumsum(pitch) / rate)
-    elif number % 3 == 1:
-        kernel = np.sin(np.arange(48) * rng.uniform(0.1, 2.5)) * np.hanning(48)
-        wave = np.convolve(rng.standard_normal(len(t)), kernel, "same")
-    else:
-        wave = np.zeros(len(t))
-        for start in rng.integers(0, len(t), number % 5 + 1):
-            rest = len(t) - start
-            decay = np.exp(-np.arange(rest) / rate / rng.uniform(0.01, 0.1))
-            wave[start:] += decay * rng.standard_normal(rest)
-    return 0.8 * wave / np.abs(wave).max(), rate
-
+from supclap.model import SupclapModel, load_model, save_model
+from supclap_clips import SMALL, log_of, near, settings, write_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,49 +22,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     """Nine clips with two captions each."""
-    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(1)
-    words = "dog rain door bird train glass river crowd clock".split()
-    rows = ["file_name,caption_1,caption_2"]
-    for number, word in enumerate(words):
-        soundfile.write(folder / f"{word}.wav", *sound(number, rng))
-        rows.append(f"{word}.wav,the sound of a {word},we hear a {word} close by")
-    (folder / "clips.csv").write_text("\n".join(rows))
-    return folder / "clips.csv"
+    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
-def settings(manifest, out, **changes):
-    return TrainConfig(data=manifest, out=out, **{"epochs": 2, "model": SMALL, **changes})
-
-
-ALONE = loop.Ranks(torch.device("cpu"))
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+BYTES, ALONE = Bytes(256), loop.Ranks(torch.device("cpu"))
 
 
 def test_padding_does_not_change_an_embedding(manifest):
     torch.manual_seed(0)
     model = SupclapModel(SMALL).eval()
     corpus = load_corpus(manifest, 30.0)
-    model.audio.set_statistics(corpus.features)
-    together = model.audio(*pad_features(corpus.features))
+    model.audio.encoder.set_statistics(corpus.kept)
+    together = model.audio(*pad_features(corpus.kept))
     captions = [*corpus.captions, "a much longer caption " * 5]
-    texts = model.text(encode_captions(captions, SMALL.max_bytes))
-    for row, clip in enumerate(corpus.features):  # what is beyond the end of a clip is not heard
+    texts = model.text(*BYTES(captions, captions))
+    for row, clip in enumerate(corpus.kept):  # what is beyond the end of a clip is not heard
         mel, length = torch.full((1, 400, 64), 50.0), torch.tensor([len(clip)])
         mel[0, : len(clip)] = clip
         assert (model.audio(mel, length)[0] - together[row]).abs().max() < 1e-5
     assert near(together.norm(dim=1).tolist(), [1.0] * len(together), within=1e-5)
-    for number, clip in enumerate(corpus.features):
+    for number, clip in enumerate(corpus.kept):
         alone = model.audio(*pad_features([clip]))[0]
         assert (alone - together[number]).abs().max() < 1e-5
     for number, caption in enumerate(captions):
-        alone = model.text(encode_captions([caption], SMALL.max_bytes))[0]
+        alone = model.text(*BYTES([caption], [caption]))[0]
         assert (alone - texts[number]).abs().max() < 1e-5
 
 
@@ -110,20 +60,20 @@ def test_order_in_time_changes_an_embedding():
 
 def test_statistics_normalise_each_mel_bin(manifest):
     model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
-    model.audio.set_statistics(corpus.features)
-    frames = torch.cat(corpus.features).double()
-    assert near(model.audio.mel_mean.tolist(), frames.mean(dim=0).tolist(), within=1e-3)
+    model.audio.encoder.set_statistics(corpus.kept)
+    frames = torch.cat(corpus.kept).double()
+    assert near(model.audio.encoder.mel_mean.tolist(), frames.mean(dim=0).tolist(), within=1e-3)
     expected = frames.std(dim=0, correction=0).tolist()
-    assert near(model.audio.mel_std.tolist(), expected, within=1e-3)
+    assert near(model.audio.encoder.mel_std.tolist(), expected, within=1e-3)
 
 
 def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
     corpus = load_corpus(manifest, 30.0)
     seen = []
-    for mel, lengths, text, ids in loop.batches(corpus, 4, 256, seeded(), ALONE):
+    for (mel, lengths), (text,), ids in Epoch(corpus, BYTES, 4).batches():
         assert len(mel) == len(lengths) == len(text) == len(ids) <= 4
         for row, (clip, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
-            assert torch.equal(mel[row, :length], corpus.features[clip].float())
+            assert torch.equal(mel[row, :length], corpus.features(clip).float())
             said = bytes(text[row][text[row] > 0].sub(1).tolist()).decode()
             assert said in [caption.lower() for caption in corpus.clips[clip].captions]
             seen.append((clip, said))
@@ -135,7 +85,7 @@ def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
 def test_captions_of_one_clip_are_no_negatives_of_each_other(manifest, tmp_path):
     torch.manual_seed(0)
     model = SupclapModel(SMALL)
-    criterion = loop.build_loss(settings(manifest, tmp_path, loss="infonce"))
+    criterion = loop.build_loss(settings(manifest, tmp_path, svr="none"), 4)
     audio, text = torch.nn.functional.normalize(torch.randn(2, 4, 32), dim=2)
     _, line = loop.compute_loss(model, criterion, audio, text, torch.tensor([7, 3, 7, 5]), ALONE)
     logits = text @ audio.T / 0.07
@@ -168,27 +118,28 @@ def test_the_seed_decides_the_log(manifest, tmp_path):
 
 
 def test_learning_rate_rises_then_falls_to_zero(manifest, tmp_path):
-    config = settings(manifest, tmp_path, lr=2.0)
-    rates = [loop.learning_rate(config, step, 100) for step in range(101)]
-    assert near(rates[0], 2.0 / 5)
-    assert max(rates) == rates[5] and near(rates[5], 2.0)
+    config = settings(manifest, tmp_path)
+    rates = [loop.schedule(config, step, 100) for step in range(101)]
+    assert near(rates[0], 1.0 / 5)
+    assert max(rates) == rates[5] and near(rates[5], 1.0)
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert near(rates[100], 0, within=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 3, 18])
-@pytest.mark.parametrize("loss", ["static", "dynamic", "infonce"])
-def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, loss):
-    config = settings(manifest, tmp_path, loss=loss, learn_tau=True)
+@pytest.mark.parametrize("svr", ["bi-static", "bi-dynamic", "none"])
+def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, svr):
+    config = settings(manifest, tmp_path, svr=svr, learn_tau=True)
     corpus = load_corpus(manifest, 30.0)
-    (batch,) = loop.batches(corpus, 18, 256, seeded(), ALONE)
+    (batch,) = Epoch(corpus, BYTES, 18).batches()
     gradients, lines = [], []
     for chunked in (False, True):
         torch.manual_seed(0)
-        model, criterion = SupclapModel(SMALL), loop.build_loss(config)
-        model.audio.set_statistics(corpus.features)
+        model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
+        model.audio.encoder.set_statistics(corpus.kept)
         loop.build_optimizer(config, model, criterion)
-        lines.append(loop.backward(model, criterion, batch, size if chunked else None, ALONE))
+        pieces = size if chunked else None
+        lines.append(loop.backward(model, criterion, batch, batch.ids, pieces, ALONE))
         parameters = [*model.parameters(), *criterion.parameters()]
         grads = [p.grad.flatten() for p in parameters if p.grad is not None]
         gradients.append(torch.cat(grads))
@@ -211,21 +162,25 @@ def test_chunked_training_runs_and_agrees_at_the_first_step(manifest, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "infonce"},
-        {"loss": "dynamic"},
-        {"loss": "static", "bilateral": "none", "alpha": 0.5, "beta": 0.1},
-        {"loss": "static", "bilateral": "shared", "learn_tau": True},
-        {"loss": "static", "objective": "siglip"},
-        {"loss": "infonce", "objective": "siglip"},
+        {"svr": "none"},
+        {"svr": "bi-dynamic"},
+        {"svr": "uni-dynamic", "beta": 0.0},
+        {"svr": "bi-dynamic", "radius_features": "similarities"},
+        {"svr": "uni-static", "alpha": 0.5, "beta": 0.1},
+        {"svr": "bi-static", "bilateral": "shared", "learn_tau": True},
+        {"svr": "bi-static", "loss": "siglip"},
+        {"svr": "none", "loss": "siglip"},
+        {"svr": "uni-dynamic", "loss": "siglip"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_loss_trains_with_a_last_batch_of_one(manifest, tmp_path, options):
     run = loop.train(settings(manifest, tmp_path / "run", batch_size=17, epochs=15, **options))
     log = log_of(run)
-    assert len(log) == 30 and all(math.isfinite(line["loss"]) for line in log)
-    assert log[-2]["loss"] < 0.9 * log[0]["loss"]  # steps of 17 pairs
-    assert (log[0]["radius"] is None) == (options["loss"] == "infonce")
+    whole = "radius_features" in options  # the paper's radius needs whole batches
+    assert len(log) == (15 if whole else 30) and all(math.isfinite(line["loss"]) for line in log)
+    assert log[-1 if whole else -2]["loss"] < 0.9 * log[0]["loss"]  # steps of 17 pairs
+    assert (log[0]["radius"] is None) == (options["svr"] == "none")
     moved = log[-1]["logit_scale"] != log[0]["logit_scale"]
     assert moved == options.get("learn_tau", False)
 
@@ -233,11 +188,11 @@ def test_every_loss_trains_with_a_last_batch_of_one(manifest, tmp_path, options)
 def test_a_checkpoint_gives_the_same_embeddings(manifest, tmp_path):
     torch.manual_seed(2)
     model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
-    model.audio.set_statistics(corpus.features)
+    model.audio.encoder.set_statistics(corpus.kept)
     run = loop.train(settings(manifest, tmp_path / "run"))  # a run to write into
-    save_checkpoint(run / "model.safetensors", model)
+    save_model(run / "model.safetensors", model)
     for before, after in zip(
-        embed_corpus(model, corpus), embed_corpus(load_checkpoint(run), corpus), strict=True
+        embed_corpus(model, corpus), embed_corpus(load_model(run), corpus), strict=True
     ):
         assert torch.equal(before, after)
 
@@ -253,7 +208,7 @@ def test_the_best_epoch_on_val_is_kept(manifest, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "evaluate_corpus", scored)
     run = loop.train(settings(manifest, tmp_path / "run", val=manifest, epochs=3))
-    state = load_checkpoint(run).state_dict()
+    state = load_model(run).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in kept[0.6].items())
     assert not all(torch.equal(state[name], tensor) for name, tensor in kept[0.4].items())
     epochs = [json.loads(line) for line in (run / "val.jsonl").read_text().splitlines()]
@@ -265,14 +220,14 @@ def test_a_broken_checkpoint_or_setting_is_explained(manifest, tmp_path):
     whole = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot read the checkpoint"):
-        load_checkpoint(run)
+        load_model(run)
     config = json.loads((run / "config.json").read_text())
     config["model"]["colour"] = 3
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not know.*colour"):
-        load_checkpoint(run)
-    with pytest.raises(UserError, match="not a finished run"):
-        load_checkpoint(tmp_path / "nowhere")
+        load_model(run)
+    with pytest.raises(UserError, match="not a run"):
+        load_model(tmp_path / "nowhere")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_path, monkeypatch):
@@ -284,10 +239,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_
 
     monkeypatch.setattr(loop, "backward", fails_late)
     config = settings(manifest, tmp_path / "run", epochs=5, batch_size=9)
-    with pytest.raises(UserError, match="not finite at step 3; .*after epoch 1"):
+    with pytest.raises(UserError, match="not finite at step 3; .*after step 2"):
         loop.train(config)
     assert len(log_of(tmp_path / "run")) == 2
-    load_checkpoint(tmp_path / "run")
+    load_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +283,7 @@ def torchrun(processes, *arguments):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--loss", "dynamic", "--micro-batch-size", "3", "--learn-tau")]
+    "options", [(), ("--svr", "bi-dynamic", "--micro-batch-size", "3", "--learn-tau")]
 )
 def test_two_processes_train_as_one(manifest, tmp_path, options):
     """The same loss curve over 20 steps, at the same global batch."""

@@ -1,85 +1,80 @@
-"""The `supclap` command: synth, train, eval, demo."""
+"""The `supclap` command."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from dataclasses import fields
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig, TrainConfig, UserError
+from .config import MODEL, RECIPES, TRAIN, UserError, build_config, flag, kind_of, read_config
 
-MODEL_HELP = {
-    "width": "channels of the transformers",
-    "heads": "attention heads",
-    "audio_layers": "transformer layers for audio",
-    "text_layers": "transformer layers for text",
-    "embed_dim": "dimensions of the shared space",
-    "patch_frames": "10 ms frames in one audio token",
-    "max_bytes": "longer captions are cut",
-    "max_seconds": "longer clips are cut",
-}
-TRAIN_HELP = {
-    "data": "manifest (CSV: file_name, caption_1, ...); every clip is trained on",
-    "out": "folder of the run: model.safetensors, config.json, log.jsonl",
-    "val": "manifest for choosing the best epoch; without it the last checkpoint is kept",
-    "epochs": "one epoch is every (clip, caption) pair once",
-    "batch_size": "pairs in a step",
-    "lr": "peak learning rate of AdamW",
-    "weight_decay": "of AdamW, on matrices only",
-    "warmup": "share of the steps for linear warm-up; cosine afterwards",
-    "clip_grad": "largest gradient norm",
-    "seed": "of the weights and of the order of the pairs",
-    "loss": "support vectors: static radius, dynamic radius or none (infonce)",
-    "objective": "the loss under them",
-    "bilateral": "support vectors on both sides (mirror), text only, or shared",
-    "alpha": "weight of the support vector term",
-    "beta": "weight of the radius constraint (default: 0.01 with --loss dynamic, else 0)",
-    "radius_init": "initial semantic radius",
-    "tau": "temperature (its initial value with --learn-tau)",
-    "learn_tau": "learn the temperature",
-    "micro_batch_size": "encode a batch in pieces of this many pairs: same gradient, less memory",
-    "device": "auto takes a GPU if there is one",
-    "threads": "CPU threads of PyTorch",
-    "skip_bad_audio": "leave broken or missing files out instead of stopping",
-    "overwrite": "write over an earlier run in --out",
-}
-CHOICES = {
-    "loss": ("static", "dynamic", "infonce"),
-    "objective": ("infonce", "siglip"),
-    "bilateral": ("mirror", "shared", "none"),
-    "device": ("auto", "cpu", "cuda"),
-}
-TYPES = {"int": int, "int | None": int, "float": float, "float | None": float, "str": str}
-TYPES |= {"Path": Path, "Path | None": Path}
+SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
 
 
-def add_options(parser: argparse.ArgumentParser, config: type, helps: dict[str, str]) -> None:
-    """One option for each setting named in `helps`; type and default come from the setting."""
-    for field in fields(config):
-        if field.name not in helps:
-            continue
-        option, text = f"--{field.name.replace('_', '-')}", helps[field.name]
-        if field.type == "bool":
-            parser.add_argument(option, action="store_true", help=text)
-        elif field.name in ("data", "out"):
-            parser.add_argument(option, type=Path, required=True, help=text)
+def add_options(parser: Any, settings: dict[str, Any], required: tuple[str, ...] = ()) -> None:
+    """One option for each setting; one that is not given is not in the result."""
+    for name, one in settings.items():
+        text, choices = one.metadata["help"], one.metadata["choices"]
+        given: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name}
+        if one.default not in (None, MISSING):
+            text += f" (default: {one.default})"
+        if kind_of(one) is bool:
+            given["action"] = argparse.BooleanOptionalAction
         else:
-            if field.default is not None:
-                text += f" (default: {field.default})"
-            kind, choices = TYPES[str(field.type)], CHOICES.get(field.name)
-            parser.add_argument(
-                option, type=kind, default=field.default, choices=choices, help=text
-            )
+            given |= {"type": kind_of(one), "choices": choices}
+            given["metavar"] = None if choices else kind_of(one).__name__.upper()
+        parser.add_argument(flag(name), help=text, required=name in required, **given)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The four commands and their options."""
-    parser = argparse.ArgumentParser(prog="supclap", description=__doc__)
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="supclap", description="Train and use audio-text models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = {name: TRAIN[name] for name in SHARED}
+
+    train = commands.add_parser("train", help="train on a manifest")
+    train.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of these flags")
+    train.add_argument("--recipe", choices=tuple(RECIPES), help="settings of a published run")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
+    add_options(train, TRAIN)
+    add_options(train.add_argument_group("model"), MODEL)
+
+    check = commands.add_parser("check", help="describe a manifest and list its problems")
+    check.add_argument("manifest", type=Path, metavar="MANIFEST")
+
+    def on_a_run(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text)
+        command.add_argument("run", type=Path, metavar="RUN", help="folder that `train` wrote")
+        command.add_argument("--batch-size", type=int, default=64, help="encoded at once")
+        add_options(command, shared)
+        return command
+
+    evaluate = on_a_run("eval", "retrieval metrics of a run on manifests")
+    evaluate.add_argument("--data", type=Path, required=True, nargs="+", help="manifests")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
+
+    zeroshot = on_a_run("zeroshot", "classify labelled clips by sentences")
+    zeroshot.add_argument(
+        "--data", type=Path, required=True, help="ESC-50, UrbanSound8K, or a CSV: file_name, label"
+    )
+    zeroshot.add_argument(
+        "--template", action="append", help="such as 'This is a sound of {label}'; may be repeated"
+    )
+    zeroshot.add_argument("--lang", default="eng", help="language of the templates")
+    zeroshot.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+
+    embed = on_a_run("embed", "write the embeddings of a manifest")
+    embed.add_argument("--data", type=Path, required=True, help="manifest")
+    embed.add_argument("--out", type=Path, required=True, help="safetensors file")
+
+    search = on_a_run("search", "find clips of a folder by a sentence")
+    search.add_argument("query", help='such as "a dog barks"')
+    search.add_argument("--audio", type=Path, required=True, help="folder, searched in depth")
+    search.add_argument("--top", type=int, default=10)
+    search.add_argument("--lang", default="eng", help="language of the query")
 
     synth = commands.add_parser("synth", help="write a corpus of synthetic scenes with captions")
     synth.add_argument("out", type=Path, metavar="OUT", help="gets {train,val,test}.csv and audio/")
@@ -87,71 +82,145 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--overwrite", action="store_true", help="write over an earlier corpus")
 
-    train = commands.add_parser("train", help="train on a manifest")
-    add_options(train, TrainConfig, TRAIN_HELP)
-    add_options(train.add_argument_group("model"), ModelConfig, MODEL_HELP)  # type: ignore[arg-type]
-
-    evaluate = commands.add_parser("eval", help="retrieval metrics of a run on a manifest")
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder that `train` wrote")
-    evaluate.add_argument("--data", type=Path, required=True, help="manifest")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
-    shared = {name: TRAIN_HELP[name] for name in ("device", "threads", "skip_bad_audio")}
-    add_options(evaluate, TrainConfig, shared)
-
     demo = commands.add_parser("demo", help="synth, train InfoNCE and bi-StaticSVR, eval, plot")
     demo.add_argument("--out", type=Path, default=Path("supclap-demo"))
     demo.add_argument("--clips", type=int, default=800)
     demo.add_argument("--epochs", type=int, default=4)
     demo.add_argument("--seed", type=int, default=0)
-    add_options(demo, TrainConfig, {name: TRAIN_HELP[name] for name in ("device", "threads")})
+    add_options(demo, {name: TRAIN[name] for name in ("device", "threads")})
     return parser
 
 
-def run_eval(run: Path, data: Path, json_path: Path | None, **options: Any) -> None:
-    """Print the metrics of a run and write them if asked."""
+def run_train(config: Path | None, recipe: str | None, resume: Path | None, **given: Any) -> None:
+    from .train import train
+
+    if resume is None:
+        train(build_config(given, config, recipe))
+        return
+    if config is not None or recipe is not None or given:
+        names = [flag(name) for name in given] + ["--config"] * bool(config)
+        names += ["--recipe"] * bool(recipe)
+        raise UserError(
+            f"--resume goes on with the settings of {resume}/config.json; drop {', '.join(names)}"
+        )
+    train(read_config(resume), resume=True)
+
+
+def options_of(args: dict[str, Any]) -> dict[str, Any]:
+    """What every command on a run shares."""
+    from .train import choose_device, set_threads
+
+    if args["batch_size"] < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args['batch_size']}")
+    if args.get("workers", 0) < 0:
+        raise UserError(f"--workers must not be negative, got {args['workers']}")
+    set_threads(args.pop("threads", None))
+    found = {name: args.pop(name) for name in SHARED if name in args}
+    device = choose_device(found.pop("device", "auto"))
+    return found | {"rows": args.pop("batch_size"), "device": device}
+
+
+def tell_skipped(skipped: list[str]) -> None:
+    if skipped:
+        print(f"skipped {len(skipped)} bad audio files:")
+        print("\n".join(f"  {reason}" for reason in skipped))
+
+
+def check_json(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {path.parent}")
+
+
+def run_eval(run: Path, data: list[Path], json: Path | None, **args: Any) -> None:
     from .evaluate import RULE, evaluate_run
+    from .files import write_json
     from .report import COLUMNS, table
 
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}")
-    metrics, corpus = evaluate_run(run, data, **options)
-    if corpus.skipped:
-        print(f"skipped {len(corpus.skipped)} bad audio files:")
-        print("\n".join(f"  {reason}" for reason in corpus.skipped))
-    print(f"{data}: {len(corpus.clips)} clips, {len(corpus.captions)} captions, in %")
-    print(table({str(run): metrics}, COLUMNS))
-    for way, name in (("t2a", "text to audio"), ("a2t", "audio to text")):
-        print(f"median rank, {name}: {metrics[way]['median_rank']:.0f}")
+    check_json(json)
+    options, found = options_of(args), {}
+    for manifest in data:
+        metrics, corpus = evaluate_run(run, manifest, **options)
+        found[str(manifest)] = metrics
+        tell_skipped(corpus.skipped)
+        print(f"{manifest}: {len(corpus.clips)} clips, {len(corpus.captions)} captions, in %")
+        rows = {f"{run} {name}": one for name, one in metrics.get("languages", {}).items()}
+        mean = f"{run} mean of {len(rows)} languages" if rows else str(run)
+        print(table({**rows, mean: metrics}, COLUMNS))
+        for way, name in (("t2a", "text to audio"), ("a2t", "audio to text")):
+            print(f"median rank, {name}: {metrics[way]['median_rank']:g}")
+        if "selected_on" in metrics:
+            print("NOTE: this checkpoint was selected on a test set")
     print(f"rule: {RULE}")
-    if json_path is not None:
-        json_path.write_text(json.dumps({"rule": RULE} | metrics, indent=2) + "\n")
+    if json is not None:
+        write_json(json, {"rule": RULE} | (metrics if len(data) == 1 else found))
 
 
-def run_command(args: argparse.Namespace) -> None:
+def run_zeroshot(run: Path, data: Path, json: Path | None, **args: Any) -> None:
+    from .files import write_json
+    from .zeroshot import classify_run
+
+    check_json(json)
+    template, lang = args.pop("template"), args.pop("lang")
+    found = classify_run(run, data, template, lang, **options_of(args))
+    tell_skipped(found["skipped"])
+    print(f"{data}: {found['clips']} clips, {found['classes']} classes, in %")
+    for name in ("accuracy", "top5", "mean_class_accuracy", "mean_fold_accuracy"):
+        if name in found:
+            print(f"{name:<20}{100 * found[name]:8.2f}")
+    print(f"templates: {', '.join(found['templates'])}")
+    if "selected_on" in found:
+        print("NOTE: this checkpoint was selected on a test set")
+    print(f"rule: {found['rule']}")
+    if json is not None:
+        write_json(json, found)
+
+
+def run_search(run: Path, query: str, audio: Path, top: int, lang: str, **args: Any) -> None:
+    from .search import search
+
+    args.pop("skip_bad_audio", None)
+    found, skipped = search(run, query, audio, top, lang, **options_of(args))
+    tell_skipped(skipped)
+    print("rank  cosine  file")
+    for rank, (score, name) in enumerate(found, 1):
+        print(f"{rank:4d}  {score:6.3f}  {name}")
+
+
+def run_command(args: argparse.Namespace) -> int:
     """Carry out one parsed command; heavy imports happen here, so that --help is quick."""
     options = vars(args).copy()
     command = options.pop("command")
-    if command == "synth":
+    if command == "train":
+        run_train(**options)
+    elif command == "check":
+        from .check import check
+
+        said, problems = check(args.manifest)
+        print("\n".join(said))
+        print("\n".join([*problems, f"{len(problems)} problems"]) if problems else "no problems")
+        return 1 if problems else 0
+    elif command == "eval":
+        run_eval(**options)
+    elif command == "zeroshot":
+        run_zeroshot(**options)
+    elif command == "embed":
+        from .search import embed
+
+        run, data, out = (options.pop(name) for name in ("run", "data", "out"))
+        clips, captions = embed(run, data, out, **options_of(options))
+        print(f"{clips} clips and {captions} captions are in {out}")
+    elif command == "search":
+        run_search(**options)
+    elif command == "synth":
         from .synth import synthesise
 
         synthesise(**options)
         print(f"{args.clips} clips with captions are in {args.out}")
-        return
-    if command == "train":
-        from .train import train
-
-        model = ModelConfig(**{name: options.pop(name) for name in MODEL_HELP})
-        train(TrainConfig(model=model, **options))
-    elif command == "demo":
+    else:
         from .report import demo
 
         demo(**options)
-    else:
-        from .train import choose_device, set_threads
-
-        set_threads(options.pop("threads"))
-        options["device"] = choose_device(options["device"])
-        run_eval(json_path=options.pop("json"), **options)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     # as long. OpenMP reads this once, so it is set before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        run_command(args)
+        return run_command(args)
     except UserError as error:
         print(f"supclap: {error}", file=sys.stderr)
         return error.exit_code
@@ -169,10 +238,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("supclap: interrupted; files already written are complete", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == __package__:
+        missing = (error.name or "").partition(".")[0]
+        if missing == __package__:
             raise
+        extra = {"transformers": "hub", "huggingface_hub": "hub", "tensorboard": "tensorboard"}
         print(
-            f"supclap: {error.name} is not installed; pip install 'supclap-kernels[train]'",
+            f"supclap: {error.name} is not installed; "
+            f"pip install 'supclap-kernels[{extra.get(missing, 'train')}]'",
             file=sys.stderr,
         )
         return 2
@@ -190,4 +262,3 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return 0

@@ -1,11 +1,21 @@
-"""Every setting of a model and of a training run, and the two errors a user may see."""
+"""Every setting of a model and of a training run, and the errors a user may see.
+
+A setting is a flag of `supclap train` and a key of its TOML file; both are made from the fields
+here. Settings given on the command line come before those of the file, and those before a recipe's.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import sys
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class UserError(Exception):
@@ -20,29 +30,47 @@ class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
     exit_code = 130
 
 
+def setting(default: Any, text: str, *choices: str) -> Any:
+    """A field with its line of --help."""
+    return field(default=default, metadata={"help": text, "choices": choices or None})
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check_seed(seed: int) -> None:
     """NumPy takes no negative seed, PyTorch none above 64 bits."""
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), got {seed}")
 
 
+ENCODERS = "or hf:NAME or hf:FOLDER, a model of transformers"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of both towers; written into a run's `config.json` and read back by `eval`."""
+    """Both towers; written into a run's `config.json` and read back by `eval`."""
 
-    width: int = 128  # channels of every transformer layer
-    heads: int = 4
-    audio_layers: int = 2
-    text_layers: int = 2
-    embed_dim: int = 128  # D of the shared space
-    patch_frames: int = 8  # log-mel frames (10 ms each) in one audio token
-    max_bytes: int = 256  # a longer caption is cut
-    max_seconds: float = 30.0  # a longer clip is cut
+    audio_encoder: str = setting("builtin", f"builtin, ced-tiny|mini|small|base, {ENCODERS}")
+    text_encoder: str = setting("builtin", f"builtin, {ENCODERS}")
+    embed_dim: int = setting(128, "dimensions of the shared space")
+    head: str = setting(
+        "auto", "after each encoder; auto: none after CLAP's", "auto", "mlp", "none"
+    )
+    dropout: float = setting(0.0, "share of the head's hidden units dropped in training")
+    width: int = setting(128, "builtin: channels of the transformers")
+    heads: int = setting(4, "builtin: attention heads")
+    audio_layers: int = setting(2, "builtin: transformer layers for audio")
+    text_layers: int = setting(2, "builtin: transformer layers for text")
+    patch_frames: int = setting(8, "builtin: 10 ms frames in one audio token")
+    max_bytes: int = setting(256, "builtin: longer captions are cut")
+    max_seconds: float = setting(30.0, "longer clips are cut: anywhere in training, else the end")
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "embed_dim", "patch_frames", "max_bytes"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+                raise UserError(f"{flag(name)} must be at least 1")
         if min(self.audio_layers, self.text_layers) < 0:
             raise UserError("--audio-layers and --text-layers must not be negative")
         if self.width % (2 * self.heads):
@@ -51,71 +79,188 @@ class ModelConfig:
             )
         if not 0 < self.max_seconds < 1e6:
             raise UserError(f"--max-seconds must be a positive number, got {self.max_seconds}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
+
+
+SVR = ("none", "uni-static", "bi-static", "uni-dynamic", "bi-dynamic")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `val=None`: the last checkpoint is kept, else the best on `val`."""
+    """One training run."""
 
-    data: Path
-    out: Path
-    val: Path | None = None
-    epochs: int = 30
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05  # share of all steps
-    clip_grad: float = 1.0  # largest gradient norm
-    seed: int = 0
-    loss: str = "static"  # infonce (no support vectors) | static | dynamic
-    objective: str = "infonce"  # infonce | siglip
-    bilateral: str = "mirror"  # none | mirror | shared
-    alpha: float = 1.0
-    beta: float | None = None  # None: 0.01 for dynamic, 0 for static
-    radius_init: float = 0.1
-    tau: float = 0.07  # logits = <t, a> / tau
-    learn_tau: bool = False
-    micro_batch_size: int | None = None  # encode a batch in pieces of this many pairs
-    device: str = "auto"
-    threads: int | None = None
-    skip_bad_audio: bool = False
-    overwrite: bool = False
+    data: Path = setting(MISSING, "manifest: CSV, JSON, JSONL or tar; all of it is trained on")
+    out: Path = setting(MISSING, "folder of the run: model.safetensors, config.json, log.jsonl")
+    val: Path | None = setting(None, "manifest for choosing the best epoch; without: the last")
+    test: Path | None = setting(None, "manifest for --select-on test")
+    select_on: str = setting(
+        "val",
+        "which manifest chooses; test matches the paper and marks every output",
+        "val",
+        "test",
+    )
+    epochs: int = setting(30, "one epoch is every (clip, caption) pair once")
+    batch_size: int = setting(64, "pairs in a step, over all processes")
+    micro_batch_size: int | None = setting(
+        None, "encode a batch in pieces of this many pairs: same gradient, less memory"
+    )
+    loss: str = setting("infonce", "the contrastive loss", "infonce", "siglip")
+    svr: str = setting(
+        "bi-static", "support vectors: of texts or both, R learned or predicted", *SVR
+    )
+    bilateral: str = setting("mirror", "what bi- means (MATH.md)", "mirror", "shared")
+    alpha: float = setting(1.0, "weight of the support vectors' term")
+    beta: float | None = setting(None, "weight of the radius constraint; 0.01 if dynamic, else 0")
+    radius_init: float = setting(0.1, "initial semantic radius")
+    radius_features: str = setting(
+        "summary", "what predicts a dynamic radius; similarities is the paper's and drops the last "
+        "batch if it is small", "summary", "similarities",
+    )  # fmt: skip
+    tau: float = setting(0.07, "temperature (its initial value with --learn-tau)")
+    learn_tau: bool = setting(False, "learn the temperature")
+    ids: bool = setting(True, "captions of one clip are no negatives of each other")
+    optimizer: str = setting("adamw", "decay is on matrices only", "adamw", "adam")
+    lr: float = setting(1e-3, "peak learning rate")
+    audio_lr: float | None = setting(None, "of the audio encoder, if another")
+    text_lr: float | None = setting(None, "of the text encoder, if another")
+    freeze: str = setting("none", "encoders that stay as they are", "none", "audio", "text", "both")
+    weight_decay: float = setting(0.01, "of AdamW")
+    schedule: str = setting("cosine", "after the warm-up", "cosine", "constant")
+    warmup: float = setting(0.05, "share of the steps for linear warm-up")
+    clip_grad: float = setting(1.0, "largest gradient norm; 0: any")
+    precision: str = setting("fp32", "bf16: encoders under autocast", "fp32", "bf16")
+    seed: int = setting(0, "of the weights, the order of the pairs and the crops")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints, beside every epoch's")
+    diagnose_every: int | None = setting(None, "steps between lines of diagnostics.jsonl")
+    workers: int = setting(0, "processes that decode audio")
+    cache: str = setting("memory", "of features: memory, off, or a folder to keep them in")
+    device: str = setting("auto", "auto takes a GPU if there is one", "auto", "cpu", "cuda")
+    threads: int | None = setting(None, "CPU threads of PyTorch")
+    tensorboard: bool = setting(False, "also write RUN/tensorboard")
+    skip_bad_audio: bool = setting(False, "leave broken or missing files out instead of stopping")
+    overwrite: bool = setting(False, "write over an earlier run in --out")
     model: ModelConfig = ModelConfig()
 
     def __post_init__(self) -> None:
-        whole = {
-            "epochs": self.epochs,
-            "batch-size": self.batch_size,
-            "micro-batch-size": self.micro_batch_size,
-        }
-        for name, count in whole.items():
+        counts = ("epochs", "batch_size", "micro_batch_size", "checkpoint_every", "diagnose_every")
+        for name in (*counts, "threads"):
+            count = getattr(self, name)
             if count is not None and count < 1:
-                raise UserError(f"--{name} must be at least 1, got {count}")
+                raise UserError(f"{flag(name)} must be at least 1, got {count}")
         check_seed(self.seed)
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup must be in [0, 1), got {self.warmup}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UserError(f"--weight-decay must not be negative, got {self.weight_decay}")
-        positive = {"lr": self.lr, "tau": self.tau, "clip-grad": self.clip_grad}
-        for name, value in positive.items():
-            if not 0 < value < float("inf"):
-                raise UserError(f"--{name} must be a positive number, got {value}")
+        for name in ("weight_decay", "clip_grad", "workers"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "tau", "audio_lr", "text_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{flag(name)} must be a positive number, got {value}")
+        for part in (self, self.model):
+            for one in fields(part):
+                choices, value = one.metadata.get("choices"), getattr(part, one.name)
+                if choices and value not in choices:
+                    raise UserError(f"{flag(one.name)} must be one of {choices}, got {value!r}")
+        if self.select_on == "test" and self.test is None:
+            raise UserError("--select-on test needs --test MANIFEST")
+
+    @property
+    def selection(self) -> Path | None:
+        """The manifest that chooses the checkpoint."""
+        return self.test if self.select_on == "test" else self.val
 
 
-def write_config(path: Path, config: TrainConfig) -> None:
-    """Write every setting as JSON."""
-    path.write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+RECIPES: dict[str, dict[str, Any]] = {
+    # Batch, epochs, optimiser, temperature and weights are the paper's (section 4.1); that it has
+    # no warm-up, decay or clipping is read from its silence.
+    "paper": {
+        "audio_encoder": "hf:mispeech/ced-base",
+        "text_encoder": "hf:cointegrated/SONAR_200_text_encoder",
+        "embed_dim": 1024,
+        "optimizer": "adam",
+        "lr": 5e-5,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "clip_grad": 0.0,
+        "batch_size": 24,
+        "epochs": 10,
+        "svr": "bi-dynamic",
+        "radius_features": "similarities",
+        "tau": 0.07,
+        "alpha": 1.0,
+        "beta": 0.01,
+    }
+}
+MODEL = {one.name: one for one in fields(ModelConfig)}
+TRAIN = {one.name: one for one in fields(TrainConfig) if one.name != "model"}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
 
 
-def read_model_config(path: Path) -> ModelConfig:
-    """The model's shape from a run's `config.json`; an unknown key is an error."""
+def kind_of(one: Field[Any]) -> Any:
+    """The type of a setting that has a value."""
+    return TYPES[str(one.type).partition(" | ")[0]]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings of a file, named as the flags are, with - or _."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())["model"]
-        unknown = set(found) - {field.name for field in fields(ModelConfig)}
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a finished run: it has no {path.name}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    found = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        known = TRAIN | MODEL
+        if name not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}; `supclap train --help` has all")
+        kind = kind_of(known[name])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is Path and isinstance(value, str):
+            value = Path(value)
+        if type(value) is not (type(Path()) if kind is Path else kind):
+            raise UserError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
+        found[name] = value
+    return found
+
+
+def build_config(
+    given: dict[str, Any], config: Path | None = None, recipe: str | None = None
+) -> TrainConfig:
+    """From flags, a TOML file and a recipe, the first that has a setting."""
+    found = RECIPES[recipe] if recipe else {}
+    found = found | (read_toml(config) if config else {}) | given
+    for name in ("data", "out"):
+        if name not in found:
+            raise UserError(f"{flag(name)} is needed: {TRAIN[name].metadata['help']}")
+    model = ModelConfig(**{name: found[name] for name in MODEL if name in found})
+    return TrainConfig(model=model, **{name: found[name] for name in TRAIN if name in found})
+
+
+def config_text(config: TrainConfig) -> str:
+    """Every setting as JSON."""
+    return json.dumps(asdict(config), indent=2, default=str) + "\n"
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings of a run, wherever it is now; an unknown one is an error."""
+    path = run / "config.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        model = found.pop("model")
+        unknown = (set(found) - set(TRAIN)) | (set(model) - set(MODEL))
+    except FileNotFoundError:
+        raise UserError(f"{run} is not a run: it has no {path.name}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the run's settings {path}: {error!r}") from error
     if unknown:
         raise UserError(f"{path} has settings this version does not know: {sorted(unknown)}")
-    return ModelConfig(**found)
+    for name, value in found.items():
+        if kind_of(TRAIN[name]) is Path and value is not None:
+            found[name] = Path(value)
+    return TrainConfig(**(found | {"out": run}), model=ModelConfig(**model))

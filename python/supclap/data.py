@@ -1,195 +1,278 @@
-"""From a manifest to batches: CSV, audio files, log-mel features, caption bytes.
+"""From clips to batches. What never changes is decoded once: the features of every clip, unless it
+is longer than `max_seconds`, where training takes another part of it each time.
 
-A corpus is read once and its features are kept in memory as float16 (12.8 KB per second of
-audio), so every file has been opened and checked before the first step.
+Every draw has its own seed, made of the run's, the epoch and the pair: a batch is the same whatever
+the number of workers and wherever a run was interrupted.
 """
 
 from __future__ import annotations
 
-import csv
-import math
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
-import soxr
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .audio import FrontEnd, LogMel, load_audio, open_audio
 from .config import UserError
+from .files import write_whole
+from .manifest import SHOWN, Clip, read_manifest
 
-# The front end of CED: 16 kHz, 32 ms windows, 10 ms hop, 64 HTK mel bins, decibels.
-SAMPLE_RATE = 16_000
-N_FFT = 512
-HOP = 160
-N_MELS = 64
-F_MAX = 8_000.0
-TOP_DB = 120.0
-LOUDEST = 1e15  # its power is still a float32
+Tokenizer = Callable[[list[str], list[str]], tuple[Tensor, ...]]
+"""Captions and their languages -> what the text encoder takes, each [B, ...]."""
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One audio file and its captions, as the manifest names them."""
+class Batch(NamedTuple):
+    """Some pairs, as the encoders take them."""
 
-    name: str
-    path: Path
-    captions: tuple[str, ...]
+    audio: tuple[Tensor, ...]  # features [B, F, M], lengths [B]
+    text: tuple[Tensor, ...]
+    ids: Tensor  # [B] int64, the clip of each pair
+
+    def to(self, device: torch.device) -> Batch:
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return Batch(tuple(map(moved, self.audio)), tuple(map(moved, self.text)), moved(self.ids))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Clips in memory. A pair is one (clip, caption); captions are numbered clip by clip."""
+    """Clips and their features. A pair is a (clip, caption); captions are numbered by clip."""
 
     clips: list[Clip]
-    features: list[Tensor]  # clip c: [F_c, N_MELS] float16, decibels
+    front_end: FrontEnd
+    max_seconds: float
     skipped: list[str]  # one reason per clip left out
+    kept: list[Tensor] | None  # [F_c, M] of each clip; None: decoded whenever it is asked for
+    longer: Tensor  # [N] bool: whether a clip is cut to max_seconds
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """All M captions."""
         return [caption for clip in self.clips for caption in clip.captions]
 
-    @property
+    @cached_property
+    def languages(self) -> list[str]:
+        """Of all M captions."""
+        return [language for clip in self.clips for language in clip.languages]
+
+    @cached_property
     def clip_of(self) -> Tensor:
         """[M] int64: the clip of each caption."""
         counts = torch.tensor([len(clip.captions) for clip in self.clips])
         return torch.repeat_interleave(torch.arange(len(self.clips)), counts)
 
-
-def read_manifest(manifest: Path) -> list[Clip]:
-    """Read `file_name, caption_1, ... caption_5`; rows of one file are joined to one clip.
-
-    A file name is looked for in the manifest's own folder, then in `audio/` beside it.
-    """
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
-    except FileNotFoundError:
-        raise UserError(f"manifest not found: {manifest}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the manifest {manifest}: {error}") from error
-
-    if not columns:
-        raise UserError(f"manifest {manifest} is empty: it needs the columns file_name, caption_1")
-    for needed in ("file_name", "caption_1"):
-        if needed not in columns:
-            raise UserError(
-                f"manifest {manifest} has no column {needed!r}; it has {', '.join(columns)}"
-            )
-    if not rows:
-        raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
-
-    caption_columns = [name for name in columns if name.startswith("caption_")]
-    captions: dict[Path, list[str]] = {}
-    names: dict[Path, str] = {}
-    for line, row in rows:
-        name = (row["file_name"] or "").strip()
-        if not name:
-            raise UserError(f"manifest {manifest}, line {line}: file_name is empty")
-        if None in row:
-            raise UserError(
-                f"manifest {manifest}, line {line} ({name}): more fields than the header has "
-                "columns; a caption with a comma in it needs quotes"
-            )
-        path = manifest.parent / name
-        beside = manifest.parent / "audio" / name
-        if not path.is_file() and beside.is_file():
-            path = beside
-        names.setdefault(path, name)
-        for column in caption_columns:
-            caption = " ".join((row[column] or "").split())
-            if not caption:
-                raise UserError(
-                    f"manifest {manifest}, line {line} ({name}): {column} is empty; a clip with "
-                    "fewer captions can have a row for each caption in a file with caption_1 only"
-                )
-            captions.setdefault(path, []).append(caption)
-    return [Clip(names[path], path, tuple(texts)) for path, texts in captions.items()]
-
-
-def load_audio(path: Path, max_seconds: float) -> np.ndarray:
-    """The first `max_seconds` of any file soundfile reads, as mono float32 at 16 kHz: [S]."""
-    if not path.is_file():
-        raise UserError("no such file (looked in the manifest's folder and in audio/ beside it)")
-    try:
-        with soundfile.SoundFile(path) as source:
-            rate = source.samplerate
-            wave = source.read(math.ceil(max_seconds * rate), dtype="float32", always_2d=True)
-        if len(wave) == 0:
-            raise UserError("the clip has zero length")
-        if not (np.abs(wave) < LOUDEST).all():
-            raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
-        mono = wave.mean(axis=1)
-        resampled = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
-    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"not readable as audio: {error}") from error
-    return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
-
-
-@cache
-def mel_filters() -> Tensor:
-    """[N_FFT / 2 + 1, N_MELS]: triangles of height 1, evenly spaced on the HTK mel scale."""
-    top = 2595.0 * math.log10(1.0 + F_MAX / 700.0)
-    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, N_MELS + 2, dtype=torch.float64) / 2595) - 1)
-    bins = torch.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
-    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0.0).float()
-
-
-def log_mel(wave: Tensor) -> Tensor:
-    """[S] samples -> [F, N_MELS] decibels, F = 1 + S // HOP, at most TOP_DB below the peak."""
-    padding = max(0, N_FFT - len(wave))  # a shorter clip cannot be reflected at its borders
-    spectrum = torch.stft(
-        torch.nn.functional.pad(wave, (0, padding)),
-        N_FFT,
-        hop_length=HOP,
-        window=torch.hann_window(N_FFT),
-        center=True,
-        return_complex=True,
-    )  # [N_FFT / 2 + 1, F]
-    power = spectrum.abs().square().T @ mel_filters()
-    decibels = 10.0 * power.clamp(min=1e-10).log10()
-    return decibels.clamp(min=decibels.max() - TOP_DB)
-
-
-def load_corpus(manifest: Path, max_seconds: float, skip_bad_audio: bool = False) -> Corpus:
-    """Read a manifest and every clip of it; bad files are named, or skipped and counted."""
-    clips, features, bad = [], [], []
-    rows = read_manifest(manifest)
-    for clip in tqdm(rows, desc=f"reading {manifest.name}", mininterval=1.0):
+    def features(self, clip: int, seed: list[int] | None = None) -> Tensor:
+        """[F, M] of one clip: its beginning, or a part that the seed draws."""
+        if self.kept is not None and not (seed is not None and self.longer[clip]):
+            return self.kept[clip]
         try:
-            wave = load_audio(clip.path, max_seconds)
+            return decode(self.clips[clip], self.front_end, self.max_seconds, seed)
         except UserError as error:
-            bad.append(f"{clip.path}: {error}")
-            continue
-        clips.append(clip)
-        features.append(log_mel(torch.from_numpy(wave)).half())
+            raise UserError(f"{self.clips[clip].path}: {error}") from error
+
+    def sample(self, most: int = 1000) -> list[Tensor]:
+        """Features of at most so many clips, evenly spread."""
+        count = min(most, len(self.clips))
+        return [self.features(n * len(self.clips) // count) for n in range(count)]
+
+
+def decode(
+    clip: Clip, front_end: FrontEnd, max_seconds: float, seed: list[int] | None = None
+) -> Tensor:
+    """Features [F, M] of a clip; an error without the file's name."""
+    draw = None if seed is None else lambda n: int(np.random.default_rng(seed).integers(n))
+    return front_end(load_audio(open_audio(clip), max_seconds, front_end.sample_rate, draw))
+
+
+class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
+    """Features of a clip, whether it is longer than them, and what is wrong if they are None."""
+
+    def __init__(self, clips: list[Clip], front_end: FrontEnd | None, max_seconds: float) -> None:
+        self.clips, self.front_end, self.max_seconds = clips, front_end, max_seconds
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, number: int) -> tuple[Tensor | None, bool, str]:
+        clip = self.clips[number]
+        try:
+            header = soundfile.info(open_audio(clip))
+            longer = header.duration > self.max_seconds
+            if self.front_end is None:  # only whether the file is there
+                problem = "" if header.frames else "the clip has zero length"
+                return None, longer, problem
+            return decode(clip, self.front_end, self.max_seconds), longer, ""
+        except UserError as error:
+            return None, False, str(error)
+        except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
+            return None, False, f"not readable as audio: {error}"
+
+
+def loader(dataset: Dataset[Any], order: Any = None, workers: int = 0, pin: bool = False) -> Any:
+    """Items of a dataset, one by one, prepared in `workers` processes; no global random number is
+    drawn."""
+    numbers = range(len(dataset)) if order is None else order  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=min(workers, len(numbers)),
+        pin_memory=pin,
+        generator=torch.Generator(),
+        persistent_workers=False,
+    )
+
+
+def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
+    """Where the features of just these files are kept."""
+    said = []
+    for clip in clips:
+        found = clip.path.stat() if clip.path.is_file() else None
+        file = (found.st_size, found.st_mtime_ns) if found else None
+        said.append([str(clip.path.resolve()), clip.span, file])
+    whole = json.dumps([front_end.key, max_seconds, said])
+    return folder / f"features-{hashlib.sha256(whole.encode()).hexdigest()[:16]}.safetensors"
+
+
+def read_cache(path: Path, count: int) -> list[tuple[Tensor | None, bool, str]] | None:
+    """Mapped from the file, not read; None if there is none, or a broken one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as stored:
+            said = json.loads(stored.metadata()["said"])
+            parts = [stored.get_tensor(str(n)) if not said[n][1] else None for n in range(count)]
+    except (SafetensorError, OSError, KeyError, IndexError, ValueError):
+        return None
+    return [(x, longer, problem) for x, (longer, problem) in zip(parts, said, strict=True)]
+
+
+def load_corpus(
+    manifest: Path, max_seconds: float, skip_bad_audio: bool = False, **options: Any
+) -> Corpus:
+    """Read a manifest and every clip of it; options as of `load_clips`."""
+    return load_clips(read_manifest(manifest), manifest, max_seconds, skip_bad_audio, **options)
+
+
+def load_clips(
+    rows: list[Clip],
+    manifest: Path,
+    max_seconds: float,
+    skip_bad_audio: bool = False,
+    *,
+    front_end: FrontEnd | None = None,
+    cache: str = "memory",
+    workers: int = 0,
+) -> Corpus:
+    """Read every clip; bad files are named, as of `manifest`, or skipped and counted.
+
+    cache: "memory", "off" (only headers are read now) or a folder.
+    """
+    front_end = front_end or LogMel()
+    folder = None if cache in ("memory", "off") else Path(cache)
+    stored = None if folder is None else cache_file(folder, rows, front_end, max_seconds)
+    found = None if stored is None else read_cache(stored, len(rows))
+    if found is None:
+        work = Decoding(rows, None if cache == "off" else front_end, max_seconds)
+        bar = tqdm(loader(work, workers=workers), f"reading {manifest.name}", mininterval=1.0)
+        found = list(bar)
+        if stored is not None:
+            said = json.dumps([(longer, problem) for _, longer, problem in found])
+            tensors = {str(n): x for n, (x, *_) in enumerate(found) if x is not None}
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(stored, lambda path: save_file(tensors, path, {"said": said}))
+
+    bad = [f"{c.path}: {said}" for c, (*_, said) in zip(rows, found, strict=True) if said]
     if bad and not skip_bad_audio:
-        shown = "\n  ".join(bad[:10] + ([f"... and {len(bad) - 10} more"] if bad[10:] else []))
+        shown = bad[:SHOWN] + ([f"... and {len(bad) - SHOWN} more"] if bad[SHOWN:] else [])
         raise UserError(
-            f"{len(bad)} of {len(bad) + len(clips)} audio files of {manifest} cannot be used "
-            f"(--skip-bad-audio leaves them out):\n  {shown}"
+            f"{len(bad)} of {len(rows)} audio files of {manifest} cannot be used "
+            "(--skip-bad-audio leaves them out):\n  " + "\n  ".join(shown)
         )
-    if not clips:
+    if len(bad) == len(rows):
         raise UserError(f"no audio file of {manifest} can be used; the first: {bad[0]}")
-    return Corpus(clips, features, bad)
+    good = [(clip, *one) for clip, one in zip(rows, found, strict=True) if not one[2]]
+    kept = None if cache == "off" else [x for _, x, _, _ in good if x is not None]
+    longer = torch.tensor([one for _, _, one, _ in good])
+    return Corpus([clip for clip, *_ in good], front_end, max_seconds, bad, kept, longer)
 
 
 def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """B clips of [F_c, N_MELS] -> [B, F, N_MELS] float32 padded at the end, and lengths [B]."""
+    """B clips of [F_c, M] -> [B, F, M] float32 padded at the end, and lengths [B]."""
     lengths = torch.tensor([len(clip) for clip in features])
     return torch.nn.utils.rnn.pad_sequence(features, batch_first=True).float(), lengths
 
 
-def encode_captions(captions: list[str], max_bytes: int) -> Tensor:
-    """B captions -> [B, L] int64: UTF-8 bytes of the lower-cased text plus 1, padded with 0."""
-    rows = [torch.tensor(list(text.lower().encode()[:max_bytes])) + 1 for text in captions]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+class Bytes:
+    """The built-in tokenizer: UTF-8 bytes of the lower-cased text plus 1, padded with 0."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
+        rows = [
+            torch.tensor(list(text.lower().encode()[: self.max_bytes])) + 1 for text in captions
+        ]
+        return (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),)
+
+
+class Epoch(Dataset[Batch]):
+    """The batches of an epoch: every (clip, caption) pair once, in random order; of each batch the
+    share of one rank."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        size: int,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        whole: bool = False,
+    ) -> None:
+        """`whole`: without the last batch if it is smaller."""
+        self.corpus, self.tokenizer, self.seed = corpus, tokenizer, (seed, epoch)
+        count = len(corpus.captions)
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
+        parts = order.split(size)[: steps_of(count, size, ranks, whole)]
+        self.parts = [pairs.tensor_split(ranks)[rank] for pairs in parts]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> Batch:
+        corpus, pairs = self.corpus, self.parts[number].tolist()
+        clips = corpus.clip_of[pairs]
+        parts = [
+            corpus.features(clip, [*self.seed, pair])
+            for clip, pair in zip(clips.tolist(), pairs, strict=True)
+        ]
+        text = self.tokenizer(
+            [corpus.captions[pair] for pair in pairs], [corpus.languages[pair] for pair in pairs]
+        )
+        return Batch(pad_features(parts), text, clips)
+
+    def batches(self, start: int = 0, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
+        """From batch `start` on."""
+        still = self.corpus.kept is not None and not self.corpus.longer.any()
+        numbers = range(start, len(self))
+        yield from loader(self, numbers, 0 if still else workers, pin)
+
+
+def steps_of(pairs: int, size: int, ranks: int = 1, whole: bool = False) -> int:
+    """Of an epoch: the last batch may be small, but every rank has a pair of it."""
+    return pairs // size + (not whole and pairs % size >= ranks)

@@ -5,21 +5,26 @@ Text and audio are compared by plain inner products; support vectors play no par
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from .data import Corpus, encode_captions, load_corpus, pad_features
-from .model import SupclapModel, load_checkpoint
+from .data import Corpus, load_corpus, loader, pad_features
+from .model import SupclapModel, evaluating, load_model, note_of
 
 RULE = (
     "t2a: every caption is a query over the unique clips; mAP@10 = mean of 1/rank if rank <= 10, "
-    "else 0. a2t: one query per clip over all captions; R@k and the median use the best rank of "
-    "the clip's captions; AP@10 = sum over its hits in the top 10 of i/rank_i, divided by its "
-    "number of captions. rank = 1 + number of others scoring >= it, so a tie counts against the "
-    "model (captions of one clip that tie with each other rank in turn). median_rank = "
-    "floor(median of the 0-based ranks) + 1. R@k and mAP@10 are fractions."
+    "else 0. a2t: one query per clip that has captions, over all captions; R@k and the median "
+    "use the best rank of the clip's captions; AP@10 = sum over its hits in the top 10 of "
+    "i/rank_i, divided by its number of captions. rank = 1 + number of others scoring >= it, so "
+    "a tie counts against the model (captions of one clip that tie with each other rank in "
+    "turn). median_rank = floor(median of the 0-based ranks) + 1. R@k and mAP@10 are fractions. "
+    "Of several languages each is measured by itself, over all clips, and the numbers are means "
+    "over languages."
 )
 
 Metrics = dict[str, float]
@@ -35,7 +40,8 @@ def text_to_audio_ranks(text: Tensor, audio: Tensor, clip_of: Tensor, rows: int 
 
 
 def audio_to_text_ranks(text: Tensor, audio: Tensor, clip_of: Tensor) -> list[Tensor]:
-    """For each of the N clips the ranks of its own captions among all M, best first."""
+    """For each of the N clips the ranks of its own captions among all M, best first; of a clip
+    without captions none."""
     order = clip_of.argsort(stable=True)
     captions = order.split(torch.bincount(clip_of, minlength=len(audio)).tolist())
     ranks = []
@@ -59,10 +65,10 @@ def summarise(ranks: Tensor, average_precision: Tensor) -> Metrics:
 def retrieval_metrics(text: Tensor, audio: Tensor, clip_of: Tensor) -> dict[str, Metrics]:
     """text: [M, D], audio: [N, D], clip_of: [M] int64 -> metrics by RULE for "t2a" and "a2t"."""
     t2a = text_to_audio_ranks(text, audio, clip_of)
-    reciprocal = torch.where(t2a <= 10, 1.0 / t2a, 0.0)
-    a2t = audio_to_text_ranks(text, audio, clip_of)
+    reciprocal = torch.where(t2a <= 10, 1.0 / t2a.double(), 0.0)
+    a2t = [ranks for ranks in audio_to_text_ranks(text, audio, clip_of) if len(ranks)]
     precision = [
-        (torch.arange(1, len(r) + 1) / r * (r <= 10)).sum() / len(r) for r in a2t
+        (torch.arange(1, len(r) + 1) / r.double() * (r <= 10)).sum() / len(r) for r in a2t
     ]  # AP@10 of each clip
     best = torch.stack([r[0] for r in a2t])
     return {"t2a": summarise(t2a, reciprocal), "a2t": summarise(best, torch.stack(precision))}
@@ -86,32 +92,94 @@ def chance(clip_of: Tensor) -> dict[str, Metrics]:
     return {"t2a": t2a, "a2t": a2t}
 
 
-@torch.no_grad()
-def embed_corpus(model: SupclapModel, corpus: Corpus, rows: int = 64) -> tuple[Tensor, Tensor]:
-    """Unit vectors of all M captions and N clips on the CPU: [M, D], [N, D]."""
+class Features(Dataset[tuple[Tensor, ...]]):
+    """Features of a corpus, some clips at a time, padded, and their lengths."""
+
+    def __init__(self, corpus: Corpus, rows: int) -> None:
+        self.corpus, self.rows = corpus, rows
+
+    def __len__(self) -> int:
+        return -(-len(self.corpus.clips) // self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, ...]:
+        clips = range(len(self.corpus.clips))[number * self.rows :][: self.rows]
+        return pad_features([self.corpus.features(clip) for clip in clips])
+
+
+def embed_audio(
+    model: SupclapModel, corpus: Corpus, rows: int = 64, workers: int = 0
+) -> Iterator[Tensor]:
+    """Unit vectors of some clips at a time, on the CPU: [at most rows, D]."""
     device = model.log_scale.device
-    model.eval()
-    audio = []
-    for start in range(0, len(corpus.clips), rows):
-        mel, lengths = pad_features(corpus.features[start : start + rows])
-        audio.append(model.audio(mel.to(device), lengths.to(device)).cpu())
-    captions, text = corpus.captions, []
-    for start in range(0, len(captions), rows):
-        encoded = encode_captions(captions[start : start + rows], model.config.max_bytes)
-        text.append(model.text(encoded.to(device)).cpu())
-    return torch.cat(text), torch.cat(audio)
+    workers = 0 if corpus.kept is not None else workers
+    for batch in loader(Features(corpus, rows), workers=workers):
+        with evaluating(model):
+            yield model.audio(*(x.to(device) for x in batch)).cpu()
 
 
-def evaluate_corpus(model: SupclapModel, corpus: Corpus) -> dict[str, Metrics]:
-    """Metrics of a model on a corpus in memory."""
-    text, audio = embed_corpus(model, corpus)
-    return retrieval_metrics(text, audio, corpus.clip_of)
+def embed_text(
+    model: SupclapModel, captions: list[str], languages: list[str], rows: int = 64
+) -> Tensor:
+    """Unit vectors of captions, on the CPU: [M, D]."""
+    device, found = model.log_scale.device, []
+    with evaluating(model):
+        for start in range(0, len(captions), rows):
+            part = slice(start, start + rows)
+            tokens = model.text.encoder.tokenizer(captions[part], languages[part])
+            found.append(model.text(*(x.to(device) for x in tokens)).cpu())
+    return torch.cat(found)
+
+
+def embed_corpus(
+    model: SupclapModel, corpus: Corpus, rows: int = 64, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors of all M captions and N clips on the CPU: [M, D], [N, D]."""
+    text = embed_text(model, corpus.captions, corpus.languages, rows)
+    return text, torch.cat(list(embed_audio(model, corpus, rows, workers)))
+
+
+def evaluate_corpus(
+    model: SupclapModel, corpus: Corpus, rows: int = 64, workers: int = 0
+) -> dict[str, Any]:
+    """Metrics "t2a" and "a2t" of a model on a corpus; with several languages their means, and
+    "languages": those of each."""
+    text, audio = embed_corpus(model, corpus, rows, workers)
+    languages = sorted(set(corpus.languages))
+    found = {}
+    for language in languages:
+        said = torch.tensor([one == language for one in corpus.languages])
+        found[language] = retrieval_metrics(text[said], audio, corpus.clip_of[said])
+    if len(languages) == 1:
+        return found[languages[0]]
+    return {**mean_metrics(list(found.values())), "languages": found}
+
+
+def mean_metrics(several: list[dict[str, Metrics]]) -> dict[str, Metrics]:
+    """Of each number in "t2a" and "a2t"."""
+    return {
+        way: {name: sum(m[way][name] for m in several) / len(several) for name in several[0][way]}
+        for way in ("t2a", "a2t")
+    }
 
 
 def evaluate_run(
-    run: Path, data: Path, device: str | torch.device = "cpu", skip_bad_audio: bool = False
-) -> tuple[dict[str, Metrics], Corpus]:
-    """Metrics of a run's checkpoint on the manifest `data`, and the corpus measured."""
-    model = load_checkpoint(run).to(device)
-    corpus = load_corpus(data, model.config.max_seconds, skip_bad_audio)
-    return evaluate_corpus(model, corpus), corpus
+    run: Path,
+    data: Path,
+    device: str | torch.device = "cpu",
+    skip_bad_audio: bool = False,
+    *,
+    rows: int = 64,
+    cache: str = "memory",
+    workers: int = 0,
+) -> tuple[dict[str, Any], Corpus]:
+    """Metrics of a run's checkpoint on the manifest `data`, and the corpus measured. A checkpoint
+    that was selected on a test set says so."""
+    model = load_model(run).to(device)
+    corpus = load_corpus(
+        data, model.config.max_seconds, skip_bad_audio,
+        front_end=model.audio.encoder.front_end, cache=cache, workers=workers,
+    )  # fmt: skip
+    metrics = evaluate_corpus(model, corpus, rows, workers)
+    if note_of(run).get("selected_on") == "test":
+        metrics["selected_on"] = "test"
+    return metrics, corpus

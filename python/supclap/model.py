@@ -1,136 +1,98 @@
-"""Two small transformers into one space of unit vectors, and their checkpoint.
-
-Padding never changes an embedding: padded positions are zero before the first layer, masked in
-attention and left out of the pooling.
-"""
+"""Two encoders into one space of unit vectors, and their checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the usual name)
-from safetensors import SafetensorError
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import ModelConfig, UserError, read_model_config
-from .data import N_MELS
-
-
-def positions(length: int, width: int, like: Tensor) -> Tensor:
-    """[length, width]: sines and cosines, so that any length has a position."""
-    rates = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(1e4) / width))
-    angles = torch.arange(length, device=like.device)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: [B, L, W]; mask: [B, L] bool, True where a token is real."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(self.norm2(x))
+from . import builtin
+from .ced import CED, SIZES
+from .config import ModelConfig, UserError, read_config
+from .files import write_whole
 
 
 class Tower(nn.Module):
-    """Tokens -> transformer -> mean over the real tokens -> projection -> unit vector."""
+    """Encoder -> head -> unit vector, in float32."""
 
-    def __init__(self, width: int, heads: int, layers: int, embed_dim: int) -> None:
+    def __init__(self, encoder: Any, head: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Linear(width, embed_dim)
-        )
+        self.encoder, self.head = encoder, head
+        self.bf16 = False  # in training under autocast
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: [B, L, W]; mask: [B, L] bool -> [B, D]."""
-        x = x + positions(x.shape[1], x.shape[2], x)
-        for block in self.blocks:
-            x = block(x, mask)
-        real = mask[:, :, None].to(x.dtype)
-        pooled = (self.norm(x) * real).sum(dim=1) / real.sum(dim=1)
-        return F.normalize(self.project(pooled), dim=1)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the encoder takes -> [B, D]."""
+        lowered = self.bf16 and self.training
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=lowered):
+            embedding = self.head(self.encoder(*inputs))
+        return F.normalize(embedding.float(), dim=1)
 
 
-class AudioEncoder(nn.Module):
-    """Log-mel frames, normalised per bin, cut into patches along time."""
-
-    mel_mean: Tensor
-    mel_std: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.patch_frames = config.patch_frames
-        self.register_buffer("mel_mean", torch.zeros(N_MELS))
-        self.register_buffer("mel_std", torch.ones(N_MELS))
-        self.patch = nn.Linear(config.patch_frames * N_MELS, config.width)
-        self.tower = Tower(config.width, config.heads, config.audio_layers, config.embed_dim)
-
-    def set_statistics(self, features: list[Tensor]) -> None:
-        """Mean and deviation of each mel bin over a corpus (CED's batch norm, once for all)."""
-        frames = sum(len(clip) for clip in features)
-        mean = sum((c.double().sum(dim=0) for c in features), torch.zeros(N_MELS).double()) / frames
-        squares = sum(((c.double() - mean).square().sum(dim=0) for c in features), mean * 0)
-        self.mel_mean.copy_(mean)
-        self.mel_std.copy_((squares / frames).sqrt().clamp(min=1.0))
-
-    def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
-        """mel: [B, F, N_MELS] decibels; lengths: [B] real frames -> [B, D]."""
-        size = self.patch_frames
-        mel = F.pad(mel, (0, 0, 0, -mel.shape[1] % size))
-        real = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
-        mel = (mel - self.mel_mean) / self.mel_std * real[:, :, None]
-        patches = mel.unflatten(1, (-1, size)).flatten(2)  # [B, F / size, size * N_MELS]
-        return self.tower(self.patch(patches), real[:, ::size])
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, no statistics of the batch, no gradient; then every part as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
-class TextEncoder(nn.Module):
-    """Bytes -> detectors of short byte runs -> the strongest hit of every POOL bytes."""
+def build_encoder(name: str, config: ModelConfig, kind: str, run: Path | None) -> Any:
+    """`kind`: audio or text. From a run's own folder without weights: its checkpoint has them."""
+    option, kept = f"--{kind}-encoder", run and run / f"{kind}_encoder"
+    if name == "builtin":
+        return builtin.AudioEncoder(config) if kind == "audio" else builtin.TextEncoder(config)
+    if kind == "audio" and name.removeprefix("ced-") in SIZES:
+        return CED(*SIZES[name.removeprefix("ced-")])
+    if not name.startswith("hf:"):
+        sizes = [f"ced-{size}, " for size in SIZES] if kind == "audio" else []
+        raise UserError(f"{option} {name}: known are builtin, {''.join(sizes)}hf:NAME, hf:FOLDER")
+    from . import hub
 
-    POOL = 4
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(257, config.width // 2, padding_idx=0)
-        self.runs = nn.Conv1d(config.width // 2, config.width, kernel_size=7, padding=3)
-        self.tower = Tower(config.width, config.heads, config.text_layers, config.embed_dim)
-
-    def forward(self, text: Tensor) -> Tensor:
-        """text: [B, L] int64, bytes plus 1, 0 where padded -> [B, D]."""
-        text = F.pad(text, (0, -text.shape[1] % self.POOL))
-        real = text > 0
-        hits = F.relu(self.runs(self.embed(text).transpose(1, 2)))
-        return self.tower(F.max_pool1d(hits, self.POOL).transpose(1, 2), real[:, :: self.POOL])
+    build = hub.audio_encoder if kind == "audio" else hub.text_encoder
+    return build(name[3:], option=option) if kept is None else build(str(kept), False, option)
 
 
 class SupclapModel(nn.Module):
-    """Both encoders, the logit scale 1 / tau, and the bias of the sigmoid objective."""
+    """Both towers, the logit scale 1 / tau, and the bias of the sigmoid objective."""
 
-    def __init__(self, config: ModelConfig, tau: float = 0.07) -> None:
+    def __init__(self, config: ModelConfig, tau: float = 0.07, run: Path | None = None) -> None:
         super().__init__()
         self.config = config
-        self.audio = AudioEncoder(config)
-        self.text = TextEncoder(config)
+        encoders = [
+            build_encoder(name, config, kind, run)
+            for kind, name in (("audio", config.audio_encoder), ("text", config.text_encoder))
+        ]
+        bare = config.head == "none" or (
+            config.head == "auto" and all(one.projects for one in encoders)
+        )
+        if bare and encoders[0].width != encoders[1].width:
+            raise UserError(
+                f"--head none: the encoders have {encoders[0].width} and {encoders[1].width} "
+                "dimensions; use --head mlp"
+            )
+        heads = [
+            nn.Identity()
+            if bare
+            else nn.Sequential(
+                nn.Linear(one.width, one.width), nn.GELU(), nn.Dropout(config.dropout),
+                nn.Linear(one.width, config.embed_dim),
+            )
+            for one in encoders
+        ]  # fmt: skip
+        self.audio, self.text = (Tower(*pair) for pair in zip(encoders, heads, strict=True))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0), requires_grad=False)
 
@@ -139,19 +101,23 @@ class SupclapModel(nn.Module):
         """0-d: the factor of every inner product."""
         return self.log_scale.exp()
 
+    def keep_encoders(self, run: Path) -> None:
+        """Write what `load_model` needs beside the weights."""
+        for kind, tower in (("audio", self.audio), ("text", self.text)):
+            if hasattr(tower.encoder, "keep"):
+                tower.encoder.keep(run / f"{kind}_encoder")
 
-def save_checkpoint(path: Path, model: SupclapModel) -> None:
+
+def save_model(path: Path, model: SupclapModel, note: dict[str, str] | None = None) -> None:
     """Write all tensors; an interrupted write leaves the previous file as it was."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    write_whole(path, lambda partial: save_file(tensors, partial, note))
 
 
-def load_checkpoint(run: Path) -> SupclapModel:
+def load_model(run: Path) -> SupclapModel:
     """The model of a run, ready to embed."""
-    model = SupclapModel(read_model_config(run / "config.json"))
-    path = run / "model.safetensors"
+    config = read_config(run)
+    model, path = SupclapModel(config.model, config.tau, run), run / "model.safetensors"
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
@@ -159,3 +125,9 @@ def load_checkpoint(run: Path) -> SupclapModel:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
     return model.eval()
+
+
+def note_of(run: Path) -> dict[str, str]:
+    """What a checkpoint says of itself: `step`, `selected_on`."""
+    with safe_open(run / "model.safetensors", "pt") as stored:
+        return stored.metadata() or {}

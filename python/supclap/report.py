@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import TrainConfig, UserError
 from .evaluate import RULE, Metrics, chance, evaluate_run
+from .logs import read_lines
 from .synth import synthesise
 from .train import train
 
@@ -26,11 +27,6 @@ def table(rows: dict[str, dict[str, Metrics]], columns: tuple[str, ...] = COLUMN
         cells = ("".join(f"{p:9.2f}" for p in block) for block in percent)
         lines.append(f"{name:<{width}}" + "  ".join(cells))
     return "\n".join(lines)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def smooth(values: list[float], window: int) -> list[float]:
@@ -93,14 +89,14 @@ def demo(out: Path, clips: int = 800, epochs: int = 4, seed: int = 0, **options:
     synthesise(corpus, clips, seed, overwrite=True)
     runs = {"InfoNCE": out / "infonce", "bi-StaticSVR": out / "bi-static"}
     rows: dict[str, dict[str, Metrics]] = {}
-    for (name, run), loss in zip(runs.items(), ("infonce", "static"), strict=True):
+    for (name, run), svr in zip(runs.items(), ("none", "bi-static"), strict=True):
         print(f"\n{name}")
         train(
             TrainConfig(
                 data=corpus / "train.csv",
                 val=corpus / "val.csv",
                 out=run,
-                loss=loss,
+                svr=svr,
                 epochs=epochs,
                 seed=seed,
                 overwrite=True,

@@ -1,0 +1,117 @@
+"""From an audio file to features: any file soundfile reads, mono, resampled, log-mel."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+
+from .config import UserError
+from .manifest import Clip
+
+# The front end of CED: 16 kHz, 32 ms windows, 10 ms hop, 64 HTK mel bins, decibels.
+SAMPLE_RATE = 16_000
+N_FFT = 512
+HOP = 160
+N_MELS = 64
+F_MAX = 8_000.0
+TOP_DB = 120.0
+LOUDEST = 1e15  # its power is still a float32
+
+
+class FrontEnd(Protocol):
+    """What an audio encoder makes of a clip, in any process."""
+
+    sample_rate: int
+
+    @property
+    def key(self) -> str:
+        """Names the features: of two front ends with one key they are the same."""
+
+    def __call__(self, wave: np.ndarray) -> Tensor:
+        """[S] float32 at `sample_rate` -> [F, M]."""
+
+
+def open_audio(clip: Clip) -> Path | BinaryIO:
+    """What soundfile reads: the clip's file, or its bytes in a tar."""
+    if not clip.path.is_file():
+        raise UserError("no such file (looked in the manifest's folder and in audio/ beside it)")
+    if clip.span is None:
+        return clip.path
+    start, size = clip.span
+    with clip.path.open("rb") as stream:
+        stream.seek(start)
+        return io.BytesIO(stream.read(size))
+
+
+def load_audio(
+    source: Path | BinaryIO,
+    max_seconds: float,
+    rate: int = SAMPLE_RATE,
+    draw: Callable[[int], int] | None = None,
+) -> np.ndarray:
+    """At most `max_seconds` of a file, as mono float32 at `rate`: [S].
+
+    The first ones, or from frame draw(n) on, if the file has n - 1 frames more than that.
+    """
+    try:
+        with soundfile.SoundFile(source) as opened:
+            native, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
+            if draw is not None and opened.frames > frames:
+                opened.seek(draw(opened.frames - frames + 1))
+            wave = opened.read(frames, dtype="float32", always_2d=True)
+        if len(wave) == 0:
+            raise UserError("the clip has zero length")
+        if not (np.abs(wave) < LOUDEST).all():
+            raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
+        mono = wave.mean(axis=1)
+        resampled = mono if native == rate else soxr.resample(mono, native, rate)
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"not readable as audio: {error}") from error
+    return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
+
+
+@cache
+def mel_filters() -> Tensor:
+    """[N_FFT / 2 + 1, N_MELS]: triangles of height 1, evenly spaced on the HTK mel scale."""
+    top = 2595.0 * math.log10(1.0 + F_MAX / 700.0)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, N_MELS + 2, dtype=torch.float64) / 2595) - 1)
+    bins = torch.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0.0).float()
+
+
+def log_mel(wave: Tensor) -> Tensor:
+    """[S] samples -> [F, N_MELS] decibels, F = 1 + S // HOP, at most TOP_DB below the peak."""
+    padding = max(0, N_FFT - len(wave))  # a shorter clip cannot be reflected at its borders
+    spectrum = torch.stft(
+        torch.nn.functional.pad(wave, (0, padding)),
+        N_FFT,
+        hop_length=HOP,
+        window=torch.hann_window(N_FFT),
+        center=True,
+        return_complex=True,
+    )  # [N_FFT / 2 + 1, F]
+    power = spectrum.abs().square().T @ mel_filters()
+    decibels = 10.0 * power.clamp(min=1e-10).log10()
+    return decibels.clamp(min=decibels.max() - TOP_DB)
+
+
+class LogMel:
+    """The front end of the built-in encoder and of CED; float16, 12.8 KB per second of audio."""
+
+    sample_rate = SAMPLE_RATE
+    key = f"log-mel {SAMPLE_RATE} {N_FFT} {HOP} {N_MELS} {F_MAX} {TOP_DB}"
+
+    def __call__(self, wave: np.ndarray) -> Tensor:
+        return log_mel(torch.from_numpy(wave)).half()

@@ -1,0 +1,59 @@
+"""`supclap check`: what a manifest holds, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from .audio import open_audio
+from .config import UserError
+from .manifest import Clip, scan_manifest
+
+
+def header(clip: Clip) -> tuple[float, int] | str:
+    """Seconds and sample rate, or what is wrong with the file."""
+    try:
+        found = soundfile.info(open_audio(clip))
+    except UserError as error:
+        return str(error)
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
+        return f"not readable as audio: {error}"
+    return (found.duration, found.samplerate) if found.frames else "the clip has zero length"
+
+
+def check(manifest: Path) -> tuple[list[str], list[str]]:
+    """Lines that describe the manifest, and its problems, each with its line."""
+    clips, problems = scan_manifest(manifest)
+    with ThreadPoolExecutor() as pool:
+        headers = list(pool.map(header, clips))
+    seconds, rates = [], Counter[int]()
+    for clip, found in zip(clips, headers, strict=True):
+        place = f"manifest {manifest}, {clip.place} ({clip.name})"
+        if isinstance(found, str):
+            problems.append(f"{place}: {found}")
+        else:
+            seconds.append(found[0])
+            rates[found[1]] += 1
+        problems += [
+            f"{place}: the caption {caption!r} is there {count} times"
+            for caption, count in Counter(clip.captions).items()
+            if count > 1
+        ]
+    counts = [len(clip.captions) for clip in clips]
+    languages = Counter(language for clip in clips for language in clip.languages)
+    said = [f"{len(clips)} clips, {sum(counts)} captions"]
+    if clips:
+        said.append(f"captions of a clip: {min(counts)} to {max(counts)}")
+        said.append("languages: " + ", ".join(f"{k} {n}" for k, n in sorted(languages.items())))
+    if seconds:
+        low, middle, high = np.quantile(seconds, (0, 0.5, 1))
+        said.append(
+            f"seconds: {low:.2f} to {high:.2f}, median {middle:.2f}, "
+            f"{sum(seconds) / 3600:.2f} hours in all"
+        )
+        said.append("sample rates: " + ", ".join(f"{k} Hz {n}" for k, n in sorted(rates.items())))
+    return said, problems

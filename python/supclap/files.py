@@ -1,0 +1,36 @@
+"""Files that are there as a whole or as they were: written beside, then put in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .config import UserError
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file that then takes the place of `path`; on an error nothing changes."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise UserError(f"cannot write {path}: {error}; what was there is as it was") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")

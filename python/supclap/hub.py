@@ -1,0 +1,229 @@
+"""Encoders of the Hugging Face hub, by name or from a folder: CED, CLAP, SONAR, any text encoder.
+
+A run keeps what it needs to load again (settings, tokenizer) in its own folder, without weights:
+`RUN/audio_encoder`, `RUN/text_encoder`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .ced import CED, SIZES, translate
+from .config import UserError
+from .layers import masked_mean
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork to decode audio
+
+
+def fetch(name: str, option: str, weights: bool) -> Path:
+    """The folder of a model: given, or downloaded by name."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{option} hf:{name}: no such folder, and the hub has not given it "
+            f"({type(error).__name__}). Download the model where there is a network (hf download "
+            f"{name}) and pass its folder: {option} hf:/path/to/it"
+        ) from error
+
+
+def settings_of(folder: Path, option: str) -> dict[str, Any]:
+    """A model's config.json."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} hf:{folder}: cannot read its config.json: {error}") from error
+
+
+def build(model_class: Any, folder: Path, weights: bool, option: str) -> Any:
+    """A model of transformers, in float32, with its weights or random ones."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # one tower of two is loaded: the other's weights are no news
+    try:
+        if weights:
+            return model_class.from_pretrained(folder, dtype=torch.float32)
+        return model_class(model_class.config_class.from_pretrained(folder))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{option} hf:{folder}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class ClapFrontEnd:
+    """CLAP's own features, without its random crop: clips come cut."""
+
+    def __init__(self, extractor: Any) -> None:
+        self.extractor, self.sample_rate = extractor, int(extractor.sampling_rate)
+        self.longest = int(extractor.nb_max_samples)
+        self.key = f"clap {json.dumps(extractor.to_dict(), sort_keys=True, default=str)}"
+
+    def __call__(self, wave: np.ndarray) -> Tensor:
+        """[S] -> [views * F, M]; the same F for every clip."""
+        wave = wave[: self.longest]
+        found = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
+        features: Tensor = found["input_features"][0]  # [views, F, M]
+        return features.flatten(0, 1)
+
+
+class ClapAudio(nn.Module):
+    """CLAP's audio tower with its projection."""
+
+    projects = True
+
+    def __init__(self, folder: Path, weights: bool, option: str) -> None:
+        from transformers import ClapAudioModelWithProjection, ClapFeatureExtractor
+
+        super().__init__()
+        self.model = build(ClapAudioModelWithProjection, folder, weights, option)
+        self.extractor = ClapFeatureExtractor.from_pretrained(folder)
+        self.front_end = ClapFrontEnd(self.extractor)
+        self.views = 4 if self.model.config.enable_fusion else 1
+        self.extractor.truncation = "fusion" if self.views > 1 else "rand_trunc"
+        self.width = int(self.model.config.projection_dim)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """[B, views * F, M] -> [B, W]. No clip is longer than the model hears: they come cut."""
+        longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
+        found = self.model(features.unflatten(1, (self.views, -1)), is_longer=longer)
+        return found.audio_embeds
+
+    def keep(self, folder: Path) -> None:
+        self.model.config.save_pretrained(folder)
+        self.extractor.save_pretrained(folder)
+
+
+class PublishedCED(CED):
+    """CED in the size of a published checkpoint."""
+
+    def __init__(self, folder: Path, weights: bool, option: str) -> None:
+        self.settings = settings_of(folder, option)
+        name, base = self.settings.get("name"), SIZES["base"]
+        width, heads = SIZES.get(str(name).removeprefix("ced-"), base)
+        width, heads = self.settings.get("embed_dim", width), self.settings.get("num_heads", heads)
+        super().__init__(width, heads, self.settings.get("depth", 12))
+        if weights:
+            try:
+                self.load_state_dict(translate(load_file(folder / "model.safetensors")))
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{option} hf:{folder}: {error}") from error
+
+    def keep(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=2))
+
+
+class Tokenizer:
+    """Captions -> token ids and mask; with a language for each caption where the model has them."""
+
+    def __init__(self, tokenizer: Any, most: int) -> None:
+        self.tokenizer, self.most = tokenizer, most
+        self.languages = self.known() if hasattr(tokenizer, "src_lang") else []
+
+    def known(self) -> list[str]:
+        """The language codes of an NLLB tokenizer, such as eng_Latn."""
+        tokens = self.tokenizer.get_added_vocab()
+        return sorted(token for token in tokens if len(token) == 8 and token[3] == "_")
+
+    def code(self, language: str) -> str:
+        """`eng` or `eng_Latn` -> `eng_Latn`; of several scripts the simplified or Latin one."""
+        if language in self.languages:
+            return language
+        found = [code for code in self.languages if code.startswith(f"{language}_")]
+        for script in ("Latn", "Hans"):
+            found = [code for code in found if code.endswith(script)] or found
+        if not found:
+            raise UserError(
+                f"the text encoder has no language {language!r}; it has {', '.join(self.languages)}"
+            )
+        return found[0]
+
+    def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
+        """-> ids [B, L], mask [B, L]."""
+        rows = []
+        for caption, language in zip(captions, languages, strict=True):
+            if self.languages:
+                self.tokenizer.src_lang = self.code(language)
+            rows.append(self.tokenizer(caption, truncation=True, max_length=self.most)["input_ids"])
+        ids = [torch.tensor(row) for row in rows]
+        mask = [torch.ones_like(row) for row in ids]
+        pad, padding = torch.nn.utils.rnn.pad_sequence, self.tokenizer.pad_token_id or 0
+        return pad(ids, True, padding), pad(mask, True)
+
+
+class PublishedText(nn.Module):
+    """CLAP's text tower with its projection, or the mean of any text encoder's last states."""
+
+    def __init__(self, folder: Path, weights: bool, option: str) -> None:
+        from transformers import AutoModel, AutoTokenizer, ClapTextModelWithProjection
+        from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+        super().__init__()
+        kind = settings_of(folder, option).get("model_type")
+        self.projects = kind in ("clap", "clap_text_model")
+        if kind == "m2m_100":
+            if weights:
+                print(
+                    f"{option}: the published SONAR and NLLB weights are CC-BY-NC-4.0, for "
+                    "non-commercial use only"
+                )
+            self.model = build(M2M100Encoder, folder, weights, option)
+        elif self.projects:
+            self.model = build(ClapTextModelWithProjection, folder, weights, option)
+        elif weights:
+            self.model = build(AutoModel, folder, weights, option)
+        else:
+            from transformers import AutoConfig
+
+            self.model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        config = self.model.config
+        self.width = int(config.projection_dim if self.projects else config.hidden_size)
+        try:
+            self.files = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option} hf:{folder}: cannot load its tokenizer: {error}") from error
+        most = min(int(getattr(config, "max_position_embeddings", 512)) - 2, 512)
+        self.tokenizer = Tokenizer(self.files, most)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask: [B, L] -> [B, W]."""
+        found = self.model(input_ids=ids, attention_mask=mask)
+        if self.projects:
+            return found.text_embeds
+        return masked_mean(found.last_hidden_state, mask)
+
+    def keep(self, folder: Path) -> None:
+        self.model.config.save_pretrained(folder)
+        self.files.save_pretrained(folder)
+
+
+def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encoder") -> nn.Module:
+    """CED or CLAP, from the hub or a folder."""
+    folder = fetch(name, option, weights)
+    kind = settings_of(folder, option).get("model_type")
+    if kind == "ced":
+        return PublishedCED(folder, weights, option)
+    if kind in ("clap", "clap_audio_model"):
+        return ClapAudio(folder, weights, option)
+    raise UserError(f"{option} hf:{name}: model type {kind!r}; known are ced and clap")
+
+
+def text_encoder(name: str, weights: bool = True, option: str = "--text-encoder") -> nn.Module:
+    """A text encoder from the hub or a folder."""
+    return PublishedText(fetch(name, option, weights), weights, option)

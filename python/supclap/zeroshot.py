@@ -1,0 +1,132 @@
+"""Zero-shot classification: the label whose sentence is nearest to the clip.
+
+folder with meta/esc50.csv                  ESC-50: filename, fold, category
+folder with metadata/UrbanSound8K.csv       UrbanSound8K: slice_file_name, fold, class
+any CSV                                     file_name, label [, fold]
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import UserError
+from .data import load_clips
+from .evaluate import embed_audio, embed_text
+from .manifest import LANGUAGE, Clip
+from .model import load_model, note_of
+
+TEMPLATE = "This is a sound of {label}"
+RULE = (
+    "a clip is right if its label's sentence scores higher than every other label's (a tie is "
+    "wrong); with several templates a label is the mean of its sentences' unit vectors"
+)
+
+
+def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
+    """Clips, and the label and the fold of each."""
+    layouts = (
+        (data / "meta/esc50.csv", "filename", "category", "audio/{name}"),
+        (data / "metadata/UrbanSound8K.csv", "slice_file_name", "class", "audio/fold{fold}/{name}"),
+    )
+    found = [layout for layout in layouts if layout[0].is_file()]
+    if data.is_dir() and not found:
+        raise UserError(
+            f"{data} is neither ESC-50 (meta/esc50.csv) nor UrbanSound8K "
+            "(metadata/UrbanSound8K.csv); pass a CSV with the columns file_name, label"
+        )
+    table, file_column, label_column, pattern = (
+        found[0] if found else (data, "file_name", "label", "")
+    )
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            rows = [(reader.line_num, row) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"no such file: {table}") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {table}: {error}") from error
+    for name in (file_column, label_column):
+        if name not in columns:
+            raise UserError(f"{table} has no column {name!r}; it has {', '.join(columns)}")
+    if not rows:
+        raise UserError(f"{table} has a header and no clip")
+    clips, labels, folds = [], [], []
+    for line, row in rows:
+        name, label = (str(row[key] or "").strip() for key in (file_column, label_column))
+        fold = str(row.get("fold") or "").strip()
+        if not name or not label:
+            missing = file_column if not name else label_column
+            raise UserError(f"{table}, line {line}: {missing} is empty")
+        path = data / pattern.format(name=name, fold=fold) if pattern else table.parent / name
+        if not pattern and not path.is_file() and (table.parent / "audio" / name).is_file():
+            path = table.parent / "audio" / name
+        clips.append(Clip(name, path, (), (), f"line {line}"))
+        labels.append(label.replace("_", " "))
+        folds.append(fold)
+    return clips, labels, folds
+
+
+def class_vectors(model: Any, labels: list[str], templates: list[str], language: str) -> Tensor:
+    """Unit vectors [C, D]."""
+    for template in templates:
+        if "{label}" not in template:
+            raise UserError(f"--template {template!r} needs {{label}}, such as {TEMPLATE!r}")
+    said = [template.replace("{label}", label) for label in labels for template in templates]
+    vectors = embed_text(model, said, [language] * len(said))
+    mean = vectors.view(len(labels), len(templates), -1).mean(dim=1)
+    return torch.nn.functional.normalize(mean, dim=1)
+
+
+def accuracies(scores: Tensor, truth: Tensor, folds: list[str]) -> dict[str, Any]:
+    """scores [N, C], truth [N] -> numbers by RULE, as fractions."""
+    rank = (scores >= scores.gather(1, truth[:, None])).sum(dim=1)
+    right = (rank == 1).double()
+    per_class = [right[truth == c].mean() for c in truth.unique()]
+    found: dict[str, Any] = {
+        "accuracy": right.mean().item(),
+        "top5": (rank <= 5).double().mean().item(),
+        "mean_class_accuracy": torch.stack(per_class).mean().item(),
+    }
+    if len(set(folds)) > 1:
+        names = sorted(set(folds), key=lambda fold: (len(fold), fold))
+        of_fold = {f: right[torch.tensor([one == f for one in folds])].mean().item() for f in names}
+        found |= {"mean_fold_accuracy": sum(of_fold.values()) / len(of_fold), "folds": of_fold}
+    return found
+
+
+def classify_run(
+    run: Path,
+    data: Path,
+    templates: list[str] | None = None,
+    language: str = LANGUAGE,
+    device: str | torch.device = "cpu",
+    skip_bad_audio: bool = False,
+    *,
+    rows: int = 64,
+    cache: str = "memory",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Accuracy of a run's checkpoint, the rule, the templates and what was skipped."""
+    model = load_model(run).to(device)
+    clips, labels, folds = labelled_clips(data)
+    names, templates = sorted(set(labels)), templates or [TEMPLATE]
+    corpus = load_clips(
+        clips, data, model.config.max_seconds, skip_bad_audio,
+        front_end=model.audio.encoder.front_end, cache=cache, workers=workers,
+    )  # fmt: skip
+    used = {id(clip) for clip in corpus.clips}
+    kept = [n for n, clip in enumerate(clips) if id(clip) in used]
+    audio = torch.cat(list(embed_audio(model, corpus, rows, workers)))
+    scores = audio @ class_vectors(model, names, templates, language).T
+    truth = torch.tensor([names.index(labels[n]) for n in kept])
+    found = accuracies(scores, truth, [folds[n] for n in kept])
+    if note_of(run).get("selected_on") == "test":
+        found["selected_on"] = "test"
+    shared = {"rule": RULE, "templates": templates, "clips": len(kept), "classes": len(names)}
+    return {**shared, **found, "skipped": corpus.skipped}
