@@ -220,3 +220,43 @@ def test_kill_at_any_moment(manifest, tmp_path):
         loop.train(read_config(out), resume=(out / STATE).exists())
     assert log_of(out) == log_of(whole) and len(log_of(out)) == steps
     assert kills >= 3
+
+
+def test_two_processes_resume_as_one_run(manifest, tmp_path):
+    """Each has its own random numbers; all go on from the same step."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys, torch\n"
+        "from supclap import config, train\n"
+        "torch.set_num_threads(1)\n"
+        "run, at = pathlib.Path(sys.argv[1]), int(sys.argv[2])\n"
+        "settings, whole, calls = config.read_config(run), train.backward, []\n"
+        "def dies(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == at:\n"
+        "        sys.exit(3)\n"
+        "    return whole(*args)\n"
+        "train.backward = dies\n"
+        "train.train(settings, resume=(run / 'state.pt').exists())\n"
+    )
+
+    def go(name, at):
+        out = tmp_path / name
+        if not out.exists():
+            out.mkdir()
+            config = full_settings(manifest, out, batch_size=6, checkpoint_every=2, epochs=2)
+            (out / "config.json").write_text(config_text(config))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", str(script), str(out), str(at)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = go("whole", -1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert go("part", 4).returncode != 0
+    lines = log_of(tmp_path / "part")
+    assert (tmp_path / "part" / STATE).exists() and len(lines) == 3
+    done = go("part", -1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("log", "val", "diagnostics"):
+        assert log_of(tmp_path / "part", name) == log_of(tmp_path / "whole", name)

@@ -204,6 +204,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             save_model(run / "model.safetensors", model, note | {"step": str(at.step)})
         save_state(run, parts, at, ranks, device)
 
+    torch.manual_seed(config.seed + ranks.rank)  # the ranks' dropout differs
     if resume:
         at = load_state(run, parts, ranks, device)
     elif first:
