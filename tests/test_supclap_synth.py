@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import soundfile
-from supclap import synth
+from supclap import phrases, synth
 from supclap.config import UserError
-from supclap.data import read_manifest
+from supclap.manifest import read_manifest
 
 
 def near(found, expected, within=1e-6):
@@ -50,17 +50,66 @@ def test_manifests_have_clothos_columns_and_readable_audio(corpus):
     assert sorted(path.name for path in (corpus / "audio").iterdir()) == sorted(names)
 
 
-def events_of(caption):
+REVERSED = (
+    " after ",
+    " après ",
+    " davor ",
+    " después de ",
+    " na ",
+    " abans ",
+    "その前に",
+    "在此之前",
+)
+"""Words of the templates that name the second phase first."""
+
+
+def events_of(caption, language="eng"):
     """What a caption says, by its words alone: [(event, count), ...] in time order."""
-    words = {}
+    words = phrases.words_of(language)
+    said = {}
     for kind, event in synth.EVENTS.items():
-        for number, phrases in synth.COUNTS.items():
-            for singular, plural in event.names:
-                for phrase in (*phrases, "an"):
-                    words[f"{phrase} {plural if number > 1 else singular}"] = (kind, number)
-    pattern = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
-    found = [words[hit] for hit in re.findall(rf"\b(?:{pattern})\b", caption)]
-    return found[::-1] if " after " in caption and "after that" not in caption else found
+        for forms in words["events"][kind]:
+            for count in range(1, event.most + 1):
+                phrase = phrases.noun_phrase(forms, count, words)
+                assert said.setdefault(phrase, (kind, count)) == (kind, count), phrase
+    pattern = "|".join(sorted(map(re.escape, said), key=len, reverse=True))
+    found = [said[hit] for hit in re.findall(pattern, caption)]
+    return found[::-1] if any(word in caption for word in REVERSED) else found
+
+
+@pytest.mark.parametrize("language", phrases.CODES)
+def test_every_language_tells_every_scene(language):
+    """Phases, counts, order and background can be read off each caption; no two are the same."""
+    rng, words = np.random.default_rng(5), phrases.words_of(language)
+    assert set(words["events"]) == set(synth.EVENTS)
+    assert set(words["backgrounds"]) == set(synth.BACKGROUNDS) - {"none"}
+    for _ in range(150):
+        scene = synth.draw_scene(rng)
+        captions = phrases.describe(scene.phases, scene.background, rng, language)
+        assert len(set(captions)) == phrases.CAPTIONS
+        for caption in captions:
+            assert "{" not in caption and "  " not in caption
+            assert events_of(caption, language) == list(scene.phases), caption
+            rest = caption
+            for kind, count in scene.phases:  # the words of the events taken away
+                for forms in words["events"][kind]:
+                    rest = rest.replace(phrases.noun_phrase(forms, count, words), "", 1)
+            for name, heard in words["backgrounds"].items():
+                assert any(word in rest for word in heard) == (name == scene.background), caption
+
+
+def test_several_languages_and_other_acoustics(tmp_path):
+    synth.synthesise(tmp_path / "a", clips=12, seed=1, languages=("eng", "zho"))
+    synth.synthesise(tmp_path / "b", clips=12, seed=1, languages=("fra",), shifted=True)
+    clips = read_manifest(tmp_path / "a/train.jsonl")
+    assert [clip.languages for clip in clips] == [("eng",) * 5 + ("zho",) * 5] * len(clips)
+    others = read_manifest(tmp_path / "b/train.csv")
+    assert others[0].languages == ("fra",) * 5
+    for clip, other in zip(clips, others, strict=True):
+        first, second = (soundfile.read(x.path)[0] for x in (clip, other))
+        assert len(second) > 1.2 * len(first) and np.abs(second).max() > 0.5
+    with pytest.raises(UserError, match="'xxx' is none of eng, fra"):
+        synth.synthesise(tmp_path / "c", clips=12, languages=("xxx",))
 
 
 def test_captions_say_what_was_composed(corpus, truth):
@@ -77,9 +126,9 @@ def test_captions_say_what_was_composed(corpus, truth):
         assert flat == sorted(flat)
         for caption in captions[entry["file_name"]]:
             assert events_of(caption) == composed, caption
-            for name, (_, words) in synth.BACKGROUNDS.items():
+            for name, words in phrases.words_of("eng")["backgrounds"].items():
                 heard = any(re.search(rf"\b{word}\b", caption) for word in words)
-                assert heard == (name == entry["background"] != "none"), caption
+                assert heard == (name == entry["background"]), caption
 
 
 def test_clicks_are_heard_where_and_as_often_as_they_are_written(truth):

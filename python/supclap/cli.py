@@ -78,13 +78,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     synth = commands.add_parser("synth", help="write a corpus of synthetic scenes with captions")
     synth.add_argument("out", type=Path, metavar="OUT", help="gets {train,val,test}.csv and audio/")
-    synth.add_argument("--clips", type=int, default=800, help="in all (default: 800)")
+    synth.add_argument("--clips", type=int, default=1000, help="in all (default: 1000)")
+    synth.add_argument(
+        "--languages", nargs="+", default=["eng"], help="of the captions: eng fra ..."
+    )
+    synth.add_argument("--captions", type=int, default=5, help="of a clip in each (default: 5)")
+    synth.add_argument(
+        "--shifted", action="store_true", help="slower, in a room, over louder noise"
+    )
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--overwrite", action="store_true", help="write over an earlier corpus")
 
+    reproduce = commands.add_parser("reproduce", help="the paper's tables, figures and claims")
+    reproduce.add_argument("--preset", choices=("smoke", "cpu", "gpu"), required=True)
+    reproduce.add_argument("--out", type=Path, required=True, help="folder; an earlier one goes on")
+    reproduce.add_argument("--jobs", type=int, help="runs at a time (default: one for each core)")
+
     demo = commands.add_parser("demo", help="synth, train InfoNCE and bi-StaticSVR, eval, plot")
     demo.add_argument("--out", type=Path, default=Path("supclap-demo"))
-    demo.add_argument("--clips", type=int, default=800)
+    demo.add_argument("--clips", type=int, default=1000)
     demo.add_argument("--epochs", type=int, default=4)
     demo.add_argument("--seed", type=int, default=0)
     add_options(demo, {name: TRAIN[name] for name in ("device", "threads")})
@@ -214,8 +226,12 @@ def run_command(args: argparse.Namespace) -> int:
     elif command == "synth":
         from .synth import synthesise
 
-        synthesise(**options)
+        synthesise(**options | {"languages": tuple(args.languages)})
         print(f"{args.clips} clips with captions are in {args.out}")
+    elif command == "reproduce":
+        from .reproduce import reproduce
+
+        print(f"report: {reproduce(**options)}")
     else:
         from .report import demo
 

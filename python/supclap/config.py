@@ -131,6 +131,7 @@ class TrainConfig:
     clip_grad: float = setting(1.0, "largest gradient norm; 0: any")
     precision: str = setting("fp32", "bf16: encoders under autocast", "fp32", "bf16")
     seed: int = setting(0, "of the weights, the order of the pairs and the crops")
+    validate_every: int | None = setting(None, "steps between validations, beside every epoch's")
     checkpoint_every: int | None = setting(None, "steps between checkpoints, beside every epoch's")
     diagnose_every: int | None = setting(None, "steps between lines of diagnostics.jsonl")
     workers: int = setting(0, "processes that decode audio")
@@ -143,8 +144,8 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "batch_size", "micro_batch_size", "checkpoint_every", "diagnose_every")
-        for name in (*counts, "threads"):
+        every = ("validate_every", "checkpoint_every", "diagnose_every")
+        for name in ("epochs", "batch_size", "micro_batch_size", *every, "threads"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise UserError(f"{flag(name)} must be at least 1, got {count}")

@@ -141,9 +141,13 @@ def embed_corpus(
 def evaluate_corpus(
     model: SupclapModel, corpus: Corpus, rows: int = 64, workers: int = 0
 ) -> dict[str, Any]:
-    """Metrics "t2a" and "a2t" of a model on a corpus; with several languages their means, and
-    "languages": those of each."""
-    text, audio = embed_corpus(model, corpus, rows, workers)
+    """Metrics of a model on a corpus."""
+    return corpus_metrics(*embed_corpus(model, corpus, rows, workers), corpus)
+
+
+def corpus_metrics(text: Tensor, audio: Tensor, corpus: Corpus) -> dict[str, Any]:
+    """Metrics "t2a" and "a2t" of the unit vectors of a corpus; with several languages their means,
+    and "languages": those of each."""
     languages = sorted(set(corpus.languages))
     found = {}
     for language in languages:

@@ -108,9 +108,21 @@ class SupclapModel(nn.Module):
                 tower.encoder.keep(run / f"{kind}_encoder")
 
 
-def save_model(path: Path, model: SupclapModel, note: dict[str, str] | None = None) -> None:
-    """Write all tensors; an interrupted write leaves the previous file as it was."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+CRITERION = "criterion."
+
+
+def save_model(
+    path: Path,
+    model: SupclapModel,
+    note: dict[str, str] | None = None,
+    criterion: nn.Module | None = None,
+) -> None:
+    """Write all tensors, the criterion's under CRITERION; an interrupted write leaves the previous
+    file as it was."""
+    state = model.state_dict()
+    if criterion is not None:
+        state |= {CRITERION + name: tensor for name, tensor in criterion.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     write_whole(path, lambda partial: save_file(tensors, partial, note))
 
 
@@ -119,7 +131,8 @@ def load_model(run: Path) -> SupclapModel:
     config = read_config(run)
     model, path = SupclapModel(config.model, config.tau, run), run / "model.safetensors"
     try:
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
+        model.load_state_dict({k: t for k, t in state.items() if not k.startswith(CRITERION)})
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name}: it ended before its first checkpoint") from None
     except (OSError, SafetensorError, RuntimeError) as error:

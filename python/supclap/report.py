@@ -75,7 +75,7 @@ def plot_runs(runs: dict[str, Path], path: Path) -> None:
     pyplot.close(figure)
 
 
-def demo(out: Path, clips: int = 800, epochs: int = 4, seed: int = 0, **options: Any) -> Path:
+def demo(out: Path, clips: int = 1000, epochs: int = 4, seed: int = 0, **options: Any) -> Path:
     """Make a corpus, train with and without support vectors, test both and plot the runs.
 
     `options` are further settings of both runs. Returns the path of the PNG.

@@ -7,6 +7,7 @@ come in families of hard negatives: the same events in another order, or in anot
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,10 +18,12 @@ import soundfile
 from tqdm import tqdm
 
 from .config import UserError, check_seed
+from .files import write_text
+from .manifest import LANGUAGE
+from .phrases import CAPTIONS, CODES, describe, words_of
 
 RATE = 16_000
-CAPTIONS = 5
-SPLITS = {"train": 0.7, "val": 0.15, "test": 0.15}
+SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
 LONGEST = 4.0  # seconds of events in one clip
 
 Rng = np.random.Generator
@@ -130,60 +133,32 @@ def wind(rng: Rng, length: int) -> Wave:
 
 @dataclass(frozen=True)
 class Event:
-    """How a kind of event sounds, how often it may repeat and what it is called."""
+    """How a kind of event sounds, and how often it may repeat."""
 
     sound: Callable[[Rng], Wave]
     most: int
-    names: tuple[tuple[str, str], ...]  # singular, plural
 
 
 EVENTS = {
-    "click": Event(click, 4, (("click", "clicks"), ("tick", "ticks"))),
-    "knock": Event(knock, 4, (("knock", "knocks"), ("dull thud", "dull thuds"))),
-    "beep": Event(beep, 4, (("beep", "beeps"), ("short high beep", "short high beeps"))),
-    "noise": Event(noise_burst, 4, (("noise burst", "noise bursts"), ("hiss", "hisses"))),
-    "rising": Event(
-        rising_chirp, 2, (("rising chirp", "rising chirps"), ("upward sweep", "upward sweeps"))
-    ),
-    "falling": Event(
-        falling_chirp,
-        2,
-        (("falling chirp", "falling chirps"), ("downward sweep", "downward sweeps")),
-    ),
-    "tone": Event(steady_tone, 2, (("steady tone", "steady tones"), ("long tone", "long tones"))),
-    "siren": Event(siren, 2, (("siren", "sirens"), ("wailing siren", "wailing sirens"))),
-    "bell": Event(bell, 3, (("bell", "bells"), ("ringing bell", "ringing bells"))),
-    "buzz": Event(buzz, 3, (("buzz", "buzzes"), ("harsh buzz", "harsh buzzes"))),
+    "click": Event(click, 4),
+    "knock": Event(knock, 4),
+    "beep": Event(beep, 4),
+    "noise": Event(noise_burst, 4),
+    "rising": Event(rising_chirp, 2),
+    "falling": Event(falling_chirp, 2),
+    "tone": Event(steady_tone, 2),
+    "siren": Event(siren, 2),
+    "bell": Event(bell, 3),
+    "buzz": Event(buzz, 3),
 }
-BACKGROUNDS: dict[str, tuple[Callable[[Rng, int], Wave] | None, tuple[str, ...]]] = {
-    "none": (None, ()),
-    "hum": (hum, ("a low hum", "a humming drone")),
-    "rain": (rain, ("rain", "falling rain")),
-    "engine": (engine, ("an engine", "an idling engine")),
-    "wind": (wind, ("wind", "blowing wind")),
+BACKGROUNDS: dict[str, Callable[[Rng, int], Wave] | None] = {
+    "none": None,
+    "hum": hum,
+    "rain": rain,
+    "engine": engine,
+    "wind": wind,
 }
-COUNTS = {1: ("a", "one"), 2: ("two", "a pair of"), 3: ("three",), 4: ("four",)}
 SHORT = ("click", "knock", "beep", "noise")
-
-# {0}, {1}, {2} are the phases; each caption of a clip has its own row.
-TEMPLATES = {
-    1: ("{0}", "the sound of {0}", "{0} can be heard", "there is {0}", "we hear {0}"),
-    2: (
-        "{0}, then {1}",
-        "{0} followed by {1}",
-        "first {0} and then {1}",
-        "{1} after {0}",
-        "{0} before {1}",
-    ),
-    3: (
-        "{0}, then {1}, then {2}",
-        "{0} followed by {1} and {2}",
-        "first {0}, next {1} and finally {2}",
-        "{0} and {1}, ending with {2}",
-        "starting with {0}, {1} and after that {2}",
-    ),
-}
-OVER = (" over {0}", " while {0} is heard", ", with {0} behind", " over {0}", ", on top of {0}")
 
 
 @dataclass(frozen=True)
@@ -225,25 +200,6 @@ def draw_family(rng: Rng) -> Iterator[tuple[str, Scene]]:
             return
 
 
-def describe(scene: Scene, rng: Rng) -> list[str]:
-    """CAPTIONS different sentences that say the same."""
-    sentences = []
-    for template, over in zip(TEMPLATES[len(scene.phases)], OVER, strict=True):
-        said = []
-        for kind, count in scene.phases:
-            names = EVENTS[kind].names
-            noun = names[rng.integers(len(names))][count > 1]
-            number = COUNTS[count][rng.integers(len(COUNTS[count]))]
-            article = "an" if number == "a" and noun[0] in "aeiou" else number
-            said.append(f"{article} {noun}")
-        sentence = template.format(*said)
-        words = BACKGROUNDS[scene.background][1]
-        if words:
-            sentence += over.format(words[rng.integers(len(words))])
-        sentences.append(sentence)
-    return sentences
-
-
 def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
     """Waveform within [-1, 1] and the onsets, in seconds, of each phase's events."""
     wave = np.zeros(int((LONGEST + 1.5) * RATE))
@@ -258,7 +214,7 @@ def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
             now += max(len(sound) / RATE + 0.06, 0.25)
         now += rng.uniform(0.1, 0.25)
     wave = wave[: int((now + rng.uniform(0.0, 0.2)) * RATE)]
-    texture = BACKGROUNDS[scene.background][0]
+    texture = BACKGROUNDS[scene.background]
     if texture is not None:
         floor = texture(rng, len(wave))
         wave += 0.04 * floor / floor.std()
@@ -282,25 +238,59 @@ def draw_corpus(clips: int, rng: Rng) -> Iterator[tuple[str, int, str, Scene]]:
             family += 1
 
 
-def synthesise(out: Path, clips: int = 800, seed: int = 0, overwrite: bool = False) -> None:
-    """Write `out/audio/*.wav`, `out/{train,val,test}.csv` and `out/scenes.jsonl` (the truth)."""
+def elsewhere(wave: Wave, rng: Rng) -> Wave:
+    """The same scene in another place: slower by a quarter, in a room, over louder noise."""
+    points = np.arange(0, len(wave) - 1, 0.8)
+    wave = np.interp(points, np.arange(len(wave)), wave)
+    t = seconds(0.3)
+    echo = rng.standard_normal(len(t)) * np.exp(-t / 0.06) * 0.08
+    echo[0] = 1.0
+    length = len(wave) + len(echo) - 1
+    wave = np.fft.irfft(np.fft.rfft(wave, length) * np.fft.rfft(echo, length), length)
+    wave += 0.02 * coloured(rng, length, 0.5)
+    return wave * (0.7 / np.abs(wave).max())
+
+
+def synthesise(
+    out: Path,
+    clips: int = 1000,
+    seed: int = 0,
+    overwrite: bool = False,
+    languages: tuple[str, ...] = ("eng",),
+    captions: int = CAPTIONS,
+    shifted: bool = False,
+) -> None:
+    """Write `out/audio/*.wav`, `out/scenes.jsonl` (the truth) and `out/{train,val,test}.csv`, with
+    several languages `.jsonl`. `shifted`: other acoustics."""
     check_seed(seed)
     if not len(SPLITS) <= clips <= 10_000:
         raise UserError(f"--clips must be between {len(SPLITS)} and 10000, got {clips}")
-    if (out / "train.csv").exists() and not overwrite:
+    unknown = [language for language in languages if language not in CODES]
+    if unknown:
+        raise UserError(f"--languages: {unknown[0]!r} is none of {', '.join(CODES)}")
+    if not 1 <= captions <= CAPTIONS:
+        raise UserError(f"--captions must be between 1 and {CAPTIONS}, got {captions}")
+    if (out / "scenes.jsonl").exists() and not overwrite:
         raise UserError(f"{out} already holds a corpus; name another folder or add --overwrite")
     (out / "audio").mkdir(parents=True, exist_ok=True)
 
     rng = np.random.default_rng(seed)
-    rows: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[tuple[str, dict[str, list[str]]]]] = {split: [] for split in SPLITS}
     truth = []
     scenes = list(draw_corpus(clips, rng))
     bar = tqdm(scenes, desc="synthesising", mininterval=1.0)
     for number, (split, family, variant, scene) in enumerate(bar):
         name = f"scene_{number:05d}.wav"
         wave, onsets = compose(scene, rng)
+        if shifted:
+            wave = elsewhere(wave, rng)
+            onsets = [[round(when / 0.8, 4) for when in phase] for phase in onsets]
         soundfile.write(out / "audio" / name, wave, RATE, subtype="PCM_16")
-        rows[split].append([name, *describe(scene, rng)])
+        said = {code: describe(scene.phases, scene.background, rng, code) for code in languages}
+        if captions < CAPTIONS:
+            chosen = sorted(rng.permutation(CAPTIONS)[:captions].tolist())
+            said = {code: [texts[n] for n in chosen] for code, texts in said.items()}
+        rows[split].append((name, said))
         phases = [
             {"event": kind, "count": count, "onsets": when}
             for (kind, count), when in zip(scene.phases, onsets, strict=True)
@@ -308,8 +298,33 @@ def synthesise(out: Path, clips: int = 800, seed: int = 0, overwrite: bool = Fal
         entry = {"file_name": name, "split": split, "family": family, "variant": variant}
         truth.append(entry | {"background": scene.background, "phases": phases})
 
-    (out / "scenes.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in truth))
-    header = ["file_name", *(f"caption_{i + 1}" for i in range(CAPTIONS))]
-    for split, table in rows.items():
-        with (out / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([header, *table])
+    write_text(out / "scenes.jsonl", "".join(json.dumps(entry) + "\n" for entry in truth))
+    for split, clips_of in rows.items():
+        if len(languages) > 1:
+            lines = [{"audio": name, "captions": said} for name, said in clips_of]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_text(out / f"{split}.jsonl", text)
+            continue
+        stream = io.StringIO()
+        table = csv.writer(stream)
+        extra = [] if languages == (LANGUAGE,) else ["lang"]
+        table.writerow(["file_name", *(f"caption_{n + 1}" for n in range(captions)), *extra])
+        for name, said in clips_of:
+            table.writerow([name, *said[languages[0]], *languages[: len(extra)]])
+        write_text(out / f"{split}.csv", stream.getvalue())
+
+
+def synthesise_events(out: Path, each: int, seed: int = 7) -> None:
+    """Single events for zero-shot classification: `each` of every kind, and `out/labels.csv`."""
+    (out / "audio").mkdir(parents=True, exist_ok=True)
+    rng, stream = np.random.default_rng(seed), io.StringIO()
+    table = csv.writer(stream)
+    table.writerow(["file_name", "label"])
+    for kind in EVENTS:
+        for number in range(each):
+            background = str(rng.choice(list(BACKGROUNDS)))
+            wave, _ = compose(Scene(((kind, 1),), background), rng)
+            name = f"{kind}_{number:02d}.wav"
+            soundfile.write(out / "audio" / name, wave, RATE, subtype="PCM_16")
+            table.writerow([name, words_of(LANGUAGE)["events"][kind][0][0]])
+    write_text(out / "labels.csv", stream.getvalue())

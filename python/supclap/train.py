@@ -138,6 +138,10 @@ def backward(
     return line
 
 
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
 def mean_recall(metrics: dict[str, Metrics]) -> float:
     """What "best" means: R@1 of both directions, averaged."""
     return (metrics["t2a"]["R@1"] + metrics["a2t"]["R@1"]) / 2
@@ -197,12 +201,29 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     parts, at = {"model": model, "criterion": criterion, "optimizer": optimizer}, Progress()
     note = {"selected_on": config.select_on if chosen_on else "nothing: the last"}
 
+    def keep_model(where: str) -> None:
+        at.saved = f"the checkpoint after {where}"
+        said = note | {"step": str(at.step)}
+        save_model(run / "model.safetensors", model, said, criterion)
+
     def checkpoint() -> None:
         logs.sync()
         if first and (held_out is None or at.best < 0):
-            at.saved = f"the checkpoint after step {at.step}"
-            save_model(run / "model.safetensors", model, note | {"step": str(at.step)})
+            keep_model(f"step {at.step}")
         save_state(run, parts, at, ranks, device)
+
+    def validate() -> None:
+        if held_out is None or not first:
+            return
+        metrics = evaluate_corpus(model, held_out)
+        mark = {"selected_on": "test"} if config.select_on == "test" else {}
+        logs.append("val", {"epoch": at.epoch, "step": at.step, **mark, **metrics})
+        recall = mean_recall(metrics)
+        if recall > at.best:
+            at.best = recall
+            where = "--test, the test set" if mark else "--val"
+            when = f"epoch {at.epoch}" if at.batch == steps else f"step {at.step}"
+            keep_model(f"{when} (mean R@1 on {where} {recall:.3f})")
 
     torch.manual_seed(config.seed + ranks.rank)  # the ranks' dropout differs
     if resume:
@@ -237,7 +258,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 batch = batch.to(device)
                 ids = batch.ids if config.ids else None
                 diagnosis = None
-                if config.diagnose_every and (at.step + 1) % config.diagnose_every == 0:
+                if due(config.diagnose_every, at.step + 1):
                     diagnosis = Diagnosis(
                         model, criterion, batch, ids, config.micro_batch_size, ranks
                     )
@@ -262,26 +283,17 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     logs.append("diagnostics", {**now, **diagnosis.finish()})
                 bar.update()
                 bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                within = at.batch < steps  # at its end an epoch does both
+                if within and due(config.validate_every, at.step):
+                    validate()
                 stop = ranks.any(asked.is_set())
-                regular = config.checkpoint_every and at.step % config.checkpoint_every == 0
-                if (stop or regular) and at.batch < steps:
+                if within and (stop or due(config.checkpoint_every, at.step)):
                     checkpoint()
                 if stop:
                     break
 
             if at.batch == steps:
-                if held_out is not None and first:
-                    metrics = evaluate_corpus(model, held_out)
-                    mark = {"selected_on": "test"} if config.select_on == "test" else {}
-                    logs.append("val", {"epoch": at.epoch, "step": at.step, **mark, **metrics})
-                    if mean_recall(metrics) > at.best:
-                        at.best = mean_recall(metrics)
-                        where = "--test, the test set" if mark else "--val"
-                        at.saved = (
-                            f"the checkpoint after epoch {at.epoch} "
-                            f"(mean R@1 on {where} {at.best:.3f})"
-                        )
-                        save_model(run / "model.safetensors", model, note | {"step": str(at.step)})
+                validate()
                 at.epoch, at.batch = at.epoch + 1, 0
                 checkpoint()
             if ranks.any(asked.is_set()):

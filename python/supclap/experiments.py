@@ -1,0 +1,261 @@
+"""The runs of `supclap reproduce`: which there are, on which corpus, and how one is carried out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from .checkpoint import STATE
+from .config import ModelConfig, TrainConfig, UserError, read_config
+from .data import load_corpus
+from .evaluate import corpus_metrics, embed_corpus
+from .files import write_json, write_text
+from .logs import read_lines
+from .model import CRITERION, load_model
+from .phrases import CODES
+from .synth import synthesise, synthesise_events
+from .train import build_loss, train
+from .zeroshot import classify_run
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "InfoNCE": {"svr": "none"},
+    "uni-StaticSVR": {"svr": "uni-static"},
+    "bi-StaticSVR": {"svr": "bi-static"},
+    "uni-DynamicSVR": {"svr": "uni-dynamic"},
+    "uni-DynamicSVR, no constraint": {"svr": "uni-dynamic", "beta": 0.0},
+    "bi-DynamicSVR": {"svr": "bi-dynamic"},
+    "bi-DynamicSVR, no constraint": {"svr": "bi-dynamic", "beta": 0.0},
+    "SigLIP": {"loss": "siglip", "svr": "none"},
+    "SigLIP bi-StaticSVR": {"loss": "siglip", "svr": "bi-static"},
+    "SigLIP bi-DynamicSVR": {"loss": "siglip", "svr": "bi-dynamic"},
+}
+MAIN = ("InfoNCE", "bi-StaticSVR", "bi-DynamicSVR")
+TEMPLATE = "the sound of {label}"
+HARD = (0, 6, 12, 18, 24)  # hard negatives of figure 7
+BINS = 50  # of figure 4, between -1 and 1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How large, how long, how often."""
+
+    clips: int
+    epochs: int
+    batch_size: int
+    seeds: int  # of the ablation
+    few: int  # seeds of every sweep
+    languages: tuple[str, ...] = CODES
+    captions: int = 2
+    batch_sizes: tuple[int, ...] = (16, 32, 128, 256)
+    alphas: tuple[float, ...] = (0.1, 0.5, 2.0)
+    noises: tuple[int, ...] = (10, 20, 40)  # percent of the captions
+    radii: tuple[float, ...] = (0.02, 0.3, 0.6)
+    validate_every: int = 48
+    diagnose_every: int = 10
+    device: str = "cpu"
+    model: ModelConfig = ModelConfig()
+
+
+PRESETS = {
+    "smoke": Preset(
+        clips=60, epochs=2, batch_size=16, seeds=2, few=1, languages=("eng", "zho"), captions=1,
+        batch_sizes=(8,), alphas=(0.5,), noises=(40,), radii=(0.3,), validate_every=4,
+        diagnose_every=2, model=ModelConfig(width=32, heads=2, embed_dim=32),
+    ),
+    "cpu": Preset(clips=1000, epochs=2, batch_size=64, seeds=5, few=2),
+    "gpu": Preset(
+        clips=10_000, epochs=10, batch_size=1024, seeds=5, few=3, captions=5,
+        batch_sizes=(128, 256, 512, 2048), validate_every=250, diagnose_every=50, device="cuda",
+        model=ModelConfig(width=256, heads=8, audio_layers=4, text_layers=4, embed_dim=256),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its group, what it varies, its seed."""
+
+    group: str  # ablation | batch | alpha | noise | cross | radius
+    name: str  # of the loss, from LOSSES
+    seed: int
+    value: float = 0.0  # what the group varies
+    data: str = "here/train"  # manifest without its suffix
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        words = self.name.replace(",", "").replace(" ", "-")
+        value = f"-{self.value:g}" if self.group not in ("ablation", "cross") else ""
+        return f"{self.group}{value}-{words}-{self.seed}".lower()
+
+
+def planned(preset: Preset) -> list[Run]:
+    """Every run of a preset, the ablation first."""
+    runs = [Run("ablation", name, seed) for seed in range(preset.seeds) for name in LOSSES]
+    for seed in range(preset.few):
+        for name in MAIN[::2]:
+            runs += [
+                Run("batch", name, seed, size, changes={"batch_size": size})
+                for size in preset.batch_sizes
+            ]
+        runs += [
+            Run("alpha", MAIN[2], seed, alpha, changes={"alpha": alpha}) for alpha in preset.alphas
+        ]
+        for name in MAIN:
+            runs += [
+                Run("noise", name, seed, noise, f"here/noise{noise}") for noise in preset.noises
+            ]
+            runs.append(Run("cross", name, seed, data="there/train"))
+    for name in MAIN[1:]:
+        runs += [
+            Run("radius", name, 0, radius, changes={"radius_init": radius})
+            for radius in preset.radii
+        ]
+    return runs
+
+
+def make_corpora(out: Path, preset: Preset) -> None:
+    """`here`, `there` with other acoustics, `here/noise*`, and single events with their labels."""
+    shared: dict[str, Any] = {"languages": preset.languages, "captions": preset.captions}
+    for seed, (name, shifted) in enumerate((("here", False), ("there", True))):
+        if not (out / name / "test.jsonl").exists():
+            synthesise(out / name, preset.clips, seed, True, shifted=shifted, **shared)
+    for noise in preset.noises:
+        target = out / f"here/noise{noise}.jsonl"
+        if not target.exists():
+            write_text(target, with_noise(target.with_stem("train"), noise / 100))
+    if not (out / "events/labels.csv").exists():
+        synthesise_events(out / "events", 2 if preset.clips < 100 else 20)
+
+
+def with_noise(manifest: Path, share: float, seed: int = 0) -> str:
+    """A JSONL manifest in which that share of the clips has the captions of others."""
+    lines = read_lines(manifest)
+    chosen = np.random.default_rng(seed).permutation(len(lines))[: round(share * len(lines))]
+    said = [lines[n]["captions"] for n in np.roll(chosen, 1)]
+    for n, captions in zip(chosen, said, strict=True):
+        lines[n] = lines[n] | {"captions": captions}
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def settings_of(run: Run, out: Path, preset: Preset) -> TrainConfig:
+    given: dict[str, Any] = {
+        "batch_size": preset.batch_size, "epochs": preset.epochs, "seed": run.seed,
+        "validate_every": preset.validate_every, "diagnose_every": preset.diagnose_every,
+        "device": preset.device, "cache": str(out / "features"), "model": preset.model,
+        "checkpoint_every": preset.validate_every,
+    }  # fmt: skip
+    size = run.changes.get("batch_size", preset.batch_size)
+    if size != preset.batch_size:  # as often over the data, however large the step
+        given["validate_every"] = max(1, round(preset.validate_every * preset.batch_size / size))
+        given["diagnose_every"] = max(1, round(preset.diagnose_every * preset.batch_size / size))
+    return TrainConfig(
+        data=out / f"{run.data}.jsonl",
+        val=(out / run.data).with_name("val.jsonl"),
+        out=out / "runs" / run.folder,
+        **(given | LOSSES[run.name] | run.changes),
+    )
+
+
+def carry_out(run: Run, out: Path, preset: Preset) -> None:
+    """Train, measure and leave `result.json` in the run's folder; go on with an unfinished one."""
+    torch.set_num_threads(1)
+    config = settings_of(run, out, preset)
+    folder = config.out
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as stream:
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            start = time.monotonic()
+            resume = (folder / STATE).exists() and (folder / "config.json").exists()
+            if not (folder / "model.safetensors").exists() or resume:
+                train(read_config(folder) if resume else replace(config, overwrite=True), resume)
+            cost = {"seconds": None if resume else time.monotonic() - start, "bytes": peak(config)}
+            found = measured(run, config, out, preset) | cost
+    write_json(folder / "result.json", asdict(run) | {"changes": run.changes} | found)
+
+
+def peak(config: TrainConfig) -> int:
+    """Of the memory of the GPU, or of this process, which has carried out one run."""
+    if config.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@torch.no_grad()
+def measured(run: Run, config: TrainConfig, out: Path, preset: Preset) -> dict[str, Any]:
+    """Retrieval here and there, zero-shot, similarity of the pairs, radius by hard negatives."""
+    model = load_model(config.out).to(config.device)
+    found: dict[str, Any] = {}
+    for side in ("here", "there"):
+        if side == "there" and run.group not in ("ablation", "cross"):
+            continue
+        corpus = load_corpus(
+            out / side / "test.jsonl", config.model.max_seconds, cache=config.cache
+        )
+        text, audio = embed_corpus(model, corpus)
+        found[side] = corpus_metrics(text, audio, corpus)
+        if side != "here":
+            continue
+        positive = (text * audio[corpus.clip_of]).sum(dim=1)
+        found["similarities"] = torch.histc(positive, BINS, -1.0, 1.0).tolist()
+        if "dynamic" in config.svr and run.group == "ablation":
+            found["radius_by_hard"] = radius_by_hard(config, text, audio, corpus.clip_of)
+    if run.group == "ablation":
+        labels = out / "events/labels.csv"
+        found["zeroshot"] = classify_run(config.out, labels, [TEMPLATE])["accuracy"]
+    return found
+
+
+def radius_by_hard(
+    config: TrainConfig, text: torch.Tensor, audio: torch.Tensor, clip_of: torch.Tensor
+) -> dict[str, float]:
+    """Mean radius predicted for a caption beside its clip, its K nearest other clips and, up to the
+    batch size, clips drawn at random."""
+    criterion = build_loss(config, config.batch_size)
+    state = load_file(config.out / "model.safetensors")
+    prefix = len(CRITERION)
+    criterion.load_state_dict({k[prefix:]: t for k, t in state.items() if k.startswith(CRITERION)})
+    generator, found = torch.Generator().manual_seed(0), {}
+    size = min(config.batch_size, len(audio))
+    rows = torch.randperm(len(text), generator=generator)[:100].tolist()
+    for hard in [k for k in HARD if k < size]:
+        radii = []
+        for row in rows:
+            own = int(clip_of[row])
+            order = (audio @ text[row]).argsort(descending=True)
+            order = order[order != own]
+            rest = order[hard:][torch.randperm(len(order) - hard, generator=generator)]
+            clips = torch.cat([torch.tensor([own]), order[:hard], rest[: size - 1 - hard]])
+            batch = audio[clips]
+            texts = text[row].expand(len(clips), -1)
+            assert criterion.radius is not None
+            radii.append(criterion.radius(batch, texts, 1 / config.tau)[0].item())
+        found[str(hard)] = float(np.mean(radii))
+    return found
+
+
+def results(out: Path, preset: Preset) -> list[dict[str, Any]]:
+    """`result.json` of every run there is, in the plan's order."""
+    paths = [out / "runs" / run.folder / "result.json" for run in planned(preset)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def check_settings(out: Path, name: str) -> None:
+    """A folder belongs to one preset, as it is now."""
+    path, wanted = out / "preset.json", {"name": name, **asdict(PRESETS[name])}
+    wanted = json.loads(json.dumps(wanted))
+    if path.exists() and json.loads(path.read_text()) != wanted:
+        raise UserError(f"{out} holds runs of other settings; name another --out")
+    if not path.exists() and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and not an earlier reproduction; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
