@@ -251,8 +251,8 @@ class Findings:
             rows.append([name, cell, sizes, wanted / first if wanted and first else None])
         note = (
             "Time of a run as a multiple of InfoNCE's of the same seed; several runs share the "
-            "machine, and a run's diagnostics and validations are in it. Memory: of the process, or "
-            "what it allocated on the GPU."
+            "machine, and a run's diagnostics and validations are in it. Memory: of the process, "
+            "or what it allocated on the GPU."
         )
         return Table("Cost", ["loss", "time", "peak MiB", "paper: epoch"], rows, note)
 
