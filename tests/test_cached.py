@@ -103,6 +103,28 @@ def test_a_frozen_encoder_is_encoded_once():
     assert len(calls) == 2 and all(p.grad is None for p in towers[1].parameters())
 
 
+def test_a_frozen_encoder_leaves_its_random_numbers():
+    """After the step the generator is where the encoders' first pass left it."""
+    towers, batch, criterion, scale = setting(dropout=0.3)
+    towers[1].requires_grad_(False)
+    torch.manual_seed(1)
+    sk.cached_step(towers, batch, lambda a, t: criterion(a, t, scale), 7)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    for tower, given in zip(towers, batch, strict=True):
+        for part in given.split(7):
+            tower(part)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_the_first_pass_has_no_graph():
+    towers, batch, criterion, scale = setting()
+    recorded: list[bool] = []
+    towers[0].register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    sk.cached_step(towers, batch, lambda a, t: criterion(a, t, scale), 13)
+    assert recorded == [False, False, True, True]
+
+
 def test_gradcache_contract():
     """Its `loss_fn` is called with detached leaves, and `backward` leaves their gradients."""
     towers, batch, criterion, scale = setting()

@@ -154,7 +154,10 @@ def test_transformers():
     ours = transformers.clap_loss(outputs, scale)
     assert same(ours, symmetric(audio, text, scale), [audio, text, scale])
     loss, stats = transformers.clap_loss(outputs, 14.0, radius=0.1, return_stats=True)
-    assert loss > 0 and stats.radius > 0
+    plain = transformers.clap_loss(outputs, 14.0, radius=0.1)
+    assert same(loss, plain, [audio, text]) and stats.radius > 0
+    whole = sk.fused_svr_loss(audio, text, 0.1, 14.0)
+    assert same(loss, whole / 2, [audio, text])
 
 
 def test_transformers_model():
@@ -225,6 +228,15 @@ def test_sentence_transformers():
     with pytest.raises(ValueError, match="pairs .* got 3 columns"):
         loss(columns(3))
     assert loss.get_config_dict()["scale"] == 20.0
+
+
+def test_support_vectors_move_the_positives():
+    model, given = Columns(), columns()
+    options = {"radius": sk.StaticRadius(0.3), "bilateral": "none"}
+    loss = sentence_transformers.MultipleNegativesSymmetricRankingLoss(model, **options)
+    anchors, positives = (model(x)["sentence_embedding"] for x in given)
+    wanted = sk.fused_svr_loss(anchors, positives, 0.3, 20.0, bilateral="none", normalize=True)
+    assert same(loss(given), wanted / 2, list(model.parameters()))
 
 
 def test_against_sentence_transformers():

@@ -1,0 +1,91 @@
+"""What the loss and its diagnostics take of a training step of the built-in model.
+
+    python -m bench.step [--batch 64] [--diagnose-every 50] [--rounds 21]
+
+In turns: a whole step (encode, loss, backward, clip, optimiser), the loss alone (forward, backward
+and statistics, as the loop calls it) on the step's embeddings, and one line of diagnostics, which a
+run with --diagnose-every K pays every K steps. Medians; bi-DynamicSVR.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from supclap import train as loop
+from supclap.config import ModelConfig, TrainConfig
+from supclap.data import Epoch, load_corpus
+from supclap.diagnose import Diagnosis
+from supclap.model import SupclapModel
+from supclap.synth import synthesise
+
+from .run import environment
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
+    """Milliseconds, and shares of a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        synthesise(out, clips=max(40, batch_size // 3), seed=0)
+        corpus = load_corpus(out / "train.csv", 30.0)
+    config = TrainConfig(data=out, out=out, svr="bi-dynamic", batch_size=batch_size)
+    torch.manual_seed(0)
+    model, ranks = SupclapModel(ModelConfig()), loop.Ranks(torch.device("cpu"))
+    model.audio.encoder.set_statistics(corpus.sample())
+    criterion = loop.build_loss(config, batch_size)
+    optimizer = loop.build_optimizer(config, model, criterion)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    batch = next(Epoch(corpus, model.text.encoder.tokenizer, batch_size).batches())
+    ids = batch.ids
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loop.backward(model, criterion, batch, ids, None, ranks)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    rows = [
+        x.detach().requires_grad_() for x in (model.audio(*batch.audio), model.text(*batch.text))
+    ]
+
+    def loss() -> None:
+        loop.compute_loss(model, criterion, *rows, ids, ranks)[0].backward()
+
+    def diagnose() -> None:
+        Diagnosis(model, criterion, batch, ids, None, ranks).finish()
+
+    calls = {"step": step, "loss": loss, "diagnostics": diagnose}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for n in range(rounds + 3):
+        for name, call in calls.items():
+            seconds = timed(call)
+            if n >= 3:
+                samples[name].append(seconds)
+    found = {f"{name}_ms": 1e3 * statistics.median(one) for name, one in samples.items()}
+    found["loss_share"] = found["loss_ms"] / found["step_ms"]
+    found["diagnostics_share"] = found["diagnostics_ms"] / every / found["step_ms"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--diagnose-every", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=21)
+    args = parser.parse_args()
+    found = measure(args.batch, args.diagnose_every, args.rounds)
+    print(json.dumps({**vars(args), **found, "environment": environment()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
