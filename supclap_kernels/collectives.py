@@ -8,6 +8,7 @@ does, both give the gradient of the mean over ranks of what they compute.
 
 import contextlib
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,15 +51,20 @@ def agree(group: Any, own: dict[str, Any], free: Sequence[str] = ()) -> list[dic
     """
     names = list(own) if own else []
     length = 32
-    said = [1, *map(as_integer, own.values())] if own else [0]
+    layout = zlib.crc32(",".join(names).encode())  # backend="reference" says other things
+    said = [1, layout, *map(as_integer, own.values())] if own else [0]
     vector = torch.tensor(said + [0] * (length - len(said)), device=device_of(group))
     every = [part.tolist() for part in all_gather(vector, group)]
     failed = [rank for rank, values in enumerate(every) if values[0] == 0]
-    if failed and own:
+    if not own:
+        return []
+    if failed:
         raise RuntimeError(
             f"group: the call failed on rank {failed[0]} before it could begin; see its own error"
         )
-    found = [dict(zip(names, values[1:], strict=False)) for values in every]
+    if any(values[1] != layout for values in every):
+        raise ValueError("group: ranks must agree on backend: on some it is 'reference'")
+    found = [dict(zip(names, values[2:], strict=False)) for values in every]
     for rank, values in enumerate(found):
         for name in names:
             if name not in free and values[name] != found[0][name]:

@@ -154,10 +154,8 @@ def test_transformers():
     ours = transformers.clap_loss(outputs, scale)
     assert same(ours, symmetric(audio, text, scale), [audio, text, scale])
     loss, stats = transformers.clap_loss(outputs, 14.0, radius=0.1, return_stats=True)
-    plain = transformers.clap_loss(outputs, 14.0, radius=0.1)
-    assert same(loss, plain, [audio, text]) and stats.radius > 0
     whole = sk.fused_svr_loss(audio, text, 0.1, 14.0)
-    assert same(loss, whole / 2, [audio, text])
+    assert same(loss, whole / 2, [audio, text]) and stats.radius > 0
 
 
 def test_transformers_model():
