@@ -36,7 +36,7 @@ def manifest_of(folder, text, name="m.csv"):
         ("file_name,caption_1,caption_2\na.wav,x,\n", "line 2 (a.wav): caption_2 is empty"),
         ("file_name,caption_1\na.wav,x\nb.wav,  \n", "line 3 (b.wav): caption_1 is empty"),
         ("file_name,caption_1\n,x\n", "line 2: file_name is empty"),
-        ("file_name,caption_1\na.wav,one, two\n", "a caption with a comma in it needs quotes"),
+        ("file_name,caption_1\na.wav,one, two\n", "a text with a comma in it needs quotes"),
     ],
 )
 def test_a_bad_manifest_is_explained(tmp_path, text, said):

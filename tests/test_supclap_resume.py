@@ -13,7 +13,7 @@ import soundfile
 import torch
 from supclap import data, files
 from supclap import train as loop
-from supclap.checkpoint import STATE
+from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
 from supclap.config import Interrupted, UserError, config_text, read_config
 from supclap.logs import read_lines
@@ -33,7 +33,7 @@ def full_settings(manifest, out, **changes):
     model = SMALL.__class__(**{**vars(SMALL), "dropout": 0.3, "max_seconds": 0.5})
     given = {
         "epochs": 3, "batch_size": 4, "svr": "bi-dynamic", "learn_tau": True, "val": manifest,
-        "checkpoint_every": 2, "diagnose_every": 3, "model": model,
+        "checkpoint_every": 2, "diagnose_every": 3, "validate_every": 2, "model": model,
     }  # fmt: skip
     return settings(manifest, out, **(given | changes))
 
@@ -136,10 +136,14 @@ def test_what_cannot_be_resumed_is_said(manifest, tmp_path, capsys):
     for arguments, said in (
         (["--resume", str(run)], "is finished"),
         (["--resume", str(tmp_path / "no")], "is not a run"),
+        (["--data", str(manifest), "--out", str(run)], "already holds a run"),
         (["--resume", str(run), "--lr", "1", "--recipe", "paper"], "drop --lr, --recipe"),
     ):
         assert main(["train", *arguments]) == 2
         assert said in capsys.readouterr().err
+    (run / FINISHED).unlink()
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "has no state.pt to go on from" in capsys.readouterr().err
     (run / STATE).write_bytes(b"nothing")
     assert main(["train", "--resume", str(run)]) == 2
     assert "cannot read the run's state" in capsys.readouterr().err
@@ -197,7 +201,7 @@ def test_kill_at_any_moment(manifest, tmp_path):
         "(p / 'config.json').exists() or (p / 'settings.json').rename(p / 'config.json');"
         "c = config.read_config(p); print('ready', flush=True); sys.stdin.readline();"
         "train.train(c, resume=(p / 'state.pt').exists())"
-    )
+    )  # a run without a state begins anew, unasked
     kills = done = 0
     while not done and kills < 12:
         process = subprocess.Popen(
@@ -211,7 +215,7 @@ def test_kill_at_any_moment(manifest, tmp_path):
         process.kill()
         process.communicate()
         kills += 1
-        done = (out / "model.safetensors").exists() and not (out / STATE).exists()
+        done = (out / FINISHED).exists()
         if (out / STATE).exists():
             load_model(out)
             lines = read_lines(out / "log.jsonl")
@@ -260,3 +264,62 @@ def test_two_processes_resume_as_one_run(manifest, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("log", "val", "diagnostics"):
         assert log_of(tmp_path / "part", name) == log_of(tmp_path / "whole", name)
+
+
+def test_a_run_does_not_go_on_with_other_data(manifest, tmp_path, monkeypatch):
+    copy = tmp_path / "clips.csv"
+    text = manifest.read_text()
+    for path in manifest.parent.glob("*.wav"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy.write_text(text)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(Stop):
+            loop.train(full_settings(copy, tmp_path / "run"))
+    copy.write_text(text.replace("we hear a dog", "we heard a dog"))
+    with pytest.raises(UserError, match="clips or captions of its manifest have changed"):
+        loop.train(read_config(tmp_path / "run"), resume=True)
+    copy.write_text(text)
+    monkeypatch.chdir(tmp_path / "run")  # its paths do not depend on where it is resumed
+    loop.train(read_config(tmp_path / "run"), resume=True)
+
+
+def test_validation_between_epochs_selects_too(manifest, tmp_path):
+    run = loop.train(full_settings(manifest, tmp_path / "run"))
+    steps = [line["step"] for line in log_of(run, "val")]
+    assert steps == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    finished = json.loads((run / FINISHED).read_text())
+    assert finished["step"] == 15 and "mean R@1 on --val" in finished["model"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_during_training_is_named(manifest, tmp_path, monkeypatch, workers):
+    """--cache off reads headers first; what is wrong behind them is said without a traceback."""
+    rows = ["file_name,caption"]
+    for path in sorted(manifest.parent.glob("*.wav"))[:4]:
+        wave, rate = soundfile.read(path)
+        soundfile.write(tmp_path / path.name, wave, rate, subtype="FLOAT")
+        rows.append(f"{path.name},a sound")
+    wave[len(wave) // 2] = float("nan")
+    soundfile.write(tmp_path / path.name, wave, rate, subtype="FLOAT")
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    given = {"cache": "off", "workers": workers, "batch_size": 2, "val": None}
+    with pytest.raises(UserError) as error:
+        loop.train(settings(tmp_path / "m.csv", tmp_path / "run", **given))
+    message = str(error.value)
+    assert f"{path.name} (line 5): the clip has NaN" in message and "Traceback" not in message
+    run = loop.train(settings(tmp_path / "m.csv", tmp_path / "other", skip_bad_audio=True, **given))
+    assert len(log_of(run)) == 4
+
+
+def test_ranks_share_a_cache_and_want_pairs(manifest, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += ["-m", "supclap", "train", "--data", str(manifest), "--cache", str(tmp_path / "c")]
+    command += ["--width", "16", "--heads", "1", "--epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for size, code in ((9, 0), (2, 1)):
+        given = ["--out", str(tmp_path / f"run{size}"), "--batch-size", str(size)]
+        done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr[-3000:]
+    assert "a batch of 2 pairs is too small for 3 processes" in done.stderr
+    assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".safetensors"]

@@ -11,7 +11,13 @@ from supclap import train as loop
 from supclap.cli import main
 from supclap.config import ModelConfig, UserError
 from supclap.data import load_corpus
-from supclap.evaluate import embed_corpus, evaluate_corpus, evaluate_run, retrieval_metrics
+from supclap.evaluate import (
+    embed_corpus,
+    embed_text,
+    evaluate_corpus,
+    evaluate_run,
+    retrieval_metrics,
+)
 from supclap.model import SupclapModel, load_model
 from supclap.zeroshot import accuracies, class_vectors, labelled_clips
 from supclap_clips import SMALL, WORDS, log_of, near, settings, write_clips
@@ -113,11 +119,22 @@ def test_batch_size_changes_no_number(manifest, run):
     assert (one - many).abs().max() < 2e-6
 
 
+def test_equal_captions_tie_whatever_they_are_beside(manifest, run):
+    """A caption of two clips is encoded once: its tie counts against the model every time."""
+    model = load_model(run)
+    captions = ["the sound of a dog", "x", "a very much longer caption " * 4, "the sound of a dog"]
+    for rows in (1, 2, 64):
+        found = embed_text(model, captions, ["eng"] * 4, rows)
+        assert torch.equal(found[0], found[3])
+
+
 def test_selection_on_the_test_set_marks_everything(manifest, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["train", "--data", str(manifest), "--out", str(out), "--epochs", "2"]
     assert main([*arguments, "--select-on", "test"]) == 2
     assert "--select-on test needs --test MANIFEST" in capsys.readouterr().err
+    assert main([*arguments, "--test", str(manifest)]) == 2
+    assert "and --test is for nothing else" in capsys.readouterr().err
     shape = ["--width", "16", "--heads", "1", "--audio-layers", "1", "--text-layers", "1"]
     given = ["--select-on", "test", "--test", str(manifest)]
     assert main([*arguments, *shape, *given]) == 0
@@ -127,6 +144,12 @@ def test_selection_on_the_test_set_marks_everything(manifest, tmp_path, capsys):
     assert main(["eval", str(out), "--data", str(manifest), "--json", str(report)]) == 0
     assert "NOTE: this checkpoint was selected on a test set" in capsys.readouterr().out
     assert json.loads(report.read_text())["selected_on"] == "test"
+    saved = tmp_path / "e.safetensors"
+    assert main(["embed", str(out), "--data", str(manifest), "--out", str(saved)]) == 0
+    with safe_open(saved, "pt") as stored:
+        assert stored.metadata()["selected_on"] == "test"
+    assert main(["search", str(out), "dog", "--audio", str(manifest.parent)]) == 0
+    assert "selected on a test set" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- zero-shot

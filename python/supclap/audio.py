@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -32,6 +33,7 @@ class FrontEnd(Protocol):
     """What an audio encoder makes of a clip, in any process."""
 
     sample_rate: int
+    seconds: float  # of a clip that it hears; longer ones are cut
 
     @property
     def key(self) -> str:
@@ -53,30 +55,44 @@ def open_audio(clip: Clip) -> Path | BinaryIO:
         return io.BytesIO(stream.read(size))
 
 
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """What the libraries say of a file, as a UserError."""
+    try:
+        yield
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"not readable as audio: {error}") from error
+
+
+def read_wave(
+    source: Path | BinaryIO, max_seconds: float, draw: Callable[[int], int] | None = None
+) -> tuple[np.ndarray, int]:
+    """At most `max_seconds` of a file, as mono float32 [S], and its sample rate.
+
+    The first ones, or from frame draw(n) on, if the file has n - 1 frames more than that.
+    """
+    with readable(), soundfile.SoundFile(source) as opened:
+        rate, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
+        if draw is not None and opened.frames > frames:
+            opened.seek(draw(opened.frames - frames + 1))
+        wave = opened.read(frames, dtype="float32", always_2d=True)
+    if len(wave) == 0:
+        raise UserError("the clip has zero length")
+    if not (np.abs(wave) < LOUDEST).all():
+        raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
+    return wave.mean(axis=1), rate
+
+
 def load_audio(
     source: Path | BinaryIO,
     max_seconds: float,
     rate: int = SAMPLE_RATE,
     draw: Callable[[int], int] | None = None,
 ) -> np.ndarray:
-    """At most `max_seconds` of a file, as mono float32 at `rate`: [S].
-
-    The first ones, or from frame draw(n) on, if the file has n - 1 frames more than that.
-    """
-    try:
-        with soundfile.SoundFile(source) as opened:
-            native, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
-            if draw is not None and opened.frames > frames:
-                opened.seek(draw(opened.frames - frames + 1))
-            wave = opened.read(frames, dtype="float32", always_2d=True)
-        if len(wave) == 0:
-            raise UserError("the clip has zero length")
-        if not (np.abs(wave) < LOUDEST).all():
-            raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
-        mono = wave.mean(axis=1)
-        resampled = mono if native == rate else soxr.resample(mono, native, rate)
-    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"not readable as audio: {error}") from error
+    """... at `rate`: [S]."""
+    wave, native = read_wave(source, max_seconds, draw)
+    with readable():
+        resampled = wave if native == rate else soxr.resample(wave, native, rate)
     return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
 
 
@@ -110,7 +126,7 @@ def log_mel(wave: Tensor) -> Tensor:
 class LogMel:
     """The front end of the built-in encoder and of CED; float16, 12.8 KB per second of audio."""
 
-    sample_rate = SAMPLE_RATE
+    sample_rate, seconds = SAMPLE_RATE, math.inf
     key = f"log-mel {SAMPLE_RATE} {N_FFT} {HOP} {N_MELS} {F_MAX} {TOP_DB}"
 
     def __call__(self, wave: np.ndarray) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .audio import N_MELS, LogMel
 from .config import ModelConfig
 from .data import Bytes
-from .layers import Block, masked_mean, positions
+from .layers import Block, bin_statistics, masked_mean, positions
 
 
 class Transformer(nn.Module):
@@ -46,11 +46,9 @@ class AudioEncoder(nn.Module):
 
     def set_statistics(self, features: list[Tensor]) -> None:
         """Mean and deviation of each mel bin over some clips (CED's batch norm, once for all)."""
-        frames = sum(len(clip) for clip in features)
-        mean = sum((c.double().sum(dim=0) for c in features), torch.zeros(N_MELS).double()) / frames
-        squares = sum(((c.double() - mean).square().sum(dim=0) for c in features), mean * 0)
+        mean, variance = bin_statistics(features)
         self.mel_mean.copy_(mean)
-        self.mel_std.copy_((squares / frames).sqrt().clamp(min=1.0))
+        self.mel_std.copy_(variance.sqrt().clamp(min=1.0))
 
     def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
         """mel: [B, F, N_MELS] decibels; lengths: [B] real frames -> [B, W]."""

@@ -1,8 +1,10 @@
 """CED, a vision transformer for audio tagging, as an encoder (Dinkel et al., arXiv 2308.11957).
 
-Written from the paper and the layout of the published weights (`mispeech/ced-*`). Two
+Written from the paper and the layout of the published weights (`mispeech/ced-*`). Three
 differences from the authors' program: padding is masked, so a clip's embedding does not depend on
-its batch; and a clip of several chunks is the mean of its real tokens, not of its chunks.
+its batch; a clip of several chunks is the mean of its real tokens, not of its chunks; and the batch
+norm of the mel bins keeps its statistics in training (the published ones, or the corpus'), so that
+ranks and pieces of a batch see the same.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .audio import N_MELS, LogMel
-from .layers import Block, masked_mean
+from .layers import Block, bin_statistics, masked_mean
 
 SIZES = {"tiny": (192, 3), "mini": (256, 4), "small": (384, 6), "base": (768, 12)}
 """Channels and attention heads."""
@@ -40,12 +42,22 @@ class CED(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    def set_statistics(self, features: list[Tensor]) -> None:
+        """Of the batch norm, from some clips."""
+        mean, variance = bin_statistics(features)
+        assert self.init_bn.running_mean is not None and self.init_bn.running_var is not None
+        self.init_bn.running_mean.copy_(mean)
+        self.init_bn.running_var.copy_(variance.clamp(min=1.0))
+
     def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
         """mel: [B, F, N_MELS] decibels; lengths: [B] real frames -> [B, W]."""
         frames = min(CHUNK, max(PATCH, mel.shape[1]))
         mel = F.pad(mel, (0, 0, 0, -mel.shape[1] % frames))
         chunks = mel.shape[1] // frames
-        x = self.init_bn(mel.transpose(1, 2)[:, :, None])  # [B, N_MELS, 1, F]
+        bn = self.init_bn
+        x = F.batch_norm(
+            mel.transpose(1, 2)[:, :, None], bn.running_mean, bn.running_var, bn.weight, bn.bias
+        )  # [B, N_MELS, 1, F]
         real = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
         x = (x * real[:, None, None]).transpose(1, 2)  # [B, 1, N_MELS, F]
         x = x.unflatten(3, (chunks, frames)).permute(0, 3, 1, 2, 4).flatten(0, 1)

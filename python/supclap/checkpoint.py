@@ -18,7 +18,7 @@ from .config import UserError
 from .files import write_whole
 from .ranks import Ranks
 
-STATE = "state.pt"
+STATE, FINISHED = "state.pt", "finished.json"
 
 
 @dataclass
@@ -37,17 +37,25 @@ def random_state(device: torch.device) -> list[Any]:
 
 
 def save_state(
-    run: Path, parts: dict[str, Any], progress: Progress, ranks: Ranks, device: torch.device
+    run: Path,
+    parts: dict[str, Any],
+    data: str,
+    progress: Progress,
+    ranks: Ranks,
+    device: torch.device,
 ) -> None:
-    """`parts`: modules and optimisers by name. Called on every rank; the first one writes."""
+    """`parts`: modules and optimisers by name; `data`: the corpus' fingerprint. Called on every
+    rank; the first one writes."""
     randoms = ranks.each(random_state(device))
     if ranks.rank == 0:
         whole = {name: part.state_dict() for name, part in parts.items()}
-        whole |= {"progress": asdict(progress), "randoms": randoms}
+        whole |= {"data": data, "progress": asdict(progress), "randoms": randoms}
         write_whole(run / STATE, lambda path: torch.save(whole, path))
 
 
-def load_state(run: Path, parts: dict[str, Any], ranks: Ranks, device: torch.device) -> Progress:
+def load_state(
+    run: Path, parts: dict[str, Any], data: str, ranks: Ranks, device: torch.device
+) -> Progress:
     """Bring `parts` and the random numbers back to where `save_state` was called."""
     path = run / STATE
     try:
@@ -55,13 +63,13 @@ def load_state(run: Path, parts: dict[str, Any], ranks: Ranks, device: torch.dev
         for name, part in parts.items():
             part.load_state_dict(whole[name])
         progress, randoms = Progress(**whole["progress"]), whole["randoms"]
+        same = whole["data"] == data
     except FileNotFoundError:
-        done = (run / "model.safetensors").exists()
-        raise UserError(
-            f"{run} is finished" if done else f"{run} is not a run: it has no {path.name}"
-        ) from None
+        raise UserError(f"{run} has no {path.name} to go on from") from None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.PickleError) as error:
         raise UserError(f"cannot read the run's state {path}: {error}") from error
+    if not same:
+        raise UserError(f"{run}: the clips or captions of its manifest have changed since")
     if len(randoms) != ranks.count:
         raise UserError(f"{run} was trained by {len(randoms)} processes; resume it with as many")
     cpu, cuda = randoms[ranks.rank]

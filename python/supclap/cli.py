@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import MODEL, RECIPES, TRAIN, UserError, build_config, flag, kind_of, read_config
 
+ON_TEST = "NOTE: this checkpoint was selected on a test set"
 SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
 
 
@@ -120,7 +121,7 @@ def run_train(config: Path | None, recipe: str | None, resume: Path | None, **gi
 
 def options_of(args: dict[str, Any]) -> dict[str, Any]:
     """What every command on a run shares."""
-    from .train import choose_device, set_threads
+    from .ranks import choose_device, set_threads
 
     if args["batch_size"] < 1:
         raise UserError(f"--batch-size must be at least 1, got {args['batch_size']}")
@@ -138,17 +139,13 @@ def tell_skipped(skipped: list[str]) -> None:
         print("\n".join(f"  {reason}" for reason in skipped))
 
 
-def check_json(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {path.parent}")
-
-
 def run_eval(run: Path, data: list[Path], json: Path | None, **args: Any) -> None:
     from .evaluate import RULE, evaluate_run
-    from .files import write_json
+    from .files import check_folder_of, write_json
     from .report import COLUMNS, table
 
-    check_json(json)
+    if json is not None:
+        check_folder_of(json, "--json")
     options, found = options_of(args), {}
     for manifest in data:
         metrics, corpus = evaluate_run(run, manifest, **options)
@@ -161,17 +158,18 @@ def run_eval(run: Path, data: list[Path], json: Path | None, **args: Any) -> Non
         for way, name in (("t2a", "text to audio"), ("a2t", "audio to text")):
             print(f"median rank, {name}: {metrics[way]['median_rank']:g}")
         if "selected_on" in metrics:
-            print("NOTE: this checkpoint was selected on a test set")
+            print(ON_TEST)
     print(f"rule: {RULE}")
     if json is not None:
         write_json(json, {"rule": RULE} | (metrics if len(data) == 1 else found))
 
 
 def run_zeroshot(run: Path, data: Path, json: Path | None, **args: Any) -> None:
-    from .files import write_json
+    from .files import check_folder_of, write_json
     from .zeroshot import classify_run
 
-    check_json(json)
+    if json is not None:
+        check_folder_of(json, "--json")
     template, lang = args.pop("template"), args.pop("lang")
     found = classify_run(run, data, template, lang, **options_of(args))
     tell_skipped(found["skipped"])
@@ -181,13 +179,14 @@ def run_zeroshot(run: Path, data: Path, json: Path | None, **args: Any) -> None:
             print(f"{name:<20}{100 * found[name]:8.2f}")
     print(f"templates: {', '.join(found['templates'])}")
     if "selected_on" in found:
-        print("NOTE: this checkpoint was selected on a test set")
+        print(ON_TEST)
     print(f"rule: {found['rule']}")
     if json is not None:
         write_json(json, found)
 
 
 def run_search(run: Path, query: str, audio: Path, top: int, lang: str, **args: Any) -> None:
+    from .model import chosen_on_test
     from .search import search
 
     args.pop("skip_bad_audio", None)
@@ -196,6 +195,8 @@ def run_search(run: Path, query: str, audio: Path, top: int, lang: str, **args: 
     print("rank  cosine  file")
     for rank, (score, name) in enumerate(found, 1):
         print(f"{rank:4d}  {score:6.3f}  {name}")
+    if chosen_on_test(run):
+        print(ON_TEST)
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,22 @@ class TrainConfig:
                 choices, value = one.metadata.get("choices"), getattr(part, one.name)
                 if choices and value not in choices:
                     raise UserError(f"{flag(one.name)} must be one of {choices}, got {value!r}")
-        if self.select_on == "test" and self.test is None:
-            raise UserError("--select-on test needs --test MANIFEST")
+        if (self.select_on == "test") != (self.test is not None):
+            raise UserError(
+                "--select-on test needs --test MANIFEST, and --test is for nothing else"
+            )
+        for name in ("alpha", "beta", "radius_init"):
+            value = getattr(self, name)
+            if value is not None and not abs(value) < float("inf"):
+                raise UserError(f"{flag(name)} must be a finite number, got {value}")
+
+    def settled(self) -> TrainConfig:
+        """As a run keeps it: wherever it is resumed from, its files are found."""
+        names = ("data", "out", "val", "test")
+        paths = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        cache = self.cache if self.cache in ("memory", "off") else str(Path(self.cache).absolute())
+        settled = {name: path.absolute() for name, path in paths.items()}
+        return replace(self, overwrite=False, cache=cache, **settled)
 
     @property
     def selection(self) -> Path | None:

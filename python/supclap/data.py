@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .audio import FrontEnd, LogMel, load_audio, open_audio
+from .audio import FrontEnd, LogMel, load_audio, open_audio, readable
 from .config import UserError
 from .files import write_whole
 from .manifest import SHOWN, Clip, read_manifest
@@ -81,7 +81,13 @@ class Corpus:
         try:
             return decode(self.clips[clip], self.front_end, self.max_seconds, seed)
         except UserError as error:
-            raise UserError(f"{self.clips[clip].path}: {error}") from error
+            raise UserError(f"{self.clips[clip]}: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the pairs: a run that goes on must have the same."""
+        said = [[clip.name, clip.captions, clip.languages] for clip in self.clips]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     def sample(self, most: int = 1000) -> list[Tensor]:
         """Features of at most so many clips, evenly spread."""
@@ -98,10 +104,14 @@ def decode(
 
 
 class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
-    """Features of a clip, whether it is longer than them, and what is wrong if they are None."""
+    """Features of a clip (None if they are not to be kept), whether it is longer than them, and
+    what is wrong with it. `whole`: all of it is decoded, not its header alone."""
 
-    def __init__(self, clips: list[Clip], front_end: FrontEnd | None, max_seconds: float) -> None:
+    def __init__(
+        self, clips: list[Clip], front_end: FrontEnd, max_seconds: float, keep: bool, whole: bool
+    ) -> None:
         self.clips, self.front_end, self.max_seconds = clips, front_end, max_seconds
+        self.keep, self.whole = keep, whole
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -109,31 +119,50 @@ class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
     def __getitem__(self, number: int) -> tuple[Tensor | None, bool, str]:
         clip = self.clips[number]
         try:
-            header = soundfile.info(open_audio(clip))
-            longer = header.duration > self.max_seconds
-            if self.front_end is None:  # only whether the file is there
-                problem = "" if header.frames else "the clip has zero length"
-                return None, longer, problem
-            return decode(clip, self.front_end, self.max_seconds), longer, ""
+            with readable():
+                header = soundfile.info(open_audio(clip))
+            if not header.frames:
+                raise UserError("the clip has zero length")
+            found = decode(clip, self.front_end, self.max_seconds) if self.whole else None
         except UserError as error:
             return None, False, str(error)
-        except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-            return None, False, f"not readable as audio: {error}"
+        return found if self.keep else None, header.duration > self.max_seconds, ""
 
 
-def loader(dataset: Dataset[Any], order: Any = None, workers: int = 0, pin: bool = False) -> Any:
+class Told(Dataset[Any]):
+    """A dataset whose UserErrors are items: a worker process would wrap them in its traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.dataset[number]
+        except UserError as error:
+            return str(error)
+
+
+def loaded(
+    dataset: Dataset[Any], order: Any = None, workers: int = 0, pin: bool = False
+) -> Iterator[Any]:
     """Items of a dataset, one by one, prepared in `workers` processes; no global random number is
     drawn."""
     numbers = range(len(dataset)) if order is None else order  # type: ignore[arg-type]
-    return DataLoader(
-        dataset,
+    items = DataLoader(
+        Told(dataset),
         batch_size=None,
         sampler=numbers,
         num_workers=min(workers, len(numbers)),
         pin_memory=pin,
         generator=torch.Generator(),
-        persistent_workers=False,
     )
+    for item in items:
+        if isinstance(item, str):
+            raise UserError(item)
+        yield item
 
 
 def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
@@ -179,23 +208,28 @@ def load_clips(
 ) -> Corpus:
     """Read every clip; bad files are named, as of `manifest`, or skipped and counted.
 
-    cache: "memory", "off" (only headers are read now) or a folder.
+    cache: "memory", "off" (decoded whenever asked for; now only headers are read, unless bad files
+    are to be skipped) or a folder. A clip is cut to max_seconds and to what the front end hears.
     """
     front_end = front_end or LogMel()
+    max_seconds = min(max_seconds, front_end.seconds)
     folder = None if cache in ("memory", "off") else Path(cache)
     stored = None if folder is None else cache_file(folder, rows, front_end, max_seconds)
     found = None if stored is None else read_cache(stored, len(rows))
     if found is None:
-        work = Decoding(rows, None if cache == "off" else front_end, max_seconds)
-        bar = tqdm(loader(work, workers=workers), f"reading {manifest.name}", mininterval=1.0)
-        found = list(bar)
+        keep = cache != "off"
+        work = Decoding(rows, front_end, max_seconds, keep, whole=keep or skip_bad_audio)
+        items = loaded(work, workers=workers)
+        bar = tqdm(items, f"reading {manifest.name}", len(rows), mininterval=1.0)
+        # A copy: what a worker sends is in shared memory.
+        found = [(None if x is None else x.clone(), longer, said) for x, longer, said in bar]
         if stored is not None:
             said = json.dumps([(longer, problem) for _, longer, problem in found])
             tensors = {str(n): x for n, (x, *_) in enumerate(found) if x is not None}
             stored.parent.mkdir(parents=True, exist_ok=True)
             write_whole(stored, lambda path: save_file(tensors, path, {"said": said}))
 
-    bad = [f"{c.path}: {said}" for c, (*_, said) in zip(rows, found, strict=True) if said]
+    bad = [f"{c}: {said}" for c, (*_, said) in zip(rows, found, strict=True) if said]
     if bad and not skip_bad_audio:
         shown = bad[:SHOWN] + ([f"... and {len(bad) - SHOWN} more"] if bad[SHOWN:] else [])
         raise UserError(
@@ -269,8 +303,7 @@ class Epoch(Dataset[Batch]):
     def batches(self, start: int = 0, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
         """From batch `start` on."""
         still = self.corpus.kept is not None and not self.corpus.longer.any()
-        numbers = range(start, len(self))
-        yield from loader(self, numbers, 0 if still else workers, pin)
+        yield from loaded(self, range(start, len(self)), 0 if still else workers, pin)
 
 
 def steps_of(pairs: int, size: int, ranks: int = 1, whole: bool = False) -> int:

@@ -75,7 +75,7 @@ class Diagnosis:
     def embed(self, tower: Tower, inputs: tuple[Tensor, ...]) -> Tensor:
         """As in evaluation."""
         size = self.size or len(inputs[0])
-        with evaluating(self.model):
+        with evaluating(self.model, inference=False):
             parts = zip(*(x.split(size) for x in inputs), strict=True)
             return torch.cat([tower(*part) for part in parts])
 

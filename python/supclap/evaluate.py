@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import Corpus, load_corpus, loader, pad_features
-from .model import SupclapModel, evaluating, load_model, note_of
+from .data import Corpus, load_corpus, loaded, pad_features
+from .model import SupclapModel, chosen_on_test, evaluating, load_model
 
 RULE = (
     "t2a: every caption is a query over the unique clips; mAP@10 = mean of 1/rank if rank <= 10, "
@@ -112,22 +112,27 @@ def embed_audio(
     """Unit vectors of some clips at a time, on the CPU: [at most rows, D]."""
     device = model.log_scale.device
     workers = 0 if corpus.kept is not None else workers
-    for batch in loader(Features(corpus, rows), workers=workers):
+    for batch in loaded(Features(corpus, rows), workers=workers):
         with evaluating(model):
-            yield model.audio(*(x.to(device) for x in batch)).cpu()
+            found = model.audio(*(x.to(device) for x in batch)).cpu()
+        yield found
 
 
 def embed_text(
     model: SupclapModel, captions: list[str], languages: list[str], rows: int = 64
 ) -> Tensor:
-    """Unit vectors of captions, on the CPU: [M, D]."""
+    """Unit vectors of captions, on the CPU: [M, D]. Equal captions are encoded once: beside others
+    they would be padded to another length and rounded otherwise, and no longer tie."""
     device, found = model.log_scale.device, []
-    with evaluating(model):
-        for start in range(0, len(captions), rows):
-            part = slice(start, start + rows)
-            tokens = model.text.encoder.tokenizer(captions[part], languages[part])
+    pairs = list(dict.fromkeys(zip(captions, languages, strict=True)))
+    for start in range(0, len(pairs), rows):
+        said, of = zip(*pairs[start : start + rows], strict=True)
+        with evaluating(model):
+            tokens = model.text.encoder.tokenizer(list(said), list(of))
             found.append(model.text(*(x.to(device) for x in tokens)).cpu())
-    return torch.cat(found)
+    place = {pair: number for number, pair in enumerate(pairs)}
+    rows_of = [place[pair] for pair in zip(captions, languages, strict=True)]
+    return torch.cat(found)[rows_of]
 
 
 def embed_corpus(
@@ -166,6 +171,14 @@ def mean_metrics(several: list[dict[str, Metrics]]) -> dict[str, Metrics]:
     }
 
 
+def corpus_for(
+    model: SupclapModel, data: Path, skip_bad_audio: bool = False, **options: Any
+) -> Corpus:
+    """A manifest as the model hears it."""
+    front_end, longest = model.audio.encoder.front_end, model.config.max_seconds
+    return load_corpus(data, longest, skip_bad_audio, front_end=front_end, **options)
+
+
 def evaluate_run(
     run: Path,
     data: Path,
@@ -179,11 +192,8 @@ def evaluate_run(
     """Metrics of a run's checkpoint on the manifest `data`, and the corpus measured. A checkpoint
     that was selected on a test set says so."""
     model = load_model(run).to(device)
-    corpus = load_corpus(
-        data, model.config.max_seconds, skip_bad_audio,
-        front_end=model.audio.encoder.front_end, cache=cache, workers=workers,
-    )  # fmt: skip
+    corpus = corpus_for(model, data, skip_bad_audio, cache=cache, workers=workers)
     metrics = evaluate_corpus(model, corpus, rows, workers)
-    if note_of(run).get("selected_on") == "test":
+    if chosen_on_test(run):
         metrics["selected_on"] = "test"
     return metrics, corpus

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from .checkpoint import STATE
+from .checkpoint import FINISHED, STATE
 from .config import ModelConfig, TrainConfig, UserError, read_config
 from .data import load_corpus
 from .evaluate import corpus_metrics, embed_corpus
@@ -38,8 +39,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "SigLIP bi-StaticSVR": {"loss": "siglip", "svr": "bi-static"},
     "SigLIP bi-DynamicSVR": {"loss": "siglip", "svr": "bi-dynamic"},
 }
+SIDES = ("here", "there")  # the corpus, and one with other acoustics
 MAIN = ("InfoNCE", "bi-StaticSVR", "bi-DynamicSVR")
-TEMPLATE = "the sound of {label}"
 HARD = (0, 6, 12, 18, 24)  # hard negatives of figure 7
 BINS = 50  # of figure 4, between -1 and 1
 
@@ -55,12 +56,12 @@ class Preset:
     few: int  # seeds of every sweep
     languages: tuple[str, ...] = CODES
     captions: int = 2
-    batch_sizes: tuple[int, ...] = (16, 32, 128, 256)
+    batch_sizes: tuple[int, ...] = (32, 128, 256)
     alphas: tuple[float, ...] = (0.1, 0.5, 2.0)
     noises: tuple[int, ...] = (10, 20, 40)  # percent of the captions
     radii: tuple[float, ...] = (0.02, 0.3, 0.6)
-    validate_every: int = 48
-    diagnose_every: int = 10
+    validate_every: int = 50
+    diagnose_every: int = 20
     device: str = "cpu"
     model: ModelConfig = ModelConfig()
 
@@ -126,15 +127,18 @@ def planned(preset: Preset) -> list[Run]:
 def make_corpora(out: Path, preset: Preset) -> None:
     """`here`, `there` with other acoustics, `here/noise*`, and single events with their labels."""
     shared: dict[str, Any] = {"languages": preset.languages, "captions": preset.captions}
-    for seed, (name, shifted) in enumerate((("here", False), ("there", True))):
+    for seed, name in enumerate(SIDES):
         if not (out / name / "test.jsonl").exists():
-            synthesise(out / name, preset.clips, seed, True, shifted=shifted, **shared)
+            synthesise(out / name, preset.clips, seed, True, shifted=name == "there", **shared)
     for noise in preset.noises:
         target = out / f"here/noise{noise}.jsonl"
         if not target.exists():
             write_text(target, with_noise(target.with_stem("train"), noise / 100))
     if not (out / "events/labels.csv").exists():
         synthesise_events(out / "events", 2 if preset.clips < 100 else 20)
+    for manifest in (f"{side}/{split}" for side in SIDES for split in ("train", "val", "test")):
+        cache = str(out / "features")  # filled before the runs share it
+        load_corpus(out / f"{manifest}.jsonl", preset.model.max_seconds, cache=cache)
 
 
 def with_noise(manifest: Path, share: float, seed: int = 0) -> str:
@@ -174,20 +178,24 @@ def carry_out(run: Run, out: Path, preset: Preset) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a") as stream:
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            start = time.monotonic()
-            resume = (folder / STATE).exists() and (folder / "config.json").exists()
-            if not (folder / "model.safetensors").exists() or resume:
+            if not (folder / FINISHED).exists():
+                start = time.monotonic()
+                resume = (folder / STATE).exists()
                 train(read_config(folder) if resume else replace(config, overwrite=True), resume)
-            cost = {"seconds": None if resume else time.monotonic() - start, "bytes": peak(config)}
-            found = measured(run, config, out, preset) | cost
-    write_json(folder / "result.json", asdict(run) | {"changes": run.changes} | found)
+                seconds = None if resume else time.monotonic() - start  # None: of a part only
+                write_json(folder / "cost.json", {"seconds": seconds, "bytes": peak(config)})
+            found = measured(run, config, out, preset)
+    path = folder / "cost.json"  # not there if it was killed before it could say
+    cost = json.loads(path.read_text()) if path.exists() else {"seconds": None, "bytes": None}
+    write_json(folder / "result.json", asdict(run) | found | cost)
 
 
 def peak(config: TrainConfig) -> int:
     """Of the memory of the GPU, or of this process, which has carried out one run."""
     if config.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @torch.no_grad()
@@ -195,7 +203,7 @@ def measured(run: Run, config: TrainConfig, out: Path, preset: Preset) -> dict[s
     """Retrieval here and there, zero-shot, similarity of the pairs, radius by hard negatives."""
     model = load_model(config.out).to(config.device)
     found: dict[str, Any] = {}
-    for side in ("here", "there"):
+    for side in SIDES:
         if side == "there" and run.group not in ("ablation", "cross"):
             continue
         corpus = load_corpus(
@@ -205,13 +213,13 @@ def measured(run: Run, config: TrainConfig, out: Path, preset: Preset) -> dict[s
         found[side] = corpus_metrics(text, audio, corpus)
         if side != "here":
             continue
-        positive = (text * audio[corpus.clip_of]).sum(dim=1)
+        positive = (text * audio[corpus.clip_of]).sum(dim=1).clamp(-1, 1)
         found["similarities"] = torch.histc(positive, BINS, -1.0, 1.0).tolist()
         if "dynamic" in config.svr and run.group == "ablation":
             found["radius_by_hard"] = radius_by_hard(config, text, audio, corpus.clip_of)
     if run.group == "ablation":
         labels = out / "events/labels.csv"
-        found["zeroshot"] = classify_run(config.out, labels, [TEMPLATE])["accuracy"]
+        found["zeroshot"] = classify_run(config.out, labels)["accuracy"]
     return found
 
 
@@ -251,7 +259,8 @@ def results(out: Path, preset: Preset) -> list[dict[str, Any]]:
 
 def check_settings(out: Path, name: str) -> None:
     """A folder belongs to one preset, as it is now."""
-    path, wanted = out / "preset.json", {"name": name, **asdict(PRESETS[name])}
+    path = out / "preset.json"
+    wanted = {"name": name, "losses": LOSSES, **asdict(PRESETS[name])}
     wanted = json.loads(json.dumps(wanted))
     if path.exists() and json.loads(path.read_text()) != wanted:
         raise UserError(f"{out} holds runs of other settings; name another --out")

@@ -14,8 +14,13 @@ from .config import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file that then takes the place of `path`; on an error nothing changes."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Have `write` make a file that then takes the place of `path`; on an error nothing changes.
+
+    Several processes may write the same file: the last one stays.
+    """
+    if not path.name or path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         with open(partial, "rb") as stream:
@@ -33,4 +38,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def check_folder_of(path: Path, option: str) -> None:
+    """Before the work whose result goes there."""
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: it is a folder, a file was expected")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,12 +72,12 @@ class ClapFrontEnd:
 
     def __init__(self, extractor: Any) -> None:
         self.extractor, self.sample_rate = extractor, int(extractor.sampling_rate)
-        self.longest = int(extractor.nb_max_samples)
+        self.seconds = extractor.nb_max_samples / self.sample_rate
         self.key = f"clap {json.dumps(extractor.to_dict(), sort_keys=True, default=str)}"
 
     def __call__(self, wave: np.ndarray) -> Tensor:
         """[S] -> [views * F, M]; the same F for every clip."""
-        wave = wave[: self.longest]
+        wave = wave[: round(self.seconds * self.sample_rate)]
         found = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
         features: Tensor = found["input_features"][0]  # [views, F, M]
         return features.flatten(0, 1)
@@ -121,8 +122,11 @@ class PublishedCED(CED):
         if weights:
             try:
                 self.load_state_dict(translate(load_file(folder / "model.safetensors")))
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"{option} hf:{folder}: {error}") from error
+
+    def set_statistics(self, features: list[Tensor]) -> None:
+        """Those of the published weights stay."""
 
     def keep(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +197,8 @@ class PublishedText(nn.Module):
 
             self.model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
         config = self.model.config
+        if config.is_encoder_decoder and hasattr(self.model, "get_encoder"):
+            self.model = self.model.get_encoder()
         self.width = int(config.projection_dim if self.projects else config.hidden_size)
         try:
             self.files = AutoTokenizer.from_pretrained(folder)

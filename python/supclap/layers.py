@@ -44,6 +44,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def bin_statistics(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance [M] of each bin over all frames of some clips [F_c, M], in float64."""
+    frames = sum(len(clip) for clip in features)
+    sums = torch.stack([clip.double().sum(dim=0) for clip in features])
+    mean = sums.sum(dim=0) / frames
+    squares = torch.stack([(clip.double() - mean).square().sum(dim=0) for clip in features])
+    return mean, squares.sum(dim=0) / frames
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """x: [B, L, W]; mask: [B, L] -> [B, W], over the real tokens, of which each row has one."""
     real = mask[:, :, None].to(x.dtype)

@@ -41,6 +41,11 @@ class Clip:
     place: str = ""  # in the manifest, for messages
     span: tuple[int, int] | None = None  # first byte and number of bytes in a tar
 
+    def __str__(self) -> str:
+        """The file and where it is named."""
+        inside = f", {self.name}" if self.span else ""
+        return f"{self.path}{inside}" + (f" ({self.place})" if self.place else "")
+
 
 @dataclass
 class Reading:
@@ -88,12 +93,20 @@ def clean(text: Any) -> str:
     return " ".join(str(text or "").split())
 
 
-def read_csv(reading: Reading) -> None:
-    manifest = reading.manifest
-    with manifest.open(newline="", encoding="utf-8-sig") as stream:
+def csv_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[Any, Any]]]]:
+    """Columns, and rows with their line; what a row has beyond the columns is under None."""
+    with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream, skipinitialspace=True)
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        rows = [(reader.line_num, row) for row in reader]
+        return list(columns), [(reader.line_num, row) for row in reader]
+
+
+TOO_MANY = "more fields than the header has columns; a text with a comma in it needs quotes"
+
+
+def read_csv(reading: Reading) -> None:
+    manifest = reading.manifest
+    columns, rows = csv_rows(manifest)
     if not columns:
         raise UserError(f"manifest {manifest} is empty: it needs the columns file_name, caption_1")
     published = "youtube_id" in columns and "file_name" not in columns
@@ -112,10 +125,7 @@ def read_csv(reading: Reading) -> None:
     for line, row in rows:
         place = f"line {line}"
         if None in row:
-            reading.problems.append(
-                f"{place} ({clean(row[needed[0]])}): more fields than the header has columns; a "
-                "caption with a comma in it needs quotes"
-            )
+            reading.problems.append(f"{place} ({clean(row[needed[0]])}): {TOO_MANY}")
             continue
         if not clean(row[needed[0]]):
             reading.problems.append(f"{place}: {needed[0]} is empty")
@@ -174,7 +184,7 @@ def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
             reading.problems.append(f"{place}: an object was expected, found {str(entry)[:40]!r}")
             continue
         keys = ("audio", "file_name", "wav", "path", "id")
-        name = next((clean(entry[key]) for key in keys if entry.get(key) not in (None, "")), "")
+        name = next((str(entry[key]).strip() for key in keys if entry.get(key) is not None), "")
         if not name:
             reading.problems.append(f"{place}: no file: it needs audio, file_name or id")
             continue
@@ -225,13 +235,16 @@ def read_tar(reading: Reading) -> None:
                 continue
             try:
                 if "json" in parts:
-                    captions = captions_of(json.load(tar.extractfile(parts["json"])))  # type: ignore[arg-type]
+                    entry = json.load(tar.extractfile(parts["json"]))  # type: ignore[arg-type]
+                    if not isinstance(entry, dict):
+                        raise ValueError("its .json holds no object")
+                    captions = captions_of(entry)
                 elif "txt" in parts:
                     text = tar.extractfile(parts["txt"]).read().decode()  # type: ignore[union-attr]
                     captions = captions_of({"caption": text})
                 else:
                     raise ValueError("no captions: neither .json nor .txt")
-            except (ValueError, AttributeError) as error:
+            except ValueError as error:
                 reading.problems.append(f"sample {key}: {error}")
                 continue
             span = (audio.offset_data, audio.size)
@@ -247,6 +260,8 @@ def expand(manifest: Path) -> list[Path]:
     if found is None:
         return [manifest]
     start, first, last, end = found.groups()
+    if int(last) < int(first):
+        raise UserError(f"manifest {manifest}: {{{first}..{last}}} counts backwards")
     numbers = range(int(first), int(last) + 1)
     return [Path(f"{start}{number:0{len(first)}d}{end}") for number in numbers]
 

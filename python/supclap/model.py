@@ -37,12 +37,13 @@ class Tower(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no statistics of the batch, no gradient; then every part as it was."""
+def evaluating(model: nn.Module, inference: bool = True) -> Iterator[None]:
+    """No dropout, no statistics of the batch, no gradient; then every part as it was. Without
+    `inference` what is computed may be used under autograd later."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode() if inference else torch.no_grad():
             yield
     finally:
         for module, training in before:
@@ -122,7 +123,14 @@ def save_model(
     state = model.state_dict()
     if criterion is not None:
         state |= {CRITERION + name: tensor for name, tensor in criterion.state_dict().items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        one = tensor.detach().cpu().contiguous()
+        if one.data_ptr() in seen:  # tied weights: the format wants tensors of their own
+            one = one.clone()
+        seen.add(one.data_ptr())
+        tensors[name] = one
     write_whole(path, lambda partial: save_file(tensors, partial, note))
 
 
@@ -140,7 +148,7 @@ def load_model(run: Path) -> SupclapModel:
     return model.eval()
 
 
-def note_of(run: Path) -> dict[str, str]:
-    """What a checkpoint says of itself: `step`, `selected_on`."""
+def chosen_on_test(run: Path) -> bool:
+    """Whether the checkpoint was selected on a test set."""
     with safe_open(run / "model.safetensors", "pt") as stored:
-        return stored.metadata() or {}
+        return (stored.metadata() or {}).get("selected_on") == "test"

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import UserError
+
+PATIENCE = timedelta(hours=2)  # while the first rank validates, the others wait
 
 
 class Ranks:
@@ -23,7 +26,8 @@ class Ranks:
         self.count, self.rank, self.group = int(os.environ.get("WORLD_SIZE", "1")), 0, None
         if self.count > 1:
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=PATIENCE)
             self.rank, self.group = dist.get_rank(), dist.group.WORLD
 
     def close(self) -> None:
@@ -57,11 +61,14 @@ class Ranks:
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """As DistributedDataParallel does, after backward."""
+        if self.count == 1:
+            return
+        for p in parameters:  # a layer may have been dropped here and not elsewhere
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         found = [p.grad for p in parameters if p.grad is not None]
-        if self.count > 1:
-            flat = self.sum(torch.cat([g.flatten() for g in found])) / self.count
-            for g, mean in zip(found, flat.split([g.numel() for g in found]), strict=True):
-                g.copy_(mean.view_as(g))
+        flat = self.sum(torch.cat([g.flatten() for g in found])) / self.count
+        for g, mean in zip(found, flat.split([g.numel() for g in found]), strict=True):
+            g.copy_(mean.view_as(g))
 
 
 def choose_device(name: str) -> torch.device:

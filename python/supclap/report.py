@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, UserError
 from .evaluate import RULE, Metrics, chance, evaluate_run
+from .files import write_json
 from .logs import read_lines
 from .synth import synthesise
 from .train import train
@@ -84,7 +84,8 @@ def demo(out: Path, clips: int = 1000, epochs: int = 4, seed: int = 0, **options
     if out.exists() and not marker.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and not an earlier demo; name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text("{}\n")  # from here on a later demo may write over this one
+    if not marker.exists():  # from here on a later demo may write over this one
+        write_json(marker, {})
     corpus = out / "corpus"
     synthesise(corpus, clips, seed, overwrite=True)
     runs = {"InfoNCE": out / "infonce", "bi-StaticSVR": out / "bi-static"}
@@ -105,7 +106,7 @@ def demo(out: Path, clips: int = 1000, epochs: int = 4, seed: int = 0, **options
         )
         rows[name], test = evaluate_run(run, corpus / "test.csv")
     rows["chance"] = chance(test.clip_of)
-    marker.write_text(json.dumps({"rule": RULE} | rows, indent=2) + "\n")
+    write_json(marker, {"rule": RULE} | rows)
     report = out / "report.png"
     plot_runs(runs, report)
     print(f"\n{len(test.clips)} test clips, {len(test.captions)} captions, in % by this rule:")

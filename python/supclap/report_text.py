@@ -50,7 +50,8 @@ def report_text(found: Findings, preset: str, figures: list[str]) -> str:
         "The paper's levels are of other data and other models: compare differences, not levels.",
         "## The paper's claims",
         f"Of {len(verdicts)} comparisons {counts['holds']} hold, {counts['does not hold']} do not, "
-        f"{counts['undecided']} are undecided.",
+        f"{counts['undecided']} are undecided. Seeds are of training (weights, order of pairs): "
+        "corpus and test split are the same for all. Of so many 95 % intervals one or two miss.",
         "\n".join(f"- **{v.claim}.** {v.sentence()}" for v in verdicts),
         "## Tables",
         *map(table_text, found.tables()),

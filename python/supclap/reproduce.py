@@ -6,11 +6,17 @@ Runs are independent and keep their results: after an interruption the same comm
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,48 +26,81 @@ from .files import write_json, write_text
 from .findings import Findings
 from .report_text import report_text
 
-
-def start_worker() -> None:
-    """The parent alone hears Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+ERROR = "error.txt"  # in a run's folder
 
 
-def work(given: tuple[Run, Path, Preset]) -> tuple[Run, str]:
-    """A run and what went wrong."""
-    run, out, preset = given
+def work(run: Run, out: Path, preset: Preset) -> None:
+    """One run, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C
+    folder = out / "runs" / run.folder
+    (folder / ERROR).unlink(missing_ok=True)
     try:
         carry_out(run, out, preset)
-    except Exception as error:
-        return run, f"{type(error).__name__}: {error}"
-    return run, ""
+    except BaseException as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR).write_text(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def done(run: Run, out: Path) -> bool:
+    return (out / "runs" / run.folder / "result.json").exists()
 
 
 def cost_of(run: Run, preset: Preset) -> float:
-    """Pairs that it sees; small steps cost more."""
-    size = float(run.changes.get("batch_size", preset.batch_size))
-    return 1.0 + 8.0 / size
+    """About how long it takes, in runs of large batches: small steps cost more."""
+    return 1.0 + 8.0 / float(run.changes.get("batch_size", preset.batch_size))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """One reproduction at a time in a folder; SIGTERM is heard as Ctrl-C is."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    with (out / "lock").open("w") as stream:
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # not on this system
+            fcntl = None  # type: ignore[assignment]
+        try:
+            if fcntl is not None:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise UserError(f"another reproduction works in {out}") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
     """Carry out every run that has no result yet, then write `results.json`, `report.md` and the
     figures. Returns the report's path."""
     plan = PRESETS[preset]
-    jobs = jobs or (1 if plan.device == "cuda" else os.cpu_count() or 1)
+    if jobs is None:
+        jobs = 1 if plan.device == "cuda" else os.cpu_count() or 1
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     check_settings(out, preset)
-    make_corpora(out, plan)
-    runs = planned(plan)
-    left = [run for run in runs if not done(run, out)]
-    print(f"{len(runs)} runs, {len(left)} left, {jobs} at a time; after Ctrl-C the same goes on")
-    start = time.monotonic()
-    if left:
-        if not (out / "features").exists():  # the first run alone fills what all share
-            carry_all(left[:1], out, plan, 1)
-        carry_all([run for run in left if not done(run, out)], out, plan, jobs)
-    elapsed = time.monotonic() - start
+    start, spent = time.monotonic(), out / "seconds.json"
+    before = json.loads(spent.read_text()) if spent.exists() else 0.0
+    with alone(out):
+        try:
+            make_corpora(out, plan)
+            runs = planned(plan)
+            left = [run for run in runs if not done(run, out)]
+            print(f"{len(runs)} runs, {len(left)} left, {jobs} at a time")
+            carry_all(left, out, plan, jobs)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; finished runs are kept in {out}, the same command goes on"
+            ) from None
+        finally:
+            write_json(spent, before + time.monotonic() - start)
     found = Findings(out, plan)
-    write_json(out / "results.json", {"preset": preset, "seconds": elapsed} | found.as_json())
+    seconds = json.loads(spent.read_text())
+    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | found.as_json())
     from .figures import draw_all
 
     names = draw_all(found, out)
@@ -70,38 +109,45 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
     return report
 
 
-def done(run: Run, out: Path) -> bool:
-    return (out / "runs" / run.folder / "result.json").exists()
-
-
 def carry_all(left: list[Run], out: Path, preset: Preset, jobs: int) -> None:
-    """In processes of their own, with a bar that knows what a run costs."""
-    total = sum(cost_of(run, preset) for run in left)
+    """In processes of their own, with a bar that knows about what a run costs."""
     context = multiprocessing.get_context("spawn")
+    waiting, failed = list(reversed(left)), []
+    running: dict[Any, tuple[Any, Run]] = {}
     bar = tqdm(
-        total=round(total, 1), desc="runs", smoothing=0.1, mininterval=1.0,
+        total=round(sum(cost_of(run, preset) for run in left), 1), desc="runs", smoothing=0.1,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+        disable=not left,
     )  # fmt: skip
-    failed = []
-    with context.Pool(jobs, start_worker, maxtasksperchild=1) as pool, bar:
+    with bar:
         try:
-            given = [(run, out, preset) for run in left]
-            for run, said in pool.imap_unordered(work, given, chunksize=1):
-                bar.update(cost_of(run, preset))
-                bar.set_postfix_str(run.folder)
-                if said:
-                    failed.append((run, said))
-            pool.close()
-            pool.join()
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.kill()  # a run that is killed goes on from its checkpoint
-            raise Interrupted(
-                f"interrupted; finished runs are kept in {out}, the same command goes on"
-            ) from None
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop()
+                    process = context.Process(target=work, args=(run, out, preset))
+                    process.start()
+                    running[process.sentinel] = (process, run)
+                for sentinel in wait(list(running)):
+                    process, run = running.pop(sentinel)
+                    process.join()
+                    bar.update(cost_of(run, preset))
+                    bar.set_postfix_str(run.folder)
+                    if not done(run, out):
+                        failed.append(f"{run.folder}: {what_happened(process, run, out)}")
+        finally:
+            for process, _ in running.values():
+                process.kill()  # a run that is killed goes on from its checkpoint
+                process.join()
     if failed:
-        lines = [f"{run.folder}: {said}" for run, said in failed[:5]]
         raise UserError(
             f"{len(failed)} runs failed (see output.txt in {out / 'runs'}):\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(failed[:5])
         )
+
+
+def what_happened(process: Any, run: Run, out: Path) -> str:
+    """To a run that left no result."""
+    said = out / "runs" / run.folder / ERROR
+    if said.exists():
+        return said.read_text()
+    return f"its process ended with {process.exitcode} (a signal if negative: out of memory?)"

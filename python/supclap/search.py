@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from .config import UserError
-from .data import load_clips, load_corpus
-from .evaluate import embed_audio, embed_corpus, embed_text
-from .files import write_whole
+from .data import load_clips
+from .evaluate import corpus_for, embed_audio, embed_corpus, embed_text
+from .files import check_folder_of, write_whole
 from .manifest import EXTENSIONS, LANGUAGE, Clip
-from .model import load_model
+from .model import chosen_on_test, load_model
 
 
 def embed(
@@ -29,15 +29,14 @@ def embed(
 ) -> tuple[int, int]:
     """Write unit vectors to a safetensors file: audio [N, D], text [M, D], clip_of [M], and as
     metadata the `files` and `captions` (JSON). Returns N and M."""
+    check_folder_of(out, "--out")
     model = load_model(run).to(device)
-    corpus = load_corpus(
-        data, model.config.max_seconds, skip_bad_audio,
-        front_end=model.audio.encoder.front_end, cache=cache, workers=workers,
-    )  # fmt: skip
+    corpus = corpus_for(model, data, skip_bad_audio, cache=cache, workers=workers)
     text, audio = embed_corpus(model, corpus, rows, workers)
     tensors = {"audio": audio, "text": text, "clip_of": corpus.clip_of}
     said = {"files": [clip.name for clip in corpus.clips], "captions": corpus.captions}
     note = {name: json.dumps(value) for name, value in said.items()} | {"run": str(run)}
+    note |= {"selected_on": "test"} if chosen_on_test(run) else {}
     write_whole(out, lambda path: save_file(tensors, path, note))
     return len(audio), len(text)
 

@@ -238,6 +238,13 @@ def draw_corpus(clips: int, rng: Rng) -> Iterator[tuple[str, int, str, Scene]]:
             family += 1
 
 
+def write_wave(path: Path, wave: Wave) -> None:
+    try:
+        soundfile.write(path, wave, RATE, subtype="PCM_16")
+    except (soundfile.SoundFileError, OSError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
 def elsewhere(wave: Wave, rng: Rng) -> Wave:
     """The same scene in another place: slower by a quarter, in a room, over louder noise."""
     points = np.arange(0, len(wave) - 1, 0.8)
@@ -273,6 +280,8 @@ def synthesise(
     if (out / "scenes.jsonl").exists() and not overwrite:
         raise UserError(f"{out} already holds a corpus; name another folder or add --overwrite")
     (out / "audio").mkdir(parents=True, exist_ok=True)
+    for old in [*out.glob("*.csv"), *out.glob("*.jsonl"), *(out / "audio").glob("scene_*.wav")]:
+        old.unlink()  # of an earlier corpus
 
     rng = np.random.default_rng(seed)
     rows: dict[str, list[tuple[str, dict[str, list[str]]]]] = {split: [] for split in SPLITS}
@@ -285,7 +294,7 @@ def synthesise(
         if shifted:
             wave = elsewhere(wave, rng)
             onsets = [[round(when / 0.8, 4) for when in phase] for phase in onsets]
-        soundfile.write(out / "audio" / name, wave, RATE, subtype="PCM_16")
+        write_wave(out / "audio" / name, wave)
         said = {code: describe(scene.phases, scene.background, rng, code) for code in languages}
         if captions < CAPTIONS:
             chosen = sorted(rng.permutation(CAPTIONS)[:captions].tolist())
@@ -325,6 +334,6 @@ def synthesise_events(out: Path, each: int, seed: int = 7) -> None:
             background = str(rng.choice(list(BACKGROUNDS)))
             wave, _ = compose(Scene(((kind, 1),), background), rng)
             name = f"{kind}_{number:02d}.wav"
-            soundfile.write(out / "audio" / name, wave, RATE, subtype="PCM_16")
+            write_wave(out / "audio" / name, wave)
             table.writerow([name, words_of(LANGUAGE)["events"][kind][0][0]])
     write_text(out / "labels.csv", stream.getvalue())

@@ -6,7 +6,8 @@ between them and trains a different objective. `--micro-batch-size` keeps the ba
 encodes it piece by piece (`supclap_kernels.cached_step`).
 
 Many processes (`torchrun --nproc-per-node=W -m supclap train ...`). Each encodes its share of every
-batch; the loss compares across all of them, and gradients are averaged. Same run as with one.
+batch; the loss compares across all of them, and gradients are averaged. Without dropout it is the
+same run as with one.
 
 Resuming. `supclap train --resume RUN` goes on from the last checkpoint (checkpoint.py); on a CPU
 the losses are those of a run that was never interrupted, bit for bit.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss, cached_step
 
-from .checkpoint import STATE, Progress, load_state, save_state
+from .checkpoint import FINISHED, STATE, Progress, load_state, save_state
 from .config import Interrupted, TrainConfig, UserError, config_text
-from .data import Batch, Corpus, Epoch, load_corpus, steps_of
+from .data import Batch, Corpus, Epoch, steps_of
 from .diagnose import Diagnosis
-from .evaluate import Metrics, evaluate_corpus
-from .files import write_text
+from .evaluate import Metrics, corpus_for, evaluate_corpus
+from .files import write_json, write_text
 from .logs import Logs
 from .model import SupclapModel, save_model
 from .ranks import Ranks, choose_device, set_threads, stop_asked
@@ -81,8 +81,11 @@ def build_optimizer(
         {"params": params, "lr": peak, "peak": peak, "weight_decay": decay}
         for (peak, decay), params in parts.items()
     ]
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups)
+    if not groups:
+        raise UserError("nothing is left to train: --freeze, --head none and --svr none together")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups])
 
 
 def schedule(config: TrainConfig, step: int, total: int) -> float:
@@ -148,10 +151,10 @@ def mean_recall(metrics: dict[str, Metrics]) -> float:
 
 
 def read(config: TrainConfig, manifest: Path, model: SupclapModel, say: Any) -> Corpus:
-    corpus = load_corpus(
-        manifest, config.model.max_seconds, config.skip_bad_audio,
-        front_end=model.audio.encoder.front_end, cache=config.cache, workers=config.workers,
-    )  # fmt: skip
+    options = {"cache": config.cache, "workers": config.workers}
+    corpus = corpus_for(model, manifest, config.skip_bad_audio, **options)
+    for language in sorted(set(corpus.languages)):  # one that the encoder does not know says so now
+        model.text.encoder.tokenizer(["x"], [language])
     if corpus.skipped:
         say(f"{manifest}: skipped {len(corpus.skipped)} bad audio files:")
         say("\n".join(f"  {reason}" for reason in corpus.skipped))
@@ -169,17 +172,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     ranks, run = Ranks(device), config.out
     first = ranks.rank == 0  # who writes
     say = print if first else lambda *_: None
-    if first and not resume and (run / "log.jsonl").exists() and not config.overwrite:
+    if resume and (run / FINISHED).exists():
+        raise UserError(f"{run} is finished")
+    held = any((run / name).exists() for name in (STATE, FINISHED, "model.safetensors"))
+    if first and not resume and held and not config.overwrite:
         raise UserError(
             f"{run} already holds a run; go on with it: --resume {run}, name another --out or add "
             "--overwrite"
         )
 
     torch.manual_seed(config.seed)
-    model = SupclapModel(config.model, config.tau)
+    model = SupclapModel(config.model, config.tau, run if resume else None)
     corpus = read(config, config.data, model, say)
     chosen_on = config.selection
-    held_out = read(config, chosen_on, model, say) if chosen_on else None
+    held_out = read(config, chosen_on, model, say) if chosen_on and first else None
     pairs = len(corpus.captions)
     size = min(config.batch_size, pairs)
     if size < config.batch_size:
@@ -187,6 +193,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             f"batch size {config.batch_size} is larger than the data: "
             f"all {pairs} pairs make one batch"
         )
+    if size < ranks.count:
+        raise UserError(f"a batch of {size} pairs is too small for {ranks.count} processes")
     if hasattr(model.audio.encoder, "set_statistics") and not resume:
         model.audio.encoder.set_statistics(corpus.sample())
     model.audio.bf16 = model.text.bf16 = config.precision == "bf16"
@@ -210,12 +218,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         logs.sync()
         if first and (held_out is None or at.best < 0):
             keep_model(f"step {at.step}")
-        save_state(run, parts, at, ranks, device)
+        save_state(run, parts, corpus.fingerprint, at, ranks, device)
 
     def validate() -> None:
         if held_out is None or not first:
             return
-        metrics = evaluate_corpus(model, held_out)
+        metrics = evaluate_corpus(model, held_out, workers=config.workers)
         mark = {"selected_on": "test"} if config.select_on == "test" else {}
         logs.append("val", {"epoch": at.epoch, "step": at.step, **mark, **metrics})
         recall = mean_recall(metrics)
@@ -227,12 +235,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     torch.manual_seed(config.seed + ranks.rank)  # the ranks' dropout differs
     if resume:
-        at = load_state(run, parts, ranks, device)
+        at = load_state(run, parts, corpus.fingerprint, ranks, device)
     elif first:
         run.mkdir(parents=True, exist_ok=True)
-        for name in (STATE, "model.safetensors", "log.jsonl", "val.jsonl", "diagnostics.jsonl"):
-            (run / name).unlink(missing_ok=True)
-        write_text(run / "config.json", config_text(replace(config, overwrite=False)))
+        names = (STATE, FINISHED, "model.safetensors", "log.jsonl", "val.jsonl")
+        for path in [*(run / name for name in names), *run.glob("*.partial")]:
+            path.unlink(missing_ok=True)
+        (run / "diagnostics.jsonl").unlink(missing_ok=True)
+        write_text(run / "config.json", config_text(config.settled()))
         model.keep_encoders(run)
     say(f"{len(corpus.clips)} clips, {pairs} pairs, {total} steps on {device}")
     if config.select_on == "test":
@@ -273,10 +283,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                         f"--lr ({at.saved} is in {run})"
                     )
                 optimizer.step()
-                with torch.no_grad():
-                    model.log_scale.clamp_(max=MAX_LOG_SCALE)
+                if config.learn_tau:
+                    with torch.no_grad():
+                        model.log_scale.clamp_(max=MAX_LOG_SCALE)
                 at.step, at.batch = at.step + 1, at.batch + 1
-                rate = optimizer.param_groups[0]["lr"]
+                rate = config.lr * schedule(config, at.step - 1, total)
                 now = {"step": at.step, "epoch": at.epoch}
                 logs.append("log", {**now, **line, "norm": norm, "lr": rate})
                 if diagnosis is not None:
@@ -296,7 +307,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 validate()
                 at.epoch, at.batch = at.epoch + 1, 0
                 checkpoint()
-            if ranks.any(asked.is_set()):
+            if ranks.any(asked.is_set()) and at.epoch <= config.epochs:
                 raise Interrupted(
                     f"interrupted after step {at.step} of {total}; {at.saved} and the log are in "
                     f"{run}\ngo on with: supclap train --resume {run}\n"
@@ -304,6 +315,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 )
 
     if first:
+        write_json(run / FINISHED, {"step": at.step, "model": at.saved})
         (run / STATE).unlink()
     ranks.close()
     say(f"{at.saved} is in {run}")

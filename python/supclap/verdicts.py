@@ -28,11 +28,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim and its differences: above zero where it is right."""
+    """A claim and its differences, one for each seed: above zero where it is right."""
 
     claim: str
     unit: str
-    differences: list[float]  # of each seed
+    differences: list[float]
 
     @property
     def word(self) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 from .config import UserError
 from .data import load_clips
 from .evaluate import embed_audio, embed_text
-from .manifest import LANGUAGE, Clip
-from .model import load_model, note_of
+from .manifest import LANGUAGE, TOO_MANY, Clip, csv_rows
+from .model import chosen_on_test, load_model
 
 TEMPLATE = "This is a sound of {label}"
 RULE = (
@@ -43,10 +43,7 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
         found[0] if found else (data, "file_name", "label", "")
     )
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            rows = [(reader.line_num, row) for row in reader]
+        columns, rows = csv_rows(table)
     except FileNotFoundError:
         raise UserError(f"no such file: {table}") from None
     except (OSError, ValueError, csv.Error) as error:
@@ -60,6 +57,8 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
     for line, row in rows:
         name, label = (str(row[key] or "").strip() for key in (file_column, label_column))
         fold = str(row.get("fold") or "").strip()
+        if None in row:
+            raise UserError(f"{table}, line {line} ({name}): {TOO_MANY}")
         if not name or not label:
             missing = file_column if not name else label_column
             raise UserError(f"{table}, line {line}: {missing} is empty")
@@ -126,7 +125,7 @@ def classify_run(
     scores = audio @ class_vectors(model, names, templates, language).T
     truth = torch.tensor([names.index(labels[n]) for n in kept])
     found = accuracies(scores, truth, [folds[n] for n in kept])
-    if note_of(run).get("selected_on") == "test":
+    if chosen_on_test(run):
         found["selected_on"] = "test"
     shared = {"rule": RULE, "templates": templates, "clips": len(kept), "classes": len(names)}
     return {**shared, **found, "skipped": corpus.skipped}
