@@ -87,7 +87,7 @@ def test_bad_audio_stops_before_anything_is_written_or_is_skipped(tmp_path, caps
     arguments = ["train", "--data", str(tmp_path / "m.csv"), "--out", str(out), "--epochs", "1"]
     assert main([*arguments, *TINY]) == 2
     message = capsys.readouterr().err
-    assert "gone.wav: no such file" in message and "supclap: 1 of 2" in message
+    assert "gone.wav (line 3): no such file" in message and "supclap: 1 of 2" in message
     assert not out.exists()
     assert main([*arguments, *TINY, "--skip-bad-audio"]) == 0
     printed = capsys.readouterr().out

@@ -201,7 +201,7 @@ def test_the_best_epoch_on_val_is_kept(manifest, tmp_path, monkeypatch):
     recalls = iter([0.2, 0.6, 0.4])
     kept = {}
 
-    def scored(model, corpus):
+    def scored(model, corpus, workers):
         recall = next(recalls)
         kept[recall] = {name: t.clone() for name, t in model.state_dict().items()}
         return {way: {"R@1": recall, "mAP@10": recall} for way in ("t2a", "a2t")}
