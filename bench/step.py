@@ -41,7 +41,7 @@ def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
     config = TrainConfig(data=out, out=out, svr="bi-dynamic", batch_size=batch_size)
     torch.manual_seed(0)
     model, ranks = SupclapModel(ModelConfig()), loop.Ranks(torch.device("cpu"))
-    model.audio.encoder.set_statistics(corpus.sample())
+    model.audio.encoder.set_statistics(corpus.sample)
     criterion = loop.build_loss(config, batch_size)
     optimizer = loop.build_optimizer(config, model, criterion)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -50,6 +50,21 @@ def test_ced_does_not_hear_padding():
     assert together.shape == (8, 16) and together.std(dim=0).min() > 1e-3
 
 
+def test_ced_normalises_by_the_corpus_and_in_training_as_in_evaluation():
+    torch.manual_seed(0)
+    model, clips = CED(width=16, heads=2, layers=1), [9 * torch.randn(n, 64) - 40 for n in (50, 90)]
+    model.set_statistics(lambda: clips)
+    frames = torch.cat(clips)
+    assert (model.init_bn.running_mean - frames.mean(dim=0)).abs().max() < 1e-3
+    assert (model.init_bn.running_var - frames.var(dim=0, correction=0)).abs().max() < 1e-2
+    given = pad_features(clips)
+    trained = model.train()(*given)
+    assert torch.equal(trained, model.eval()(*given))
+    assert (model.init_bn.running_mean - frames.mean(dim=0)).abs().max() < 1e-3
+    trained.sum().backward()
+    assert model.init_bn.weight.grad.abs().max() > 0
+
+
 def test_ced_sees_time_and_frequency():
     model, clip = small_ced(), 20 * torch.randn(64, 64) - 30
     with torch.no_grad():

@@ -73,6 +73,19 @@ def test_wavcaps_and_mlclap_json(tmp_path):
     }
 
 
+def test_wavcaps_as_published(tmp_path):
+    """Its "audio" is a word that stands for a path, its "file_name" a title."""
+    (tmp_path / "9.flac").touch()
+    (tmp_path / "take.wav").touch()
+    data = [
+        {"id": "9", "audio": "wav_path", "file_name": "UK Mello.wav", "caption": "one"},
+        {"id": "10", "audio": "wav_path", "caption": "two"},
+        {"audio": "", "id": "take.2", "caption": "three"},  # take.wav is another file
+    ]
+    clips = read_manifest(written(tmp_path, "m.json", {"data": data}))
+    assert [clip.path.name for clip in clips] == ["9.flac", "10", "take.2"]
+
+
 def test_jsonl_by_language(tmp_path):
     lines = [
         {"audio": "a.wav", "captions": ["one", "two"], "lang": ["eng", "fra"]},

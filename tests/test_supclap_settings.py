@@ -200,7 +200,7 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
     config = settings(manifest, tmp_path, **options)
     model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
     corpus = load_corpus(manifest, 30.0)
-    model.audio.encoder.set_statistics(corpus.kept)
+    model.audio.encoder.set_statistics(corpus.sample)
     loop.build_optimizer(config, model, criterion)
     text = model.text.encoder.tokenizer(corpus.captions, corpus.languages)
     clips = corpus.clip_of

@@ -32,7 +32,7 @@ def test_padding_does_not_change_an_embedding(manifest):
     torch.manual_seed(0)
     model = SupclapModel(SMALL).eval()
     corpus = load_corpus(manifest, 30.0)
-    model.audio.encoder.set_statistics(corpus.kept)
+    model.audio.encoder.set_statistics(corpus.sample)
     together = model.audio(*pad_features(corpus.kept))
     captions = [*corpus.captions, "a much longer caption " * 5]
     texts = model.text(*BYTES(captions, captions))
@@ -60,7 +60,7 @@ def test_order_in_time_changes_an_embedding():
 
 def test_statistics_normalise_each_mel_bin(manifest):
     model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
-    model.audio.encoder.set_statistics(corpus.kept)
+    model.audio.encoder.set_statistics(corpus.sample)
     frames = torch.cat(corpus.kept).double()
     assert near(model.audio.encoder.mel_mean.tolist(), frames.mean(dim=0).tolist(), within=1e-3)
     expected = frames.std(dim=0, correction=0).tolist()
@@ -136,7 +136,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, s
     for chunked in (False, True):
         torch.manual_seed(0)
         model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
-        model.audio.encoder.set_statistics(corpus.kept)
+        model.audio.encoder.set_statistics(corpus.sample)
         loop.build_optimizer(config, model, criterion)
         pieces = size if chunked else None
         lines.append(loop.backward(model, criterion, batch, batch.ids, pieces, ALONE))
@@ -188,7 +188,7 @@ def test_every_loss_trains_with_a_last_batch_of_one(manifest, tmp_path, options)
 def test_a_checkpoint_gives_the_same_embeddings(manifest, tmp_path):
     torch.manual_seed(2)
     model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
-    model.audio.encoder.set_statistics(corpus.kept)
+    model.audio.encoder.set_statistics(corpus.sample)
     run = loop.train(settings(manifest, tmp_path / "run"))  # a run to write into
     save_model(run / "model.safetensors", model)
     for before, after in zip(

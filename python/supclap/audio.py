@@ -76,11 +76,28 @@ def read_wave(
         if draw is not None and opened.frames > frames:
             opened.seek(draw(opened.frames - frames + 1))
         wave = opened.read(frames, dtype="float32", always_2d=True)
+    check_samples(wave)
+    return wave.mean(axis=1), rate
+
+
+def check_samples(wave: np.ndarray) -> None:
+    """[S, channels]: some, and all of them numbers."""
     if len(wave) == 0:
         raise UserError("the clip has zero length")
     if not (np.abs(wave) < LOUDEST).all():
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
-    return wave.mean(axis=1), rate
+
+
+def examine(source: Path | BinaryIO) -> tuple[float, int]:
+    """Seconds and sample rate, after all of it was decoded, a part at a time."""
+    frames = 0
+    with readable(), soundfile.SoundFile(source) as opened:
+        rate = opened.samplerate
+        for block in opened.blocks(2**18, dtype="float32", always_2d=True):
+            frames += len(block)
+            check_samples(block)
+    check_samples(np.zeros((frames, 0), dtype=np.float32))
+    return frames / rate, rate
 
 
 def load_audio(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,9 +46,9 @@ class AudioEncoder(nn.Module):
         self.patch = nn.Linear(config.patch_frames * N_MELS, config.width)
         self.transformer = Transformer(config.width, config.heads, config.audio_layers)
 
-    def set_statistics(self, features: list[Tensor]) -> None:
+    def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
         """Mean and deviation of each mel bin over some clips (CED's batch norm, once for all)."""
-        mean, variance = bin_statistics(features)
+        mean, variance = bin_statistics(features())
         self.mel_mean.copy_(mean)
         self.mel_std.copy_(variance.sqrt().clamp(min=1.0))
 

@@ -9,6 +9,8 @@ ranks and pieces of a batch see the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,9 +44,9 @@ class CED(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def set_statistics(self, features: list[Tensor]) -> None:
+    def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
         """Of the batch norm, from some clips."""
-        mean, variance = bin_statistics(features)
+        mean, variance = bin_statistics(features())
         assert self.init_bn.running_mean is not None and self.init_bn.running_var is not None
         self.init_bn.running_mean.copy_(mean)
         self.init_bn.running_var.copy_(variance.clamp(min=1.0))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .audio import open_audio, read_wave
+from .audio import examine, open_audio
 from .config import UserError
 from .manifest import Clip, scan_manifest
 
@@ -16,10 +16,9 @@ from .manifest import Clip, scan_manifest
 def heard(clip: Clip) -> tuple[float, int] | str:
     """Seconds and sample rate, or what is wrong with the file; all of it is decoded."""
     try:
-        wave, rate = read_wave(open_audio(clip), 86_400.0)
+        return examine(open_audio(clip))
     except UserError as error:
         return str(error)
-    return len(wave) / rate, rate
 
 
 def check(manifest: Path) -> tuple[list[str], list[str]]:

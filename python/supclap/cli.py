@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     synth.add_argument("--captions", type=int, default=5, help="of a clip in each (default: 5)")
     synth.add_argument(
-        "--shifted", action="store_true", help="slower, in a room, over louder noise"
+        "--shifted", action="store_true", help="slower and lower, in a room, over noise"
     )
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--overwrite", action="store_true", help="write over an earlier corpus")

@@ -83,7 +83,7 @@ class Corpus:
         except UserError as error:
             raise UserError(f"{self.clips[clip]}: {error}") from error
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of the pairs: a run that goes on must have the same."""
         said = [[clip.name, clip.captions, clip.languages] for clip in self.clips]

@@ -45,8 +45,9 @@ def audio_to_text_ranks(text: Tensor, audio: Tensor, clip_of: Tensor) -> list[Te
     order = clip_of.argsort(stable=True)
     captions = order.split(torch.bincount(clip_of, minlength=len(audio)).tolist())
     ranks = []
+    unique, place = text.unique(dim=0, return_inverse=True)  # equal captions must tie
     for clip, own in enumerate(captions):
-        scores = text @ audio[clip]  # [M]
+        scores = (unique @ audio[clip])[place]  # [M]
         hits = scores[own].sort(descending=True).values  # [captions of the clip]
         others = scores[clip_of != clip]
         above = (others >= hits[:, None]).sum(dim=1)

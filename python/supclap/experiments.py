@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from .checkpoint import FINISHED, STATE
-from .config import ModelConfig, TrainConfig, UserError, read_config
+from .config import ModelConfig, TrainConfig, UserError
 from .data import load_corpus
 from .evaluate import corpus_metrics, embed_corpus
 from .files import write_json, write_text
@@ -181,7 +181,7 @@ def carry_out(run: Run, out: Path, preset: Preset) -> None:
             if not (folder / FINISHED).exists():
                 start = time.monotonic()
                 resume = (folder / STATE).exists()
-                train(read_config(folder) if resume else replace(config, overwrite=True), resume)
+                train(replace(config, overwrite=not resume), resume)
                 seconds = None if resume else time.monotonic() - start  # None: of a part only
                 write_json(folder / "cost.json", {"seconds": seconds, "bytes": peak(config)})
             found = measured(run, config, out, preset)
@@ -194,6 +194,8 @@ def peak(config: TrainConfig) -> int:
     """Of the memory of the GPU, or of this process, which has carried out one run."""
     if config.device == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -258,9 +260,11 @@ def results(out: Path, preset: Preset) -> list[dict[str, Any]]:
 
 
 def check_settings(out: Path, name: str) -> None:
-    """A folder belongs to one preset, as it is now."""
+    """A folder belongs to one preset, to its corpus and its losses, as they are now."""
     path = out / "preset.json"
-    wanted = {"name": name, "losses": LOSSES, **asdict(PRESETS[name])}
+    sources = [Path(__file__), *(Path(__file__).with_name(n) for n in ("synth.py", "phrases.toml"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    wanted = {"name": name, "sources": digest, **asdict(PRESETS[name])}
     wanted = json.loads(json.dumps(wanted))
     if path.exists() and json.loads(path.read_text()) != wanted:
         raise UserError(f"{out} holds runs of other settings; name another --out")

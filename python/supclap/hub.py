@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class PublishedCED(CED):
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"{option} hf:{folder}: {error}") from error
 
-    def set_statistics(self, features: list[Tensor]) -> None:
+    def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
         """Those of the published weights stay."""
 
     def keep(self, folder: Path) -> None:

@@ -184,7 +184,12 @@ def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
             reading.problems.append(f"{place}: an object was expected, found {str(entry)[:40]!r}")
             continue
         keys = ("audio", "file_name", "wav", "path", "id")
-        name = next((str(entry[key]).strip() for key in keys if entry.get(key) is not None), "")
+        named = {key: str(entry[key]).strip() for key in keys if entry.get(key) is not None}
+        named = {key: name for key, name in named.items() if name}
+        if named.get("audio") == "wav_path":  # WavCaps as published: a word that stands for a path
+            del named["audio"]
+            named.pop("file_name", None)  # a title there
+        name = next(iter(named.values()), "")
         if not name:
             reading.problems.append(f"{place}: no file: it needs audio, file_name or id")
             continue
@@ -193,7 +198,8 @@ def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
         except ValueError as error:
             reading.problems.append(f"{place} ({name}): {error}")
             continue
-        stems = [name] if Path(name).suffix == "" else [name, str(Path(name).with_suffix(""))]
+        audio = Path(name).suffix.lower() in EXTENSIONS
+        stems = [name, str(Path(name).with_suffix(""))] if audio else [name]
         reading.add(place, reading.find(stems, bare=True), captions)
 
 

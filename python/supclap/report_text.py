@@ -41,17 +41,21 @@ def report_text(found: Findings, preset: str, figures: list[str]) -> str:
     verdicts = found.verdicts()
     counts = {word: sum(v.word == word for v in verdicts) for word in
               ("holds", "does not hold", "undecided")}  # fmt: skip
+    intervals = sum(len(v.differences) > 1 for v in verdicts)
     parts = [
         "# SupCLAP on a synthetic corpus",
         f"Preset `{preset}`: {plan.clips} clips of sound events with captions in "
         f"{len(plan.languages)} languages, hard negatives in order and number included; the "
-        f"built-in pair of encoders; {plan.seeds} seeds of the ablation, {plan.few} of each sweep. "
+        f"built-in pair of encoders; {plan.seeds} seeds of the ablation, {plan.few} of each sweep, "
+        "one of the initial radii. A dynamic radius is predicted here from a summary of a row's "
+        "similarities (20 numbers), not from all of them. "
         "Intervals are Student's t over paired seeds; a claim holds if its interval is above zero. "
         "The paper's levels are of other data and other models: compare differences, not levels.",
         "## The paper's claims",
         f"Of {len(verdicts)} comparisons {counts['holds']} hold, {counts['does not hold']} do not, "
         f"{counts['undecided']} are undecided. Seeds are of training (weights, order of pairs): "
-        "corpus and test split are the same for all. Of so many 95 % intervals one or two miss.",
+        "corpus and test split are the same for all. "
+        f"{intervals} have an interval; by chance one in twenty of such intervals misses.",
         "\n".join(f"- **{v.claim}.** {v.sentence()}" for v in verdicts),
         "## Tables",
         *map(table_text, found.tables()),

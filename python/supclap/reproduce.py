@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -24,20 +26,35 @@ from .config import Interrupted, UserError
 from .experiments import PRESETS, Preset, Run, carry_out, check_settings, make_corpora, planned
 from .files import write_json, write_text
 from .findings import Findings
+from .ranks import choose_device
 from .report_text import report_text
 
 ERROR = "error.txt"  # in a run's folder
 
 
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def end_with_the_parent() -> None:
+    """However it ends: two processes must not train in one folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def work(run: Run, out: Path, preset: Preset) -> None:
-    """One run, in a process of its own."""
+    """One run, in a process of its own, which is started with SIGNALS blocked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own would be left behind when a process is killed
     folder = out / "runs" / run.folder
-    (folder / ERROR).unlink(missing_ok=True)
     try:
         carry_out(run, out, preset)
     except BaseException as error:
-        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "output.txt").open("a") as stream:
+            traceback.print_exc(file=stream)
         (folder / ERROR).write_text(f"{type(error).__name__}: {error}")
         sys.exit(1)
 
@@ -58,18 +75,18 @@ def alone(out: Path) -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
     with (out / "lock").open("w") as stream:
         try:
             import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ModuleNotFoundError:  # not on this system
-            fcntl = None  # type: ignore[assignment]
-        try:
-            if fcntl is not None:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            pass
         except BlockingIOError:
             raise UserError(f"another reproduction works in {out}") from None
+        before = signal.signal(signal.SIGTERM, interrupt)
+        try:
+            yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -79,9 +96,13 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
     figures. Returns the report's path."""
     plan = PRESETS[preset]
     if jobs is None:
-        jobs = 1 if plan.device == "cuda" else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jobs = 1 if plan.device == "cuda" else cores or 1
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
+    choose_device(plan.device)  # what is missing says so now
+    from .figures import draw_all
+
     check_settings(out, preset)
     start, spent = time.monotonic(), out / "seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else 0.0
@@ -101,8 +122,6 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
     found = Findings(out, plan)
     seconds = json.loads(spent.read_text())
     write_json(out / "results.json", {"preset": preset, "seconds": seconds} | found.as_json())
-    from .figures import draw_all
-
     names = draw_all(found, out)
     report = out / "report.md"
     write_text(report, report_text(found, preset, names))
@@ -124,9 +143,16 @@ def carry_all(left: list[Run], out: Path, preset: Preset, jobs: int) -> None:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop()
-                    process = context.Process(target=work, args=(run, out, preset))
+                    folder = out / "runs" / run.folder
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / ERROR).unlink(missing_ok=True)
+                    process = context.Process(target=work, args=(run, out, preset), daemon=True)
+                    # No signal between the start of a process and the note of it; and it begins
+                    # with them blocked.
+                    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
                     process.start()
                     running[process.sentinel] = (process, run)
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 for sentinel in wait(list(running)):
                     process, run = running.pop(sentinel)
                     process.join()
@@ -135,9 +161,12 @@ def carry_all(left: list[Run], out: Path, preset: Preset, jobs: int) -> None:
                     if not done(run, out):
                         failed.append(f"{run.folder}: {what_happened(process, run, out)}")
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a second Ctrl-C waits
             for process, _ in running.values():
                 process.kill()  # a run that is killed goes on from its checkpoint
+            for process, _ in running.values():
                 process.join()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if failed:
         raise UserError(
             f"{len(failed)} runs failed (see output.txt in {out / 'runs'}):\n  "

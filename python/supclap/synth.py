@@ -246,7 +246,7 @@ def write_wave(path: Path, wave: Wave) -> None:
 
 
 def elsewhere(wave: Wave, rng: Rng) -> Wave:
-    """The same scene in another place: slower by a quarter, in a room, over louder noise."""
+    """The same scene in another place: played at 0.8 of its speed, in a room, over louder noise."""
     points = np.arange(0, len(wave) - 1, 0.8)
     wave = np.interp(points, np.arange(len(wave)), wave)
     t = seconds(0.3)

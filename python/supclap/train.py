@@ -196,7 +196,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if size < ranks.count:
         raise UserError(f"a batch of {size} pairs is too small for {ranks.count} processes")
     if hasattr(model.audio.encoder, "set_statistics") and not resume:
-        model.audio.encoder.set_statistics(corpus.sample())
+        model.audio.encoder.set_statistics(corpus.sample)
     model.audio.bf16 = model.text.bf16 = config.precision == "bf16"
     model.to(device)
     criterion = build_loss(config, size, ranks.group).to(device)
@@ -238,12 +238,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         at = load_state(run, parts, corpus.fingerprint, ranks, device)
     elif first:
         run.mkdir(parents=True, exist_ok=True)
-        names = (STATE, FINISHED, "model.safetensors", "log.jsonl", "val.jsonl")
-        for path in [*(run / name for name in names), *run.glob("*.partial")]:
-            path.unlink(missing_ok=True)
-        (run / "diagnostics.jsonl").unlink(missing_ok=True)
+        logs_of = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
+        for name in (STATE, FINISHED, "model.safetensors", *logs_of):
+            (run / name).unlink(missing_ok=True)
         write_text(run / "config.json", config_text(config.settled()))
         model.keep_encoders(run)
+    if first:
+        for leftover in run.glob("*.partial"):  # of a process that was killed
+            leftover.unlink()
     say(f"{len(corpus.clips)} clips, {pairs} pairs, {total} steps on {device}")
     if config.select_on == "test":
         say(f"NOTE: the checkpoint is selected on the test set, {chosen_on}")
@@ -298,8 +300,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 if within and due(config.validate_every, at.step):
                     validate()
                 stop = ranks.any(asked.is_set())
-                if within and (stop or due(config.checkpoint_every, at.step)):
-                    checkpoint()
+                validated = chosen_on is not None and due(config.validate_every, at.step)
+                if within and (stop or validated or due(config.checkpoint_every, at.step)):
+                    checkpoint()  # after a validation, which may have written the model
                 if stop:
                     break
 
