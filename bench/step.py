@@ -46,11 +46,10 @@ def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
     optimizer = loop.build_optimizer(config, model, criterion)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     batch = next(Epoch(corpus, model.text.encoder.tokenizer, batch_size).batches())
-    ids = batch.ids
 
     def step() -> None:
         optimizer.zero_grad()
-        loop.backward(model, criterion, batch, ids, None, ranks)
+        loop.backward(model, criterion, batch, None, ranks)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
@@ -59,10 +58,10 @@ def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
     ]
 
     def loss() -> None:
-        loop.compute_loss(model, criterion, *rows, ids, ranks)[0].backward()
+        loop.compute_loss(model, criterion, *rows, batch.ids, ranks)[0].backward()
 
     def diagnose() -> None:
-        Diagnosis(model, criterion, batch, ids, None, ranks).finish()
+        Diagnosis(model, criterion, batch, None, ranks).finish()
 
     calls = {"step": step, "loss": loss, "diagnostics": diagnose}
     samples: dict[str, list[float]] = {name: [] for name in calls}

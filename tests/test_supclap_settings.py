@@ -206,7 +206,7 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
     clips = corpus.clip_of
     batch = Batch(pad_features([corpus.kept[clip] for clip in clips.tolist()]), text, clips)
     states = {name: module.training for name, module in model.named_modules()}
-    found = Diagnosis(model, criterion, batch, clips, 5, ALONE)
+    found = Diagnosis(model, criterion, batch, 5, ALONE)
     assert states == {name: module.training for name, module in model.named_modules()}
     a, t = model.audio(*batch.audio).detach(), model.text(*batch.text).detach().requires_grad_()
     loss, _ = loop.compute_loss(model, criterion, a, t, clips, ALONE)

@@ -139,7 +139,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, s
         model.audio.encoder.set_statistics(corpus.sample)
         loop.build_optimizer(config, model, criterion)
         pieces = size if chunked else None
-        lines.append(loop.backward(model, criterion, batch, batch.ids, pieces, ALONE))
+        lines.append(loop.backward(model, criterion, batch, pieces, ALONE))
         parameters = [*model.parameters(), *criterion.parameters()]
         grads = [p.grad.flatten() for p in parameters if p.grad is not None]
         gradients.append(torch.cat(grads))

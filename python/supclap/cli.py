@@ -119,8 +119,9 @@ def run_train(config: Path | None, recipe: str | None, resume: Path | None, **gi
     train(read_config(resume), resume=True)
 
 
-def options_of(args: dict[str, Any]) -> dict[str, Any]:
-    """What every command on a run shares."""
+def use_of(args: dict[str, Any]) -> Any:
+    """What every command on a run shares, taken out of its arguments."""
+    from .evaluate import Use
     from .ranks import choose_device, set_threads
 
     if args["batch_size"] < 1:
@@ -130,7 +131,7 @@ def options_of(args: dict[str, Any]) -> dict[str, Any]:
     set_threads(args.pop("threads", None))
     found = {name: args.pop(name) for name in SHARED if name in args}
     device = choose_device(found.pop("device", "auto"))
-    return found | {"rows": args.pop("batch_size"), "device": device}
+    return Use(device=device, rows=args.pop("batch_size"), **found)
 
 
 def tell_skipped(skipped: list[str]) -> None:
@@ -146,9 +147,9 @@ def run_eval(run: Path, data: list[Path], json: Path | None, **args: Any) -> Non
 
     if json is not None:
         check_folder_of(json, "--json")
-    options, found = options_of(args), {}
+    use, found = use_of(args), {}
     for manifest in data:
-        metrics, corpus = evaluate_run(run, manifest, **options)
+        metrics, corpus = evaluate_run(run, manifest, use)
         found[str(manifest)] = metrics
         tell_skipped(corpus.skipped)
         print(f"{manifest}: {len(corpus.clips)} clips, {len(corpus.captions)} captions, in %")
@@ -171,7 +172,7 @@ def run_zeroshot(run: Path, data: Path, json: Path | None, **args: Any) -> None:
     if json is not None:
         check_folder_of(json, "--json")
     template, lang = args.pop("template"), args.pop("lang")
-    found = classify_run(run, data, template, lang, **options_of(args))
+    found = classify_run(run, data, template, lang, use_of(args))
     tell_skipped(found["skipped"])
     print(f"{data}: {found['clips']} clips, {found['classes']} classes, in %")
     for name in ("accuracy", "top5", "mean_class_accuracy", "mean_fold_accuracy"):
@@ -189,8 +190,7 @@ def run_search(run: Path, query: str, audio: Path, top: int, lang: str, **args: 
     from .model import chosen_on_test
     from .search import search
 
-    args.pop("skip_bad_audio", None)
-    found, skipped = search(run, query, audio, top, lang, **options_of(args))
+    found, skipped = search(run, query, audio, top, lang, use_of(args))
     tell_skipped(skipped)
     print("rank  cosine  file")
     for rank, (score, name) in enumerate(found, 1):
@@ -220,7 +220,7 @@ def run_command(args: argparse.Namespace) -> int:
         from .search import embed
 
         run, data, out = (options.pop(name) for name in ("run", "data", "out"))
-        clips, captions = embed(run, data, out, **options_of(options))
+        clips, captions = embed(run, data, out, use_of(options))
         print(f"{clips} clips and {captions} captions are in {out}")
     elif command == "search":
         run_search(**options)

@@ -38,13 +38,14 @@ class Batch(NamedTuple):
 
     audio: tuple[Tensor, ...]  # features [B, F, M], lengths [B]
     text: tuple[Tensor, ...]
-    ids: Tensor  # [B] int64, the clip of each pair
+    ids: Tensor | None  # [B] int64, the clip of each pair; None: as if all were different
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device, with_ids: bool = True) -> Batch:
         def moved(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        return Batch(tuple(map(moved, self.audio)), tuple(map(moved, self.text)), moved(self.ids))
+        ids = moved(self.ids) if with_ids and self.ids is not None else None
+        return Batch(tuple(map(moved, self.audio)), tuple(map(moved, self.text)), ids)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ class Diagnosis:
         model: SupclapModel,
         criterion: SVRLoss,
         batch: Batch,
-        ids: Tensor | None,
         size: int | None,
         ranks: Ranks,
     ) -> None:
@@ -49,7 +48,10 @@ class Diagnosis:
             if criterion.radius is not None:
                 radius = criterion.radius(self.audio, self.text, scale).expand(len(self.text))
         given = (scale, bias)
-        shared: dict[str, Any] = {"ids": None if ids is None else ranks.rows(ids), **options}
+        shared: dict[str, Any] = {
+            "ids": None if batch.ids is None else ranks.rows(batch.ids),
+            **options,
+        }
         beta = criterion.options["beta"]
         found = force_decomposition(self.audio, self.text, radius, *given, beta=beta, **shared)
         plain = force_decomposition(self.audio, self.text, None, *given, **shared)

@@ -6,6 +6,7 @@ Text and audio are compared by plain inner products; support vectors play no par
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import Corpus, load_corpus, loaded, pad_features
+from .data import Corpus, load_clips, loaded, pad_features
+from .manifest import Clip, read_manifest
 from .model import SupclapModel, chosen_on_test, evaluating, load_model
 
 RULE = (
@@ -172,29 +174,33 @@ def mean_metrics(several: list[dict[str, Metrics]]) -> dict[str, Metrics]:
     }
 
 
-def corpus_for(
-    model: SupclapModel, data: Path, skip_bad_audio: bool = False, **options: Any
-) -> Corpus:
-    """A manifest as the model hears it."""
-    front_end, longest = model.audio.encoder.front_end, model.config.max_seconds
-    return load_corpus(data, longest, skip_bad_audio, front_end=front_end, **options)
+@dataclass(frozen=True)
+class Use:
+    """How a model is put to use: where, how much at once, and how audio is read (data.py)."""
+
+    device: str | torch.device = "cpu"
+    skip_bad_audio: bool = False
+    rows: int = 64  # encoded at once
+    cache: str = "memory"
+    workers: int = 0
+
+    def corpus(self, model: SupclapModel, clips: list[Clip], source: Path) -> Corpus:
+        """Clips, of the manifest `source`, as the model hears them."""
+        return load_clips(
+            clips, source, model.config.max_seconds, self.skip_bad_audio,
+            front_end=model.audio.encoder.front_end, cache=self.cache, workers=self.workers,
+        )  # fmt: skip
 
 
-def evaluate_run(
-    run: Path,
-    data: Path,
-    device: str | torch.device = "cpu",
-    skip_bad_audio: bool = False,
-    *,
-    rows: int = 64,
-    cache: str = "memory",
-    workers: int = 0,
-) -> tuple[dict[str, Any], Corpus]:
+USE = Use()
+
+
+def evaluate_run(run: Path, data: Path, use: Use = USE) -> tuple[dict[str, Any], Corpus]:
     """Metrics of a run's checkpoint on the manifest `data`, and the corpus measured. A checkpoint
     that was selected on a test set says so."""
-    model = load_model(run).to(device)
-    corpus = corpus_for(model, data, skip_bad_audio, cache=cache, workers=workers)
-    metrics = evaluate_corpus(model, corpus, rows, workers)
+    model = load_model(run).to(use.device)
+    corpus = use.corpus(model, read_manifest(data), data)
+    metrics = evaluate_corpus(model, corpus, use.rows, use.workers)
     if chosen_on_test(run):
         metrics["selected_on"] = "test"
     return metrics, corpus

@@ -30,9 +30,10 @@ from .checkpoint import FINISHED, STATE, Progress, load_state, save_state
 from .config import Interrupted, TrainConfig, UserError, config_text
 from .data import Batch, Corpus, Epoch, steps_of
 from .diagnose import Diagnosis
-from .evaluate import Metrics, corpus_for, evaluate_corpus
+from .evaluate import Metrics, Use, evaluate_corpus
 from .files import write_json, write_text
 from .logs import Logs
+from .manifest import read_manifest
 from .model import SupclapModel, save_model
 from .ranks import Ranks, choose_device, set_threads, stop_asked
 
@@ -122,7 +123,6 @@ def backward(
     model: SupclapModel,
     criterion: SVRLoss,
     batch: Batch,
-    ids: Tensor | None,
     size: int | None,
     ranks: Ranks,
 ) -> dict[str, float | None]:
@@ -130,7 +130,7 @@ def backward(
     line: dict[str, float | None] = {}
 
     def loss(audio: Tensor, text: Tensor) -> Tensor:
-        value, numbers = compute_loss(model, criterion, audio, text, ids, ranks)
+        value, numbers = compute_loss(model, criterion, audio, text, batch.ids, ranks)
         line.update(numbers)
         return value
 
@@ -151,8 +151,8 @@ def mean_recall(metrics: dict[str, Metrics]) -> float:
 
 
 def read(config: TrainConfig, manifest: Path, model: SupclapModel, say: Any) -> Corpus:
-    options = {"cache": config.cache, "workers": config.workers}
-    corpus = corpus_for(model, manifest, config.skip_bad_audio, **options)
+    use = Use(skip_bad_audio=config.skip_bad_audio, cache=config.cache, workers=config.workers)
+    corpus = use.corpus(model, read_manifest(manifest), manifest)
     for language in sorted(set(corpus.languages)):  # one that the encoder does not know says so now
         model.text.encoder.tokenizer(["x"], [language])
     if corpus.skipped:
@@ -267,15 +267,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             for batch in epoch.batches(at.batch, config.workers, device.type == "cuda"):
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * schedule(config, at.step, total)
-                batch = batch.to(device)
-                ids = batch.ids if config.ids else None
+                batch = batch.to(device, config.ids)
                 diagnosis = None
                 if due(config.diagnose_every, at.step + 1):
-                    diagnosis = Diagnosis(
-                        model, criterion, batch, ids, config.micro_batch_size, ranks
-                    )
+                    diagnosis = Diagnosis(model, criterion, batch, config.micro_batch_size, ranks)
                 optimizer.zero_grad()
-                line = backward(model, criterion, batch, ids, config.micro_batch_size, ranks)
+                line = backward(model, criterion, batch, config.micro_batch_size, ranks)
                 ranks.average_gradients(parameters)
                 limit = config.clip_grad or math.inf
                 norm = nn.utils.clip_grad_norm_(parameters, limit).item()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import UserError
-from .data import load_clips
-from .evaluate import embed_audio, embed_text
+from .evaluate import USE, Use, embed_audio, embed_text
 from .manifest import LANGUAGE, TOO_MANY, Clip, csv_rows
 from .model import chosen_on_test, load_model
 
@@ -104,24 +103,16 @@ def classify_run(
     data: Path,
     templates: list[str] | None = None,
     language: str = LANGUAGE,
-    device: str | torch.device = "cpu",
-    skip_bad_audio: bool = False,
-    *,
-    rows: int = 64,
-    cache: str = "memory",
-    workers: int = 0,
+    use: Use = USE,
 ) -> dict[str, Any]:
     """Accuracy of a run's checkpoint, the rule, the templates and what was skipped."""
-    model = load_model(run).to(device)
+    model = load_model(run).to(use.device)
     clips, labels, folds = labelled_clips(data)
     names, templates = sorted(set(labels)), templates or [TEMPLATE]
-    corpus = load_clips(
-        clips, data, model.config.max_seconds, skip_bad_audio,
-        front_end=model.audio.encoder.front_end, cache=cache, workers=workers,
-    )  # fmt: skip
+    corpus = use.corpus(model, clips, data)
     used = {id(clip) for clip in corpus.clips}
     kept = [n for n, clip in enumerate(clips) if id(clip) in used]
-    audio = torch.cat(list(embed_audio(model, corpus, rows, workers)))
+    audio = torch.cat(list(embed_audio(model, corpus, use.rows, use.workers)))
     scores = audio @ class_vectors(model, names, templates, language).T
     truth = torch.tensor([names.index(labels[n]) for n in kept])
     found = accuracies(scores, truth, [folds[n] for n in kept])
