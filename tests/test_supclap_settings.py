@@ -3,7 +3,9 @@
 import math
 import re
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from supclap import train as loop
@@ -19,7 +21,7 @@ from supclap.config import (
     config_text,
     read_config,
 )
-from supclap.data import Batch, load_corpus, pad_features
+from supclap.data import Batch, Bytes, Epoch, load_corpus, pad_features
 from supclap.diagnose import QUANTILES, Diagnosis, spread
 from supclap.model import SupclapModel
 from supclap_clips import SMALL, log_of, near, settings, write_clips
@@ -256,3 +258,45 @@ def test_help_names_every_choice():
     for words in ("uni-static", "bi-dynamic", "siglip", "mirror", "ced-tiny|mini|small|base"):
         assert words in text
     assert TrainConfig.__dataclass_fields__["svr"].metadata["choices"][0] == "none"
+
+
+# ---------------------------------------------------------------------------- what is drawn, built
+
+
+def test_epochs_and_pairs_draw_their_own_numbers(tmp_path):
+    """Every epoch has another order; every pair, and every epoch, another part of a long clip."""
+    names = [f"{n}.wav" for n in range(6)]
+    for name in names:
+        soundfile.write(tmp_path / name, np.random.default_rng(0).normal(0, 0.1, 48_000), 16_000)
+    rows = "\n".join(f"{name},caption {n}" for n, name in enumerate(names))
+    (tmp_path / "m.csv").write_text(f"file_name,caption\n{rows}\n")
+    corpus = load_corpus(tmp_path / "m.csv", 1.0)
+    seen = []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        (batch,) = Epoch(corpus, Bytes(64), 6, seed, epoch).batches()
+        sums = dict(zip(batch.ids.tolist(), batch.audio[0].sum(dim=(1, 2)).tolist(), strict=True))
+        seen.append((batch.ids.tolist(), sums))
+    for one in range(3):
+        assert len(set(seen[one][1].values())) == 6  # the clips are equal, their parts are not
+        for other in range(one):
+            assert seen[one][0] != seen[other][0]
+            assert all(seen[one][1][n] != seen[other][1][n] for n in range(6))
+    assert seen[3] == seen[0]
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+@pytest.mark.parametrize("svr", ["none", "uni-static", "bi-static", "uni-dynamic", "bi-dynamic"])
+def test_every_loss_by_name(manifest, tmp_path, loss, svr):
+    built = {}
+    for bilateral in ("mirror", "shared"):
+        for beta in (None, 0.0, 0.3):
+            given = {"loss": loss, "svr": svr, "bilateral": bilateral, "beta": beta}
+            built[bilateral, beta] = loop.build_loss(settings(manifest, tmp_path, **given), 18)
+    for (bilateral, beta), criterion in built.items():
+        side, _, kind = svr.partition("-")
+        default = 0.01 if kind == "dynamic" else 0.0
+        assert criterion.options["objective"] == loss
+        assert criterion.options["bilateral"] == (bilateral if side == "bi" else "none")
+        assert criterion.options["beta"] == (default if beta is None else beta)
+        found = type(criterion.radius).__name__
+        assert found == {"static": "StaticRadius", "dynamic": "DynamicRadius"}.get(kind, "NoneType")
