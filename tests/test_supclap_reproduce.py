@@ -143,6 +143,32 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
 
     differences = [recall("bi-DynamicSVR", s) - recall("InfoNCE", s) for s in range(2)]
     assert near(found["verdicts"][0]["differences"], differences, within=1e-9)
+    by_claim = {verdict["claim"]: verdict["differences"] for verdict in found["verdicts"]}
+    radii = [
+        [
+            line["radius"]
+            for line in read_lines(out / "runs" / f"ablation-bi-staticsvr-{s}/log.jsonl")
+        ]
+        for s in range(2)
+    ]
+    falls = [one[0] - one[-1] for one in radii]  # of ten steps and a few, a tenth is one
+    claimed = by_claim["the radius falls during training (bi-StaticSVR)"]
+    assert near(claimed, falls, within=1e-9) and max(falls) < 0
+
+    def first_at_the_goal(name, other, seed):
+        runs = [
+            [
+                (line["step"], (line["t2a"]["R@1"] + line["a2t"]["R@1"]) / 2)
+                for line in read_lines(out / "runs" / Run("ablation", n, seed).folder / "val.jsonl")
+            ]
+            for n in (name, other)
+        ]
+        goal = min(max(recall for _, recall in run) for run in runs)
+        return min(step for step, recall in runs[0] if recall >= goal)
+
+    pair = ("bi-DynamicSVR", "InfoNCE")
+    sooner = [first_at_the_goal(*pair[::-1], s) - first_at_the_goal(*pair, s) for s in range(2)]
+    assert by_claim["training converges faster"] == sooner
     one = Findings(out, PRESETS["smoke"]).of("ablation", "bi-DynamicSVR")[0]
     assert list(one["radius_by_hard"]) == [str(k) for k in HARD if k < 12]
     assert len(one["similarities"]) == experiments.BINS
