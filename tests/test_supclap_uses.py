@@ -123,9 +123,12 @@ def test_equal_captions_tie_whatever_they_are_beside(manifest, run):
     """A caption of two clips is encoded once: its tie counts against the model every time."""
     model = load_model(run)
     captions = ["the sound of a dog", "x", "a very much longer caption " * 4, "the sound of a dog"]
+    encoded = []
+    model.text.register_forward_hook(lambda _, given, found: encoded.append(len(found)))
     for rows in (1, 2, 64):
         found = embed_text(model, captions, ["eng"] * 4, rows)
-        assert torch.equal(found[0], found[3])
+        assert torch.equal(found[0], found[3]) and sum(encoded) == 3
+        encoded.clear()
 
 
 def test_selection_on_the_test_set_marks_everything(manifest, tmp_path, capsys):
