@@ -9,7 +9,6 @@ compiles what changed and no more. torch is not needed: `csrc/` includes none of
 Environment variables:
     SUPCLAP_CUDA        0: no CUDA; 1: CUDA required; unset: CUDA if nvcc is found
     SUPCLAP_CUDA_ARCHS  GPU targets, "80;90a;100;90+PTX" if unset
-    SUPCLAP_HOPPER      1: the fused kernels of csrc/cuda/gram.cu, too, for target 90a
     CXX                 C++ compiler
     CXXFLAGS, LDFLAGS   appended to the compiler's and the linker's flags
     MAX_JOBS            how many compilations run at once
@@ -53,7 +52,7 @@ PER_ISA_NAMES = ["avx2", "avx512"]  # beyond the baseline
 # Compiled for one instruction set only, and left out where the compiler does not know it.
 SINGLE_ISA_SOURCES = {Path("csrc/cpu/bf16_gemm.cpp"): "avx512bf16"}
 
-# Compiled on request only: not measured on a GPU yet.
+# For target 90a only.
 HOPPER_SOURCE = Path("csrc/cuda/gram.cu")
 
 CXX_FLAGS = [
@@ -247,9 +246,7 @@ def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None) -> list[str]:
     names = ";".join(map(str, archs))
     notice(f"CUDA {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {names}")
     smaller = ["--compress-mode=size"] if toolkit.version >= (12, 8) else []
-    hopper = [
-        arch for arch in archs if arch.name == "90a" and os.environ.get("SUPCLAP_HOPPER") == "1"
-    ]
+    hopper = [arch for arch in archs if arch.name == "90a"]
     for source in sources("csrc/cuda/*.cu"):
         targets = hopper if source == HOPPER_SOURCE else archs
         if targets:

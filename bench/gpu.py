@@ -14,7 +14,8 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ BUDGET_MS = 12_000.0
 def fused(
     backend: str, workspace: int = 256 * 2**20, hopper: bool = False
 ) -> Callable[..., peers.Loss | None]:
-    """`hopper`: with the kernels that SUPCLAP_HOPPER=1 builds, if they are there."""
+    """`hopper`: with the kernels for Hopper, if they are there; else without."""
 
     def build(objective: str, bilateral: str, plain: bool) -> peers.Loss | None:
         given = {"objective": objective, "bilateral": bilateral, "backend": backend}
@@ -225,23 +226,22 @@ def timed(step: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def measure(mode: str, N: int, D: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One interleaved run."""
+def measure(
+    mode: str, N: int, D: int, dtype: torch.dtype, wanted: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One interleaved run of the peers with these names."""
     objective, bilateral, plain = MODES[mode]
     leaves = leaves_of(mode, N, D, dtype)
     used = [leaves[0], leaves[1], *(leaves[3:] if plain else leaves[2:])]
     steps: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     rows: list[dict[str, Any]] = []
-    for name, build in PEERS.items():
-        loss = build(objective, bilateral, plain)
+    for name in wanted:
+        loss = PEERS[name](objective, bilateral, plain)
         if loss is None:
             continue
         row: dict[str, Any] = {"mode": mode, "N": N, "D": D, "dtype": str(dtype)[6:], "peer": name}
         rows.append(row)
         torch.compiler.reset()
-        ours = name in OURS
-        found = gate(loss, mode, D, dtype, ours) if ours else []
-        row["gate"] = "passed" if ours and not found else "; ".join(found) or "not applied"
 
         def forward(loss: peers.Loss = loss) -> Tensor:
             with torch.autocast("cuda", enabled=False):
@@ -250,7 +250,11 @@ def measure(mode: str, N: int, D: int, dtype: torch.dtype) -> list[dict[str, Any
         def both(forward: Callable[[], Tensor] = forward) -> tuple[Tensor, ...]:
             return torch.autograd.grad(forward(), used, allow_unused=True)
 
+        row["gate"] = "not applied"
         try:
+            if name in OURS:
+                found = gate(loss, mode, D, dtype, True)
+                row["gate"] = "; ".join(found) or "passed"
             for _ in range(WARM_UP):
                 both()
             torch.cuda.synchronize()
@@ -265,8 +269,6 @@ def measure(mode: str, N: int, D: int, dtype: torch.dtype) -> list[dict[str, Any
         except torch.OutOfMemoryError:
             row["gate"] += "; out of memory"
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            if ours:
-                raise
             row["gate"] += f"; failed: {str(error)[:80]}"
         torch.cuda.empty_cache()
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
@@ -302,18 +304,36 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def add_arguments(
+    parser: argparse.ArgumentParser, modes: Iterable[str], peers: Iterable[str]
+) -> None:
+    """What bench.latency and bench.kernels share."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--modes", nargs="+", choices=tuple(modes), default=list(modes))
+    parser.add_argument("--peers", nargs="+", choices=tuple(peers), default=list(peers))
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after these")
+
+
+def chosen(cases: Iterable[Any], given: argparse.Namespace) -> Iterator[Any]:
+    """The cases of the modes asked for, until the time is over."""
+    start = time.monotonic()
+    for case in cases:
+        if case[0] in given.modes and time.monotonic() - start < given.seconds:
+            yield case
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("part", choices=("large", "small"))
-    parser.add_argument("--out", type=Path, required=True)
+    add_arguments(parser, MODES, PEERS)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
     with (given.out / f"{given.part}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for case in matrix(given.part):
-            for row in measure(*case):
+        for case in chosen(matrix(given.part), given):
+            for row in measure(*case, given.peers):
                 writer.writerow(row)
                 print(row, flush=True)
             file.flush()  # a run that is cut off leaves what it has measured

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: bash bench/gpu.sh [correct|large|small|latency|sanitize ...], all by default.
-# SUPCLAP_HOPPER=1 at install adds the fused kernels for Hopper, which run beside the others here.
 # Each part stays under 8 minutes. Results go to $OUT, or bench/results/gpu.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -10,15 +10,14 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import peers
-from .gpu import MODES, environment, fused, gate, leaves_of, literal
+from .gpu import MODES, add_arguments, chosen, environment, fused, gate, leaves_of, literal
 
 STEPS, ROUNDS, WARM_UP = 20, 11, 5
 COLUMNS = ("mode", "N", "D", "dtype", "peer", "python_us", "graph_us", "gate")
@@ -89,15 +88,17 @@ def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(mode: str, N: int, D: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(
+    mode: str, N: int, D: int, dtype: torch.dtype, wanted: Sequence[str]
+) -> list[dict[str, Any]]:
     """One interleaved run."""
     plain = MODES[mode][2]
     leaves = leaves_of(mode, N, D, dtype)
     used = [leaves[0], leaves[1], *(leaves[3:] if plain else leaves[2:])]
     rows, runs = [], {}
     torch.compiler.reset()
-    for name, build in PEERS.items():
-        loss = build(*MODES[mode])
+    for name in wanted:
+        loss = PEERS[name](*MODES[mode])
         row: dict[str, Any] = {"mode": mode, "N": N, "D": D, "dtype": str(dtype)[6:], "peer": name}
         rows.append(row)
         found = gate(loss, mode, D, dtype, True) if name in OURS else None
@@ -126,15 +127,15 @@ def measure(mode: str, N: int, D: int, dtype: torch.dtype) -> list[dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    add_arguments(parser, MODES, PEERS)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
     with (given.out / "latency.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for case in matrix():
-            for row in measure(*case):
+        for case in chosen(matrix(), given):
+            for row in measure(*case, given.peers):
                 writer.writerow(row)
                 print(row, flush=True)
             file.flush()  # a run that is cut off leaves what it has measured

@@ -55,6 +55,11 @@ def panel_state() -> str:
     return "ok" if triton == "ok" or cuda_state() == "ok" else triton
 
 
+def on_hopper() -> bool:
+    """What the GPU backends were measured on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 STATES: dict[str, Callable[[], str]] = {
     "reference": lambda: "ok",
     "cpu": lambda: native.load()[1],
@@ -85,8 +90,20 @@ def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tup
             )
         if device == "cpu":
             return "reference", f"fallback: {cpu}"
+        if device == "cuda" and dtype == torch.float64:
+            return "reference", "float64: the kernels compute in float32"
+        if device == "cuda" and cuda_state() == "ok" and on_hopper():
+            return (
+                "cuda",
+                "one launch where the batch fits on the chip, else the kernels measured "
+                "fastest on an H200",
+            )
         if device == "cuda" and panel_state() == "ok":
-            return "reference", "the GPU backends can run, but are not measured on a GPU yet"
+            return (
+                "reference",
+                "the GPU backends can run here, but were measured on Hopper only, and there with "
+                "the CUDA kernels: ask for backend='cuda', 'triton' or 'panel'",
+            )
         return "reference", f"fallback: no kernel for {device} tensors here"
     state = STATES[backend]()
     if state != "ok":

@@ -49,6 +49,15 @@ def normalize_gradient(X: Tensor, dX: Tensor) -> Tensor:
     return (dX - (dX * X).sum(dim=1, keepdim=True) * X) / norm
 
 
+def product_of(X: Tensor, Y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """X @ Y of float32 numbers that `dtype` holds, too, as the device multiplies those: the tensor
+    cores of a GPU sum 16-bit products in float32, but do not round to nearest.
+    """
+    if dtype is None or dtype.itemsize != 2 or not X.is_cuda:
+        return X @ Y
+    return torch.mm(X.to(dtype), Y.to(dtype), out_dtype=torch.float32)
+
+
 def row_direction(L: Tensor, keep: Tensor, infonce: bool) -> tuple[Tensor, Tensor]:
     """Loss of each row (N,) of the logits L (N, N), and its gradient with respect to L (N, N).
 
@@ -90,8 +99,8 @@ def loss_and_gradients(
     """The loss and its gradients for an upstream gradient (default: ones).
 
     `radius` (N,), 0-d, float or None; its gradient is returned per row. `weights_dtype` rounds the
-    weights of the gradient products (never the positive's), as the bfloat16 path of a kernel does:
-    the precision contract.
+    weights of the gradient products (never the positive's), as the 16-bit paths of the kernels do,
+    and says how a GPU multiplies: the precision contract.
     """
     dtype = accumulator_dtype(audio.dtype)
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
@@ -122,10 +131,12 @@ def loss_and_gradients(
         M = M - torch.diag(diagonal)
         if weights_dtype is not None:
             unit = torch.exp2(M.abs().max().clamp_min(1e-30).log2().floor() - 13)
-            M = (M / unit).to(weights_dtype).to(dtype) * unit
-        return M @ X + diagonal[:, None] * X
+            M = product_of((M / unit).to(weights_dtype).to(dtype), X, weights_dtype) * unit
+        else:
+            M = M @ X
+        return M + diagonal[:, None] * X
 
-    S = T @ A.t()
+    S = product_of(T, A.t(), weights_dtype)
     S.diagonal().copy_((T * A).sum(dim=1))
     rows, G = direction(S)
     if infonce:
@@ -180,13 +191,14 @@ def loss_and_gradients(
         r, u = gap_and_direction(T, A)
         c = R / r
         far = is_far(c, r, T, A)
-        Q = A @ A.t()
+        Q = product_of(A, A.t(), weights_dtype)
         svr, H, dX, dY = support_term(T, A, Q, S, bilateral == "shared" and infonce)
         W = W + (1.0 - c)[:, None] * H
         V = c[:, None] * H
         dT, dA = dT + dX, dA + dY + product(V + V.t(), A)
         if bilateral == "mirror":
-            svr2, U, dX, dY = support_term(A, T, T @ T.t(), S.t(), False)
+            K = product_of(T, T.t(), weights_dtype)
+            svr2, U, dX, dY = support_term(A, T, K, S.t(), False)
             W = W + ((1.0 - c)[:, None] * U).t()
             V = c[:, None] * U
             svr, dA, dT = svr + svr2, dA + dX, dT + dY + product(V + V.t(), T)

@@ -1,5 +1,6 @@
 """The GPU backends on a GPU. `bash bench/gpu.sh correct` runs these on a machine that has one."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ def backend(request, monkeypatch):
     if "cuda" in request.param and sk.available_backends()["cuda"] != "ok":
         pytest.skip(sk.available_backends()["cuda"])
     if request.param == "cuda hopper" and not hasattr(native.cuda(), "gram_tile"):
-        pytest.skip("installed without SUPCLAP_HOPPER=1")
+        pytest.skip("installed without target 90a")
     monkeypatch.setattr(gpu_hopper, "WANTED", request.param == "cuda hopper")
     if " " in request.param:
         monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
@@ -50,6 +51,7 @@ def run(case: Case, backend: str, **options: Any) -> None:
     "chosen",
     covering(
         80,
+        seed=1,  # a case is dull with 0
         objective=("infonce", "siglip"),
         bilateral=("none", "mirror", "shared"),
         reduction=("mean", "sum", "none"),
@@ -92,7 +94,7 @@ def test_gaps(backend, gap):
 
 @by_mode
 def test_tf32_is_allowed_by_pytorchs_switch(backend, options):
-    """Ten bits of the products: as wrong as eager PyTorch under the same switch."""
+    """Ten bits of the products: as wrong as the closed form under the same switch."""
     case = Case(N=600, D=256, options=options)
     inputs = make_inputs(case, "cuda")
     exact = truth(case, inputs)
@@ -100,7 +102,7 @@ def test_tf32_is_allowed_by_pytorchs_switch(backend, options):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         result = evaluate(sk.fused_svr_loss, inputs, **case.options, backend=backend)
-        base = baseline(case, inputs)
+        base = baseline(case, inputs, rounded_weights=True)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     found = violations(result, exact, base, floors(case, inputs, exact))
@@ -180,6 +182,7 @@ def test_memory_estimate(backend):
         inputs = make_inputs(case, "cuda")
         evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24, **options)
         torch.cuda.synchronize()
+        time.sleep(0.1)  # the thread of the backward pass lets go of its tensors a moment later
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = evaluate(sk.fused_svr_loss, inputs, backend=backend, workspace=2**24, **options)

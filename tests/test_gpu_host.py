@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_memory import traced
 
+from supclap_kernels import dispatch
 from supclap_kernels.backends.contract import Inputs
 from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, make_inputs
@@ -73,3 +74,37 @@ def test_tuned_blocks_are_opt_in(tmp_path, monkeypatch):
     monkeypatch.setenv("SUPCLAP_TILES", str(bad))
     with pytest.raises(ValueError, match="must divide 128"):
         kernel_blocks(*request)
+
+
+def test_rows_for_tf32_are_rounded_not_cut():
+    """10 bits, ties away from zero, as `cvt.rna` has them; zeros, signs and infinities stay."""
+    X = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 1 + 2**-11, -3.5, float("inf")])))
+    rounded = gpu.rounded_to_tf32(X)
+    mantissa, exponent = torch.frexp(X.double()[:-1])
+    nearest = torch.ldexp(
+        (mantissa * 2**11).abs().add(0.5).floor() * mantissa.sign(), exponent - 11
+    )
+    assert torch.equal(rounded[:-1].double(), nearest) and rounded[-1] == float("inf")
+
+
+@pytest.mark.parametrize("backend", [gpu.PANEL, gpu.TRITON], ids=["panel", "triton"])
+def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
+    monkeypatch.setattr(gpu, "precision", lambda dtype: "tf32")
+    case = Case(N=700, D=512, options={"workspace": 2**17})
+    guess = backend.memory(700, 512, torch.float32, True, Options(**case.options))
+    assert 0.9 <= guess / measured(case, backend) <= 1.1
+
+
+def test_auto_takes_what_was_measured(monkeypatch):
+    """On Hopper the CUDA kernels, and Triton's for large batches of InfoNCE alone."""
+    single = pytest.importorskip("supclap_kernels.backends.gpu_single")
+    monkeypatch.setattr(dispatch, "cuda_state", lambda: "ok")
+    monkeypatch.setattr(dispatch, "triton_state", lambda: "ok")
+    assert dispatch.choose("auto", "cuda")[0] == "reference"
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    assert dispatch.choose("auto", "cuda")[0] == "cuda"
+    assert dispatch.choose("auto", "cuda", torch.float64)[0] == "reference"
+    assert single.larger(torch.bfloat16, False, Options()) is gpu.TRITON
+    assert single.larger(torch.float32, False, Options()) is single.CUDA_PANEL
+    monkeypatch.setattr(single.gpu_hopper, "takes", lambda *_: True)
+    assert single.larger(torch.bfloat16, True, Options()) is single.HOPPER

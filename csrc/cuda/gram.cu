@@ -1,4 +1,4 @@
-// Launcher of gram.cuh: built with SUPCLAP_HOPPER=1, for sm_90a.
+// Launcher of gram.cuh, for sm_90a.
 #include "cuda/gram.cuh"
 #include "cuda/launch.h"
 #include "cuda/launchers.h"

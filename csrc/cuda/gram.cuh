@@ -10,7 +10,7 @@
 // the panel engine (panel.cuh), and so is what merges the partial results.
 #pragma once
 
-#include "cuda/gram_tile.cuh"
+#include "cuda/gram_plain.cuh"
 
 namespace supclap::cuda {
 
@@ -38,23 +38,28 @@ struct alignas(1024) GramShared {
 };
 
 // The tiles of a pair, in the order in which blocks take them.
-__device__ __forceinline__ int gram_tiles(const PanelTile& tile) {
-  return (tile.ni + kGramRows - 1) / kGramRows * ((tile.nj + kGramColumns - 1) / kGramColumns);
-}
+struct GramTiles {
+  int down, count;
+  __device__ explicit GramTiles(const PanelTile& tile)
+      : down((tile.ni + kGramRows - 1) / kGramRows),
+        count(down * ((tile.nj + kGramColumns - 1) / kGramColumns)) {}
+};
 struct GramPlace {
   int x, y;  // first row and column
-  __device__ GramPlace(const PanelTile& tile, int n) {
-    const int down = (tile.ni + kGramRows - 1) / kGramRows;
-    x = n % down * kGramRows, y = n / down * kGramColumns;
+  // Those on the diagonal cost more, and go to different blocks.
+  __device__ GramPlace(const GramTiles& tiles, int n) {
+    const int across = n / tiles.down, below = (n + 5 * across) % tiles.down;
+    x = below * kGramRows, y = across * kGramColumns;
   }
 };
 
-// What one thread copies: every operand of the block's tiles, into the stages one after the other.
+// What one thread copies: the operands of the block's tiles, into the stages one after the other.
 __device__ inline void gram_copies(const Problem& p, const GramMaps& maps, const PanelTile& tile,
                                    GramShared& at) {
+  const GramTiles tiles(tile);
   int fill = 0;
-  for (int n = blockIdx.x; n < gram_tiles(tile); n += gridDim.x) {
-    const GramPlace place(tile, n);
+  for (int n = blockIdx.x; n < tiles.count; n += gridDim.x) {
+    const GramPlace place(tiles, n);
     const int i = int(tile.i0) + place.x, j = int(tile.j0) + place.y;
     for (int column = 0; column < p.width; column += kGramDepth, ++fill) {
       const int slot = fill % kGramStages;
@@ -104,15 +109,63 @@ __device__ __forceinline__ void gram_products(float (&c)[kAccumulators], GramSha
 }
 
 template <class Scalar>
-__device__ __forceinline__ void store_pair(void* weights, int64_t at, const float (&w)[2]) {
+__device__ __forceinline__ void store_pair(Scalar* to, const float (&w)[2]) {
   struct alignas(4) Two {
     Scalar at[2];
   };
-  *reinterpret_cast<Two*>(static_cast<Scalar*>(weights) + at) = {narrow<Scalar>(w[0]),
-                                                                 narrow<Scalar>(w[1])};
+  *reinterpret_cast<Two*>(to) = {narrow<Scalar>(w[0]), narrow<Scalar>(w[1])};
 }
 
-// One tile pair: sweep 1, sweep 2, or with SigLIP both. Any number of blocks.
+// What a team makes of its products: sweep 1, sweep 2, or with SigLIP both.
+template <class Scalar, int kMode, bool kInfonce, bool kWeights>
+__device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile& tile,
+                                              const PanelScratch& to, const GramPlace& place,
+                                              GramTile& own, const float (&c)[kAccumulators],
+                                              ColumnScratch scratch) {
+  const bool diagonal = own.diagonal;
+  const int64_t slots_i = (tile.nj + kGramColumns - 1) / kGramColumns;
+  const int64_t slots_j = (tile.ni + kGramRows - 1) / kGramRows;
+  const int64_t plane_i = slots_i * tile.ni, plane_j = slots_j * tile.nj;
+  const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
+  const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
+  if (!kWeights || (!kInfonce && to.part_i)) {
+    const Slot slot_i{to.part_i + at_i, plane_i}, slot_j{to.part_j + at_j, plane_j};
+    const bool done =
+        kInfonce && uniform(own.plain) && !p.stats && plain_statistics(own, c, slot_i, scratch);
+    if (!uniform(done)) gram_statistics(p, own, c, kInfonce, slot_i, scratch);
+    if (!diagonal) {
+      warpgroup_barrier();
+      column_statistics(own, kInfonce, slot_j, scratch);
+    }
+    warpgroup_barrier();
+  }
+  if (!kWeights) return;
+  own.hidden = again(own.hidden);
+  const int64_t first = (place.x + GramShape::row()) * tile.ld + place.y + GramShape::column(0);
+  Scalar* blocks[4];
+  SUPCLAP_UNROLL
+  for (int n = 0; n < 4; ++n)
+    blocks[n] = static_cast<Scalar*>(to.weights) + first + (n - (n > 0 && diagonal)) * tile.size;
+  const auto store = [&](int column, const float (&w)[4][2]) {
+    const auto put = [&](int n) { store_pair(blocks[n] + GramShape::beyond(column), w[n]); };
+    put(0);
+    if (!again(diagonal)) put(1);  // else the compiler makes two of everything
+    put(2);
+    if (kMode == kMirror) put(3);
+  };
+  const Slot slot_i{to.sums_i + at_i, plane_i}, slot_j{to.sums_j + at_j, plane_j};
+  if (kInfonce && uniform(own.plain))
+    plain_weights(own, c, slot_i, scratch, store);
+  else
+    gram_weights(own, c, kInfonce, slot_i, scratch, store);
+  if (!diagonal) {
+    warpgroup_barrier();
+    column_sums(own, slot_j, scratch);
+  }
+  warpgroup_barrier();
+}
+
+// One tile pair, by any number of blocks.
 template <class Scalar, int kMode, bool kInfonce, bool kWeights>
 __global__ void __launch_bounds__(kGramThreads, 1)
     gram_kernel(const __grid_constant__ Problem p, const __grid_constant__ GramMaps maps,
@@ -131,52 +184,28 @@ __global__ void __launch_bounds__(kGramThreads, 1)
   if (team == kGramTeams) {
     fewer_registers<24>();
     if (threadIdx.x % kWarpgroup == 0) gram_copies(p, maps, tile, at);
-    return;
-  }
-  more_registers<240>();
-
-  const bool diagonal = tile.i0 == tile.j0;
-  const int steps = int(p.width / kGramDepth);
-  const int64_t slots_i = (tile.nj + kGramColumns - 1) / kGramColumns;
-  const int64_t slots_j = (tile.ni + kGramRows - 1) / kGramRows;
-  const int64_t plane_i = slots_i * tile.ni, plane_j = slots_j * tile.nj;
-  const ColumnScratch scratch{at.scratch[team]};
-  for (int round = 0;; ++round) {
-    const int taken = kGramTeams * round + team, n = blockIdx.x + taken * gridDim.x;
-    if (n >= gram_tiles(tile)) return;
-    const GramPlace place(tile, n);
-    const Side I = side_of(p, tile.i0, place.x, tile.ni);
-    const Side J = side_of(p, tile.j0, place.y, tile.nj);
-    at.columns[team].load(J, kMode, kInfonce, kWeights);
-    float c[kAccumulators];
-    mbarrier_wait(at.turn[team], (round + 1 + team) & 1);
-    gram_products<Scalar>(c, at, taken * steps, steps, [&] { team_arrives(at.turn[1 - team]); });
-    warpgroup_barrier();
-
-    GramTile own(p, c, I, J, at.columns[team], kMode, diagonal);
-    const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
-    const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
-    if (!kWeights || (!kInfonce && to.part_i)) {
-      gram_statistics(p, own, c, kInfonce, {to.part_i + at_i, plane_i}, {to.part_j + at_j, plane_j},
-                      scratch);
+  } else {
+    more_registers<240>();
+    const GramTiles tiles(tile);
+    const int steps = int(p.width / kGramDepth);
+    for (int round = 0;; ++round) {
+      const int taken = kGramTeams * round + team, n = blockIdx.x + taken * gridDim.x;
+      if (n >= tiles.count) break;
+      const GramPlace place(tiles, n);
+      const Side I = side_of(p, tile.i0, place.x, tile.ni);
+      const Side J = side_of(p, tile.j0, place.y, tile.nj);
+      // On their way while the operands are multiplied.
+      const GramNumbers row(I, GramShape::row(), kMode, kInfonce, kWeights);
+      const GramNumbers column(J, threadIdx.x % kWarpgroup, kMode, kInfonce, kWeights);
+      float c[kAccumulators];
+      mbarrier_wait(at.turn[team], (round + 1 + team) & 1);
+      gram_products<Scalar>(c, at, taken * steps, steps, [&] { team_arrives(at.turn[1 - team]); });
+      at.columns[team].keep(column, logit_scale_2(p), kWeights);
       warpgroup_barrier();
+      GramTile own(p, c, I, J, row, at.columns[team], kMode, tile.i0 == tile.j0);
+      gram_epilogue<Scalar, kMode, kInfonce, kWeights>(p, tile, to, place, own, c,
+                                                       ColumnScratch{at.scratch[team]});
     }
-    if (!kWeights) continue;
-    own.hidden = again(own.hidden);
-    const int64_t row = (place.x + GramShape::row()) * tile.ld + place.y;
-    gram_weights(own, c, kInfonce, {to.sums_i + at_i, plane_i}, {to.sums_j + at_j, plane_j},
-                 scratch, [&](int y, const float (&w)[4][2]) {
-                   int64_t to_block = row + y;
-                   const auto put = [&](int block) {
-                     store_pair<Scalar>(to.weights, to_block, w[block]);
-                     to_block += tile.size;
-                   };
-                   put(0);
-                   if (!diagonal) put(1);
-                   put(2);
-                   if (kMode == kMirror) put(3);
-                 });
-    warpgroup_barrier();
   }
 }
 

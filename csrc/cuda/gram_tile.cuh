@@ -15,30 +15,70 @@ namespace supclap::cuda {
 constexpr int kGramRows = kPanelRows, kGramColumns = kPanelColumns;  // of a tile
 constexpr int kTeamWarps = kWarpgroup / kWarp;
 
-// What the formulas need of a tile's columns.
+// What the formulas need of a row, or of a column.
+struct GramNumbers {
+  Support support;
+  Factors factors;  // of sweep 2
+  __device__ GramNumbers(const Side& side, int x, int mode, bool infonce, bool weights)
+      : support(side, x, mode) {
+    if (!weights) return;
+    factors = Factors(side, x, mode, infonce);
+    // What the tiles skip has a weight of 0, whatever its largest logit is.
+    if (support.offset == 0) return;
+    factors.m[kSupportRows] = 0;
+    if (mode == kMirror) factors.m[kOtherRows] = 0;
+  }
+};
+
+// A support vector's numbers where no pair is hidden: its lengths times k2, or, where the tiles
+// skip it, 0.
+struct PlainSupport {
+  float c, text, audio, offset;
+  __device__ PlainSupport() {}
+  __device__ PlainSupport(const Support& of, float k2)
+      : c(of.c),
+        text(of.offset == 0 ? k2 * of.text : 0),
+        audio(of.offset == 0 ? k2 * of.audio : 0),
+        offset(of.offset) {}
+};
+
+// ... of a tile's columns, four numbers to an access.
 struct GramColumns {
-  float c[kGramColumns], text[kGramColumns], audio[kGramColumns], offset[kGramColumns];
-  float m[kDirections][kGramColumns], f[kDirections][kGramColumns];
+  struct alignas(16) Four {
+    float at[4];
+  };
+  Four support_at[kGramColumns], plain_at[kGramColumns];
+  Four m_at[kGramColumns], f_at[kGramColumns];
 
   // The whole warpgroup, a thread for each column.
-  __device__ void load(const Side& J, int mode, bool infonce, bool weights) {
+  __device__ void keep(const GramNumbers& own, float k2, bool weights) {
     const int y = threadIdx.x % kWarpgroup;
-    const Support of(J, y, mode);
-    c[y] = of.c, text[y] = of.text, audio[y] = of.audio, offset[y] = of.offset;
+    const Support& of = own.support;
+    const PlainSupport plain(of, k2);
+    support_at[y] = {of.c, of.text, of.audio, of.offset};
+    plain_at[y] = {plain.c, plain.text, plain.audio, plain.offset};
     if (!weights) return;
-    const Factors factors(J, y, mode, infonce);
-    SUPCLAP_UNROLL
-    for (int d = 0; d < kDirections; ++d) m[d][y] = factors.m[d], f[d][y] = factors.f[d];
+    const auto& m = own.factors.m;
+    const auto& f = own.factors.f;
+    m_at[y] = {m[0], m[1], m[2], m[3]}, f_at[y] = {f[0], f[1], f[2], f[3]};
+  }
+  __device__ PlainSupport plain(int y) const {
+    const Four from = plain_at[y];
+    PlainSupport of;
+    of.c = from.at[0], of.text = from.at[1], of.audio = from.at[2], of.offset = from.at[3];
+    return of;
   }
   __device__ Support support(int y) const {
+    const Four from = support_at[y];
     Support of;
-    of.c = c[y], of.text = text[y], of.audio = audio[y], of.offset = offset[y];
+    of.c = from.at[0], of.text = from.at[1], of.audio = from.at[2], of.offset = from.at[3];
     return of;
   }
   __device__ Factors factors(int y) const {
+    const Four m = m_at[y], f = f_at[y];
     Factors of;
     SUPCLAP_UNROLL
-    for (int d = 0; d < kDirections; ++d) of.m[d] = m[d][y], of.f[d] = f[d][y];
+    for (int d = 0; d < kDirections; ++d) of.m[d] = m.at[d], of.f[d] = f.at[d];
     return of;
   }
 };
@@ -47,7 +87,8 @@ struct GramColumns {
 struct GramShape {
   static constexpr int kColumns = 32, kLanes = 4;
   __device__ static int row() { return threadIdx.x % kWarpgroup / kLanes; }
-  __device__ static int column(int c) { return c / 2 * 8 + threadIdx.x % kLanes * 2 + c % 2; }
+  __device__ static int column(int c) { return threadIdx.x % kLanes * 2 + beyond(c); }
+  __device__ static constexpr int beyond(int c) { return c / 2 * 8 + c % 2; }  // the first one
 };
 constexpr int kChunk = 8;  // columns that are reduced together: one for each lane that shares them
 
@@ -58,11 +99,14 @@ struct GramTile {
   int mode;
   float k2, b;
   bool diagonal;
-  Support own;
+  const Support& own;
+  const Factors& own_f;
   uint32_t hidden;  // bit c: no pair of negatives
+  bool plain;       // for no thread of the warp is one hidden
 
   __device__ GramTile(const Problem& p, const float (&c)[kAccumulators], const Side& I,
-                      const Side& J, const GramColumns& columns, int mode, bool diagonal)
+                      const Side& J, const GramNumbers& row, const GramColumns& columns, int mode,
+                      bool diagonal)
       : I(I),
         J(J),
         columns(columns),
@@ -70,17 +114,32 @@ struct GramTile {
         k2(logit_scale_2(p)),
         b(logit_bias_2(p)),
         diagonal(diagonal),
-        own(I, GramShape::row(), mode),
-        hidden(0) {
-    const Identity row(I, GramShape::row());
+        own(row.support),
+        own_f(row.factors),
+        hidden(0),
+        plain(apart(I, J)) {
+    const Identity own_id(I, GramShape::row());
+    if (plain && p.ids) {
+      SUPCLAP_UNROLL
+      for (int n = 0; n < GramShape::kColumns; ++n)
+        if (own_id.id == J.ids[GramShape::column(n)]) hidden |= 1u << n;
+      plain = uniform(warp_max(hidden ? 1.0f : 0.0f) == 0);
+    }
+    if (apart(I, J)) return;
     SUPCLAP_UNROLL
     for (int n = 0; n < GramShape::kColumns; ++n) {
       const Identity other(J, GramShape::column(n));
-      if (!row.negatives(other)) hidden |= 1u << n;
+      if (!own_id.negatives(other)) hidden |= 1u << n;
       // The logit of a positive as this product gave it: ranks are compared with it.
-      if (p.stats && row.index >= 0 && row.index == other.index)
-        row_of(p, kPanelPositive, row.index) = k2 * products(c, n).S + b;
+      if (p.stats && own_id.index >= 0 && own_id.index == other.index)
+        row_of(p, kPanelPositive, own_id.index) = k2 * products(c, n).S + b;
     }
+  }
+
+  // Whether all rows and columns are there, and none is both.
+  __device__ static bool apart(const Side& I, const Side& J) {
+    return I.count >= kGramRows && J.count >= kGramColumns &&
+           (I.first + kGramRows <= J.first || J.first + kGramColumns <= I.first);
   }
 
   // hopper.cuh's places: texts in rows 0-7 of a warp's 16, audios in 8-15; columns likewise.
@@ -121,16 +180,18 @@ struct ColumnScratch {
     return at[(plane * kTeamWarps + warp) * kGramColumns + y];
   }
   // Of column g of a chunk, by the lanes that join_columns gave it to.
+  __device__ static int column(int h) {
+    return GramShape::column(h * kChunk + threadIdx.x % kWarp / GramShape::kLanes);
+  }
   __device__ float& chunk(int plane, int h) const {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kWarpgroup / kWarp;
-    return (*this)(plane, warp, GramShape::column(h * kChunk + lane / GramShape::kLanes));
+    return (*this)(plane, threadIdx.x % kWarpgroup / kWarp, column(h));
   }
 };
 
-// Sweep 1, as panel_statistics; `scratch` is free again behind a barrier of the warpgroup.
+// Sweep 1, as panel_statistics, up to what the warps of a team leave of their columns in `scratch`.
 __device__ __forceinline__ void gram_statistics(const Problem& p, GramTile& tile,
                                                 const float (&c)[kAccumulators], bool infonce,
-                                                Slot slot_i, Slot slot_j, ColumnScratch scratch) {
+                                                Slot slot_i, ColumnScratch scratch) {
   using Shape = GramShape;
   const int x = Shape::row(), mode = tile.mode;
   const auto join = [&](LogSum a, LogSum b) { return merge(a, b, infonce); };
@@ -174,9 +235,13 @@ __device__ __forceinline__ void gram_statistics(const Problem& p, GramTile& tile
     const LogSum sum = reduce_lanes<Shape::kLanes>(row[d], join);
     if (writes) slot_i.put(2 * d, x, sum);
   }
-  if (tile.diagonal) return;
-  warpgroup_barrier();
-  const int y = threadIdx.x % kWarpgroup;  // as many columns as threads
+}
+
+// ... and what the team makes of it, a thread for each column: behind a barrier of the warpgroup.
+__device__ __forceinline__ void column_statistics(const GramTile& tile, bool infonce, Slot slot_j,
+                                                  ColumnScratch scratch) {
+  const int y = threadIdx.x % kWarpgroup, mode = tile.mode;
+  const auto join = [&](LogSum a, LogSum b) { return merge(a, b, infonce); };
   SUPCLAP_UNROLL
   for (int d = 0; d < kDirections; ++d) {
     if (!has_direction(mode, d) || y >= tile.J.count) continue;
@@ -192,14 +257,14 @@ __device__ __forceinline__ bool has_sum(int mode, int sum) {
   return mode == kMirror || sum == kRhoText || sum == kSupportText;
 }
 
-// Sweep 2, as tile_weights; store(y, w): the weights of columns y and y + 1.
+// Sweep 2, as tile_weights, likewise; store(n, w): the weights of columns n and n + 1.
 template <class Store>
 __device__ __forceinline__ void gram_weights(const GramTile& tile, const float (&c)[kAccumulators],
-                                             bool infonce, Slot slot_i, Slot slot_j,
-                                             ColumnScratch scratch, const Store& store) {
+                                             bool infonce, Slot slot_i, ColumnScratch scratch,
+                                             const Store& store) {
   using Shape = GramShape;
   const int x = Shape::row(), mode = tile.mode;
-  const Factors own_f(tile.I, x, mode, infonce);
+  const Factors& own_f = tile.own_f;
   float row[kTileSums] = {};
   SUPCLAP_UNROLL
   for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
@@ -219,7 +284,7 @@ __device__ __forceinline__ void gram_weights(const GramTile& tile, const float (
         w[0][side] = one.W, w[1][side] = two.W;
         w[2][side] = one.V_A + two.V_A, w[3][side] = one.V_T + two.V_T;
       }
-      store(Shape::column(h * kChunk + e), w);
+      store(h * kChunk + e, w);
       SUPCLAP_UNROLL
       for (int sum = 0; sum < kColumnSums; ++sum) {
         if (tile.diagonal || !has_sum(mode, kRhoText + sum)) continue;
@@ -239,9 +304,10 @@ __device__ __forceinline__ void gram_weights(const GramTile& tile, const float (
     if (threadIdx.x % Shape::kLanes == 0 && x < tile.I.count)
       slot_i.at[sum * slot_i.plane + x] = total;
   }
-  if (tile.diagonal) return;
-  warpgroup_barrier();
-  const int y = threadIdx.x % kWarpgroup;
+}
+__device__ __forceinline__ void column_sums(const GramTile& tile, Slot slot_j,
+                                            ColumnScratch scratch) {
+  const int y = threadIdx.x % kWarpgroup, mode = tile.mode;
   SUPCLAP_UNROLL
   for (int sum = 0; sum < kColumnSums; ++sum) {
     if (y >= tile.J.count) continue;

@@ -23,21 +23,21 @@ std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScr
 // Adds one side's partial results to the running ones.
 std::string merge_side(const Problem& p, const float* part, const float* sums, int slots, int n,
                        int64_t first, bool columns, Stream stream) {
-  const unsigned blocks = blocks_for(n, kThreads);
+  const unsigned blocks = blocks_for(n, kWarp);
   if (part) {
     int used = 0;
     for (int d = 0; d < kDirections; ++d) used |= direction_kept(p, d) << d;
     used |= (p.stats && !columns) << kDirections;
     const std::string error =
-        launch("merge_statistics", merge_statistics_kernel, {{blocks, kDirections + 1}}, stream, p,
-               part, slots, n, first, used);
+        launch("merge_statistics", merge_statistics_kernel,
+               {{blocks, kDirections + 1}, kMergeScratch}, stream, p, part, slots, n, first, used);
     if (!error.empty()) return error;
   }
   const int of_support = p.mode == kNone ? 0 : (1 << kTileSums) - (1 << kRhoText);
   const int used = of_support | (columns ? 0 : 1 << kBase | 1 << kBias);
   if (!sums || !used) return "";
-  return launch("merge_sums", merge_sums_kernel, {{blocks, kTileSums}}, stream, p, sums, slots, n,
-                first, used);
+  return launch("merge_sums", merge_sums_kernel, {{blocks, kTileSums}, kMergeScratch}, stream, p,
+                sums, slots, n, first, used);
 }
 
 }  // namespace

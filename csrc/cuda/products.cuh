@@ -81,11 +81,11 @@ struct Product {
       for (int n = 0; n < 4; ++n) at[n] = piece.at[n];
     }
   };
-  __device__ void add(int result, const Piece& x, const Piece& y) {
+  __device__ static void add(float (&sum)[4][4], const Piece& x, const Piece& y) {
     SUPCLAP_UNROLL
     for (int i = 0; i < 4; ++i) {
       SUPCLAP_UNROLL
-      for (int j = 0; j < 4; ++j) sum[result][i][j] += x.at[i] * y.at[j];
+      for (int j = 0; j < 4; ++j) sum[i][j] += x.at[i] * y.at[j];
     }
   }
 
@@ -95,16 +95,23 @@ struct Product {
       const int at = k * kSimilarityPitch;
       const Piece t_i(operand[0] + at + row()), a_i(operand[1] + at + row());
       const Piece t_j(operand[2] + at + column()), a_j(operand[3] + at + column());
-      add(0, t_i, a_j);
-      if (!diagonal) add(1, a_i, t_j);
-      if (grams > 0) add(2, a_i, a_j);
-      if (grams > 1) add(3, t_i, t_j);
+      add(sum[0], t_i, a_j);
+      if (!diagonal) add(sum[1], a_i, t_j);
+      if (grams > 0) add(sum[2], a_i, a_j);
+      if (grams > 1) add(sum[3], t_i, t_j);
     }
   }
-  // result += M^T V of one depth.
+  // result += M^T V of one depth, which is summed by itself: a sum over all rows, one after the
+  // other, would lose more digits than the library's.
   __device__ void gradient(int result, const Scalar* M, const Scalar* V) {
+    float part[4][4] = {};
     for (int k = team(); k < kGradientDepth; k += kTeams)
-      add(result, M + k * kGradientPitch + row(), V + k * kGradientPitch + column());
+      add(part, M + k * kGradientPitch + row(), V + k * kGradientPitch + column());
+    SUPCLAP_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      SUPCLAP_UNROLL
+      for (int j = 0; j < 4; ++j) sum[result][i][j] += part[i][j];
+    }
   }
 
   // Calls put(i, j, value, first) for this thread's elements; `first`: no team has put one there.

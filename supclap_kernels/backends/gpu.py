@@ -66,7 +66,8 @@ class GpuBackend(Backend):
         saved = 4 * self.saved_elements(N, D, dtype, has_radius, options, True)
         kept = not single and not self.fused and saved > 4 * PLACEHOLDER
         packed = options.normalize or width != D
-        operands = 2 * N * width * dtype.itemsize * packed
+        copies = packed + self.engine.rounds_rows(dtype, self.fused)
+        operands = 2 * N * width * dtype.itemsize * copies
         held = 4 * contract.STATE_ROWS * N + saved + operands + 4 * N * svr
         total, returned = 2 * N * width * 4, 2 * N * D * dtype.itemsize
         outputs = 0 if dtype == torch.float32 and width == D and not single else returned

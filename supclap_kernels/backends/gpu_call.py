@@ -142,6 +142,11 @@ class GpuCall:
         raise NotImplementedError
 
     @staticmethod
+    def rounds_rows(dtype: torch.dtype, fused: bool) -> bool:
+        """Whether a pass needs the rows once more, rounded."""
+        return False
+
+    @staticmethod
     def far_bytes(N: int, width: int) -> int:
         """Working memory of the far rows' gradients."""
         raise NotImplementedError

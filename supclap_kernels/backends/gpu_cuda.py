@@ -40,7 +40,8 @@ class Given:
         """Numbers as the kernels read them, kept alive until these are launched."""
         for name, x in tensors.items():
             if x is not None:
-                x = x.float().contiguous()
+                if x.dtype != torch.float32 or not x.is_contiguous():
+                    x = x.float().contiguous()
                 self.alive.append(x)
                 setattr(self.problem, name, x.data_ptr())
 

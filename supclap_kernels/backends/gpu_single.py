@@ -1,5 +1,5 @@
 """The "cuda" backend: the whole loss in one launch where its tiles fit on the chip (csrc/cuda/
-single.cuh), else the panel engine with the kernels of csrc/cuda.
+single.cuh), else the panel engine.
 
 The launch that computes the loss also computes the gradients, for an upstream gradient of 1, if any
 is wanted; backward is one small launch that applies the upstream gradient and casts. With
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import dispatch, native
 from ..options import Options
 from . import contract, gpu_hopper
 from .backend import Backend, Call
@@ -48,8 +48,13 @@ def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> 
 
 
 def larger(dtype: torch.dtype, has_radius: bool, options: Options) -> Backend:
-    """What computes batches that do not fit."""
-    return HOPPER if gpu_hopper.takes(dtype, has_radius, options) else CUDA_PANEL
+    """What computes batches that do not fit: what an H200 measured fastest (bench/results)."""
+    if gpu_hopper.takes(dtype, has_radius, options):
+        return HOPPER
+    plain = options.infonce and contract.mode(has_radius, options) == contract.NONE
+    if plain and dtype != torch.float32 and dispatch.triton_state() == "ok":
+        return dispatch.implementation("triton")
+    return CUDA_PANEL
 
 
 def larger_of(inputs: Inputs, options: Options) -> Backend:
@@ -57,19 +62,27 @@ def larger_of(inputs: Inputs, options: Options) -> Backend:
 
 
 class Sums:
-    """What a launch leaves for the gradients, as views of one buffer."""
+    """What a launch leaves for the gradients: parts of one buffer, by their addresses."""
+
+    PARTS = ("dT", "dA", "sums", "omega", "unit", "counter")
 
     def __init__(self, buffer: Tensor, N: int, width: int) -> None:
-        sizes = (N * width, N * width, (SUMS + 1) * N, N, 1, 1)
-        self.dT, self.dA, self.sums, self.omega, self.unit, self.counter = buffer.split(sizes)
+        self.at, start = [], buffer.data_ptr()
+        for size in (N * width, N * width, (SUMS + 1) * N, N, 1, 1):
+            self.at.append(start)
+            start += 4 * size
 
     @staticmethod
     def size(N: Any, width: int) -> Any:
         return 2 * N * width + (SUMS + 2) * N + 2
 
     def give(self, given: Given, needs: tuple[bool, ...]) -> None:
-        given.set(dT=self.dT if needs[1] else None, dA=self.dA if needs[0] else None)
-        given.set(sums=self.sums, omega=self.omega, unit=self.unit, counter=self.counter)
+        for name, address in zip(self.PARTS, self.at, strict=True):
+            setattr(given.problem, name, address)
+        if not needs[1]:
+            given.problem.dT = 0
+        if not needs[0]:
+            given.problem.dA = 0
 
 
 def launch(given: Given, loss: Tensor | None, gradient: bool) -> Tensor:
@@ -189,7 +202,11 @@ class Single(Backend):
             given.set(row_radius=rows[2], out_radius=radius)
         given.native.finish_gradients(p, native.stream(rows.device))
         return tuple(
-            rows.new_empty(0) if value is None or x is None else value.to(x.dtype)
+            rows.new_empty(0)
+            if value is None or x is None
+            else value
+            if value.dtype == x.dtype
+            else value.to(x.dtype)
             for value, x in zip(out, like, strict=True)
         )
 

@@ -1,5 +1,6 @@
 """The GPU backends with Triton kernels: what launches those of a call."""
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
 
 
+def rounded_to_tf32(X: Tensor) -> Tensor:
+    """To nearest: the tensor cores would drop all but 10 bits, and so shrink every product."""
+    return ((X.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def kernel_blocks(
     fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype, arch: int = 90
 ) -> tiles.Blocks:
@@ -68,6 +74,10 @@ class TritonCall(GpuCall):
         return slots_of(ni, nj, kernel_blocks(fused, weights, grams, infonce, dtype))
 
     @staticmethod
+    def rounds_rows(dtype: torch.dtype, fused: bool) -> bool:
+        return fused and precision(dtype) == "tf32"
+
+    @staticmethod
     def far_bytes(N: int, width: int) -> int:
         blocks = triton.cdiv(N, tiles.FAR_ROWS)
         return 4 * (min(blocks, tiles.FAR_PARTS) * tiles.FAR_ROWS * width + 2 * N)
@@ -76,6 +86,13 @@ class TritonCall(GpuCall):
         self.row_grid = (triton.cdiv(self.N, tiles.ROWS),)
         self.vector_grid = (triton.cdiv(self.N, tiles.VECTOR),)
         self.found_far: FarRows | None = None
+
+    @functools.cached_property
+    def multiplied(self) -> tuple[Tensor, Tensor]:
+        """The rows as the tile kernels multiply them."""
+        if precision(self.dtype) != "tf32":
+            return self.T, self.A
+        return rounded_to_tf32(self.T), rounded_to_tf32(self.A)
 
     @property
     def fixed(self) -> tuple[Tensor | None, ...]:
@@ -124,7 +141,8 @@ class TritonCall(GpuCall):
                 "PARTS": block.parts,
                 "PRECISION": precision(self.dtype),
             }
-            kernel, source = (tile_backward if weights else tile_forward), (self.T, self.A)
+            kernel = tile_backward if weights else tile_forward
+            source = self.multiplied
             place = (self.width, *place, *((tile.ld, tile.size) if weights else ()))
         else:
             kernel = epilogue.panel_weights if weights else epilogue.panel_statistics

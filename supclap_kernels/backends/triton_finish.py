@@ -47,7 +47,8 @@ def positive_slope(
     """Gradient of the direction with respect to the logit z (base 2) of its positive, p - 1."""
     if INFONCE:
         others = tl.load(state + (STATE_OTHERS + DIRECTION) * N + i, mask=inside, other=0.0)
-        return -others / tl.load(state + (STATE_L + DIRECTION) * N + i, mask=inside, other=1.0)
+        l = tl.load(state + (STATE_L + DIRECTION) * N + i, mask=inside, other=1.0)
+        return -tl.div_rn(others, l)
     else:
         return -sigmoid(-z)
 
@@ -117,10 +118,10 @@ def row_terms(
                 rho -= sigma_a * (c * (ea - et) - ea)
             dk += support
             db += u
-        rho = (rho + k * one * row_sum(sums, RHO_FAR, i, inside, N)) / r
+        rho = tl.div_rn(rho + k * one * row_sum(sums, RHO_FAR, i, inside, N), r)
     if radius is not None:
         dR += rho
-        along = (c * rho + hinge) / r
+        along = tl.div_rn(c * rho + hinge, r)
     tl.store(scalars + i, dk, mask=inside)
     tl.store(scalars + N + i, db, mask=inside)
     tl.store(scalars + 2 * N + i, dR, mask=inside)
@@ -163,7 +164,7 @@ def finish_side(
             g = mixed_rows(total, T, A, of_t, of_a, of_e, factor, i, inside, d0, width, BLOCK_D)
             along += g * x
             square += x * x
-        length = tl.sqrt(tl.sum(square, 1))
+        length = tl.sqrt_rn(tl.sum(square, 1))
         length = tl.maximum(length, 1e-12, propagate_nan=tl.PropagateNan.ALL)
         inward = tl.sum(along, 1) / length / length
     for d0 in range(0, width, BLOCK_D):

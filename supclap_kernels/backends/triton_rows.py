@@ -111,8 +111,9 @@ def prepare_rows(
         aa += a * a
     tl.store(rows + POSITIVE * N, tl.sum(ta, 1), mask=inside)
     if radius is not None:
-        r = tl.sqrt(tl.sum(ee, 1) + EPS * EPS)
-        c = load_radius(radius, i, inside, PER_ROW_RADIUS) / r
+        # Exact to rounding: an error of c is one of everything a far row gives.
+        r = tl.sqrt_rn(tl.sum(ee, 1) + EPS * EPS)
+        c = tl.div_rn(load_radius(radius, i, inside, PER_ROW_RADIUS), r)
         length = tl.sqrt(tl.maximum(tl.sum(tt, 1), tl.sum(aa, 1)))
         far = (tl.abs(c) > FAR_C) | (r < length * FAR_GAP)
         inverse_t = tl.full([BLOCK_N], 1.0, tl.float32)
@@ -124,10 +125,10 @@ def prepare_rows(
                 step = c[:, None] * (a - t)
                 tt += (t + step) * (t + step)
                 aa += (a - step) * (a - step)
-            length_t, length_a = tl.sqrt(tl.sum(tt, 1)), tl.sqrt(tl.sum(aa, 1))
+            length_t, length_a = tl.sqrt_rn(tl.sum(tt, 1)), tl.sqrt_rn(tl.sum(aa, 1))
             far = far | (tl.minimum(length_t, length_a) < length * FAR_LENGTH)
-            inverse_t = 1.0 / tl.maximum(length_t, MIN_LENGTH)
-            inverse_a = 1.0 / tl.maximum(length_a, MIN_LENGTH)
+            inverse_t = tl.div_rn(1.0, tl.maximum(length_t, MIN_LENGTH))
+            inverse_a = tl.div_rn(1.0, tl.maximum(length_a, MIN_LENGTH))
         tl.store(rows + GAP * N, r, mask=inside)
         tl.store(rows + C * N, c, mask=inside)
         tl.store(rows + STEP_TEXT * N, tl.sum(et, 1), mask=inside)

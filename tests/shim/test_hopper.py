@@ -42,9 +42,28 @@ def test_options(n, guard, device):
 def test_many_steps_and_rounds(mode, guard, device):
     """More operands than stages, and several tiles for each team of a block."""
     device.set(2, 1, 0)
-    verify(Case(N=300, D=330, dtype=torch.bfloat16, options=mode), guard, "cuda", workspace=0)
+    verify(Case(N=270, D=330, dtype=torch.bfloat16, options=mode), guard, "cuda", workspace=0)
 
 
 @pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
 def test_statistics(mode, guard):
     check_stats(Case(N=140, D=20, dtype=torch.bfloat16, gap=0.1, options=mode), "cuda")
+
+
+PLAIN = [
+    {"radius": "row", "options": {"renormalize": True}},
+    {"gap": 0.05, "radius": "row"},
+    {"gap": 0.05, "radius": "row", "duplicates": True},
+    {"scale": 100.0, "weighted": True},
+    {"scale": 100.0, "gap": 0.05, "radius": "row", "options": {"renormalize": True}},
+]
+
+
+@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+@pytest.mark.parametrize("fields", PLAIN, ids=str)
+def test_tiles_without_a_hidden_pair(mode, fields, guard, device):
+    """Also far rows, equal ids here and there, and logits far apart among them."""
+    device.set(2, 1, 0)
+    options = {**fields.get("options", {}), **mode}
+    case = Case(N=290, D=40, dtype=torch.bfloat16, **{**fields, "options": options})
+    verify(case, guard, "cuda", workspace=0)

@@ -1,0 +1,184 @@
+// What a warp makes of the products of a tile in which every pair counts: InfoNCE, no positive, no
+// equal ids, nothing outside of the batch. As gram_tile.cuh, in a fifth of the instructions.
+//
+// The exponentials of a tile are taken from one reference for each kind of logit, so that S_ij adds
+// the same number to row i and to column j. A sum that could have lost digits to its reference is
+// noticed afterwards, and the tile is done again by gram_tile.cuh.
+#pragma once
+
+#include "cuda/gram_tile.cuh"
+
+namespace supclap::cuda {
+
+// <s, y> of the support vector s = x + c (y_own - x), and what c multiplies.
+struct SupportProduct {
+  float step, product;
+  __device__ SupportProduct(float cross, float gram, float c)
+      : step(gram - cross), product(cross + c * step) {}
+};
+
+// Sums of exponentials in which none that matters is out of float32's range.
+struct Range {
+  float least = 1, most = 1;
+  __device__ void take(float sum) { least = fminf(least, sum), most = fmaxf(most, sum); }
+  // Whether this holds for all lanes of the warp.
+  __device__ bool good() const {
+    const bool bad = least < 0x1p-60f || most > 0x1p60f;
+    return uniform(warp_max(bad ? 1.0f : 0.0f) == 0);
+  }
+};
+
+// Sweep 1, up to what the warps of a team leave of their columns in `scratch`. False: not done.
+__device__ __forceinline__ bool plain_statistics(const GramTile& tile,
+                                                 const float (&c)[kAccumulators], Slot slot_i,
+                                                 ColumnScratch scratch) {
+  using Shape = GramShape;
+  const int mode = tile.mode;
+  const bool mirror = mode == kMirror, shared = mode == kShared;
+  const float k2 = tile.k2;
+  const PlainSupport own(tile.own, k2);
+  const Products first = GramTile::products(c, 0);
+  const float m_pair = warp_max(k2 * first.S);
+  const float m_text = warp_max(own.text * SupportProduct(first.S, first.Q, own.c).product);
+  const float m_audio =
+      mirror ? warp_max(own.audio * SupportProduct(first.P, first.K, own.c).product) : 0;
+  const float m[kDirections] = {m_pair, m_pair, m_text, mirror ? m_audio : m_text};
+  // Whether direction d is of support vectors of a side's own rows, and its row one that tiles
+  // skip.
+  const auto skips = [&](int d, const PlainSupport& of) {
+    return (d == kSupportRows || (d == kOtherRows && mirror)) && of.offset != 0;
+  };
+  float row[kDirections] = {};
+  Range range;
+  SUPCLAP_UNROLL
+  for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
+    float column[kDirections][kChunk];
+    SUPCLAP_UNROLL
+    for (int n = 0; n < kChunk; ++n) {
+      const Products z = GramTile::products(c, h * kChunk + n);
+      const PlainSupport other = tile.columns.plain(Shape::column(h * kChunk + n));
+      const float S = exp_2(k2 * z.S - m_pair), P = exp_2(k2 * z.P - m_pair);
+      row[kTextRows] += S, row[kAudioRows] += P;
+      column[kTextRows][n] = P, column[kAudioRows][n] = S;
+      const SupportProduct own_x(z.S, z.Q, own.c), other_x(z.P, z.Q, other.c);
+      const float own_e = exp_2(own.text * own_x.product + (own.offset - m_text));
+      const float other_e = exp_2(other.text * other_x.product + (other.offset - m_text));
+      row[kSupportRows] += own_e, column[kSupportRows][n] = other_e;
+      if (shared) row[kOtherRows] += other_e, column[kOtherRows][n] = own_e;
+      if (!mirror) continue;
+      const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
+      row[kOtherRows] += exp_2(own.audio * own_y.product + (own.offset - m_audio));
+      column[kOtherRows][n] = exp_2(other.audio * other_y.product + (other.offset - m_audio));
+    }
+    const PlainSupport of = tile.columns.plain(scratch.column(h));
+    SUPCLAP_UNROLL
+    for (int d = 0; d < kDirections; ++d) {
+      if (!has_direction(mode, d)) continue;
+      const float l = join_columns(column[d], Add{});
+      if (!skips(d, of)) range.take(l);
+      scratch.chunk(2 * d, h) = skips(d, of) ? kHidden : m[d], scratch.chunk(2 * d + 1, h) = l;
+    }
+  }
+  SUPCLAP_UNROLL
+  for (int d = 0; d < kDirections; ++d) {
+    if (!has_direction(mode, d)) continue;
+    row[d] = warp_sum<Shape::kLanes>(row[d]);
+    if (!skips(d, own)) range.take(row[d]);
+  }
+  if (!range.good()) return false;
+  if (threadIdx.x % Shape::kLanes != 0) return true;
+  SUPCLAP_UNROLL
+  for (int d = 0; d < kDirections; ++d)
+    if (has_direction(mode, d))
+      slot_i.put(2 * d, Shape::row(), {skips(d, own) ? kHidden : m[d], row[d]});
+  return true;
+}
+
+// Sweep 2, up to what the warps of a team leave of their columns in `scratch`.
+template <class Store>
+__device__ __forceinline__ void plain_weights(const GramTile& tile, const float (&c)[kAccumulators],
+                                              Slot slot_i, ColumnScratch scratch,
+                                              const Store& store) {
+  using Shape = GramShape;
+  const int x = Shape::row(), mode = tile.mode;
+  const bool mirror = mode == kMirror, shared = mode == kShared;
+  const Factors& own_f = tile.own_f;
+  const float k2 = tile.k2, over = 1 / k2;
+  const PlainSupport own(tile.own, k2);
+  // Slopes of support vectors are taken times k2 over their length.
+  float base = 0, base_columns = 0, rho_text = 0, support_text = 0, rho_audio = 0,
+        support_audio = 0;
+  const auto weight = [&](float z, float m, float f) { return exp_2(z - m) * f; };
+  SUPCLAP_UNROLL
+  for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
+    float column[kColumnSums][kChunk];
+    SUPCLAP_UNROLL
+    for (int e = 0; e < kChunk; e += 2) {
+      float w[4][2];
+      SUPCLAP_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        const int n = h * kChunk + e + side, y = Shape::column(n);
+        const Products z = GramTile::products(c, n);
+        const PlainSupport other = tile.columns.plain(y);
+        const Factors f = tile.columns.factors(y);
+        const float S = k2 * z.S, P = k2 * z.P;
+        float one = weight(S, own_f.m[kTextRows], own_f.f[kTextRows]) +
+                    weight(S, f.m[kAudioRows], f.f[kAudioRows]);
+        float two = weight(P, f.m[kTextRows], f.f[kTextRows]) +
+                    weight(P, own_f.m[kAudioRows], own_f.f[kAudioRows]);
+        base += one * z.S, base_columns += two * z.P;
+        const SupportProduct own_x(z.S, z.Q, own.c), other_x(z.P, z.Q, other.c);
+        const float own_z = own.text * own_x.product;
+        const float other_z = other.text * other_x.product;
+        float own_h = weight(own_z, own_f.m[kSupportRows], own_f.f[kSupportRows]);
+        float other_h = weight(other_z, f.m[kSupportRows], f.f[kSupportRows]);
+        if (shared) own_h += weight(own_z, f.m[kOtherRows], f.f[kOtherRows]);
+        if (shared) other_h += weight(other_z, own_f.m[kOtherRows], own_f.f[kOtherRows]);
+        if (shared && own.offset != 0) own_h = 0;
+        if (shared && other.offset != 0) other_h = 0;
+        own_h *= own.text, other_h *= other.text;
+        rho_text += own_h * own_x.step, support_text += own_h * own_x.product;
+        column[kRhoText - kRhoText][e + side] = other_h * other_x.step;
+        column[kSupportText - kRhoText][e + side] = other_h * other_x.product;
+        const float own_v = own.c * own_h, other_v = other.c * other_h;
+        one += over * (own_h - own_v), two += over * (other_h - other_v);
+        w[2][side] = over * (own_v + other_v);
+        if (mirror) {
+          const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
+          const float own_u = own.audio * weight(own.audio * own_y.product, own_f.m[kOtherRows],
+                                                 own_f.f[kOtherRows]);
+          const float other_u =
+              other.audio * weight(other.audio * other_y.product, f.m[kOtherRows], f.f[kOtherRows]);
+          rho_audio += own_u * own_y.step, support_audio += own_u * own_y.product;
+          column[kRhoAudio - kRhoText][e + side] = other_u * other_y.step;
+          column[kSupportAudio - kRhoText][e + side] = other_u * other_y.product;
+          const float own_v = own.c * own_u, other_v = other.c * other_u;
+          one += over * (other_u - other_v), two += over * (own_u - own_v);
+          w[3][side] = over * (own_v + other_v);
+        }
+        w[0][side] = one, w[1][side] = two;
+      }
+      store(h * kChunk + e, w);
+    }
+    const Support of = tile.columns.support(scratch.column(h));
+    SUPCLAP_UNROLL
+    for (int sum = 0; sum < kColumnSums; ++sum) {
+      if (!has_sum(mode, kRhoText + sum)) continue;
+      const bool rho = sum == kRhoText - kRhoText || sum == kRhoAudio - kRhoText;
+      const bool text = sum == kRhoText - kRhoText || sum == kSupportText - kRhoText;
+      const float total = join_columns(column[sum], Add{});
+      scratch.chunk(sum, h) = rho ? quotient(total, text ? of.text : of.audio) : total;
+    }
+  }
+  const auto put = [&](int sum, float value) {
+    value = warp_sum<Shape::kLanes>(value);
+    if (threadIdx.x % Shape::kLanes == 0) slot_i.at[sum * slot_i.plane + x] = value;
+  };
+  put(kBase, k2 * (base + (tile.diagonal ? 0 : base_columns)));
+  put(kBias, 0);  // SigLIP's
+  put(kRhoText, quotient(rho_text, tile.own.text)), put(kSupportText, support_text);
+  put(kRhoAudio, mirror ? quotient(rho_audio, tile.own.audio) : 0);
+  put(kSupportAudio, mirror ? support_audio : 0);
+}
+
+}  // namespace supclap::cuda
