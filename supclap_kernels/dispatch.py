@@ -55,9 +55,14 @@ def panel_state() -> str:
     return "ok" if triton == "ok" or cuda_state() == "ok" else triton
 
 
+@functools.cache
+def is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
 def on_hopper() -> bool:
-    """What the GPU backends were measured on."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    """Whether the current device is what the GPU backends were measured on."""
+    return torch.cuda.is_available() and is_hopper(torch.cuda.current_device())
 
 
 STATES: dict[str, Callable[[], str]] = {

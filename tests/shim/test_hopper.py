@@ -8,7 +8,9 @@ import torch
 from gpu_integration import test_stats_are_those_of_the_specification as check_stats
 from gpu_suite import SUPPORT_MODES, Case, Guard, guarded, suite, verify
 
+from supclap_kernels import fused_svr_loss
 from supclap_kernels.backends import gpu_hopper, gpu_single, tiles
+from supclap_kernels.testing import baseline, evaluate, floors, make_inputs, truth, violations
 
 WIDE = (torch.bfloat16, torch.float16)
 
@@ -67,3 +69,15 @@ def test_tiles_without_a_hidden_pair(mode, fields, guard, device):
     options = {**fields.get("options", {}), **mode}
     case = Case(N=290, D=40, dtype=torch.bfloat16, **{**fields, "options": options})
     verify(case, guard, "cuda", workspace=0)
+
+
+@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+def test_logits_too_far_apart_for_one_reference(mode, guard, device):
+    """Audios on the other side of the sphere: all of their column is 2^-200 of its neighbours."""
+    device.set(2, 1, 0)
+    case = Case(N=290, D=40, dtype=torch.bfloat16, scale=100.0, options=mode)
+    inputs = make_inputs(case)
+    inputs.audio[5::37] *= -1
+    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
+    result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=0, **mode)
+    assert not violations(result, exact, base, floors(case, inputs, exact))
