@@ -1,5 +1,5 @@
 // What a warp makes of the products of a tile in which every pair counts: InfoNCE, no positive, no
-// equal ids, nothing outside of the batch. As gram_tile.cuh, in a fifth of the instructions.
+// equal ids, nothing outside of the batch. As gram_tile.cuh, in a third of the instructions.
 //
 // The exponentials of a tile are taken from one reference for each kind of logit, so that S_ij adds
 // the same number to row i and to column j. A sum that could have lost digits to its reference is
@@ -23,7 +23,7 @@ struct Range {
   __device__ void take(float sum) { least = fminf(least, sum), most = fmaxf(most, sum); }
   // Whether this holds for all lanes of the warp.
   __device__ bool good() const {
-    const bool bad = least < 0x1p-60f || most > 0x1p60f;
+    const bool bad = least < 0x1p-30f || most > 0x1p30f;
     return uniform(warp_max(bad ? 1.0f : 0.0f) == 0);
   }
 };

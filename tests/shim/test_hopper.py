@@ -73,9 +73,10 @@ def test_tiles_without_a_hidden_pair(mode, fields, guard, device):
 
 @pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
 def test_logits_too_far_apart_for_one_reference(mode, guard, device):
-    """Audios on the other side of the sphere: all of their column is 2^-200 of its neighbours."""
+    """Audios on the other side of the sphere: all of their column is 2^-400 of its neighbours."""
     device.set(2, 1, 0)
-    case = Case(N=290, D=40, dtype=torch.bfloat16, scale=100.0, options=mode)
+    fields = {"N": 290, "D": 40, "gap": 0.05, "radius": "row", "scale": 200.0}
+    case = Case(dtype=torch.bfloat16, options=mode, **fields)
     inputs = make_inputs(case)
     inputs.audio[5::37] *= -1
     exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
