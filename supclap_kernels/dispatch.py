@@ -60,9 +60,14 @@ def is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
-def on_hopper() -> bool:
-    """Whether the current device is what the GPU backends were measured on."""
-    return torch.cuda.is_available() and is_hopper(torch.cuda.current_device())
+def measured(device: torch.device) -> bool:
+    """Whether the CUDA kernels were measured on such a device, and compiled for it."""
+    if cuda_state() != "ok" or not hasattr(native.cuda(), "gram_tile"):
+        return False
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    return index >= 0 and is_hopper(index)
 
 
 STATES: dict[str, Callable[[], str]] = {
@@ -81,11 +86,12 @@ def available_backends() -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The backend that runs on this type of device, and the reason. Raises where the one asked for
-    cannot.
-    """
+def choose(
+    backend: str, where: str | torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
+    """The backend that runs on this device, and why. Raises where the one asked for cannot."""
     check_choices(backend=backend)
+    device = torch.device(where).type
     if backend == "auto":
         cpu = STATES["cpu"]()
         if device == "cpu" and cpu == "ok":
@@ -97,17 +103,17 @@ def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tup
             return "reference", f"fallback: {cpu}"
         if device == "cuda" and dtype == torch.float64:
             return "reference", "float64: the kernels compute in float32"
-        if device == "cuda" and cuda_state() == "ok" and on_hopper():
+        if device == "cuda" and measured(torch.device(where)):
             return (
                 "cuda",
-                "one launch where the batch fits on the chip, else the kernels measured "
-                "fastest on an H200",
+                "one launch where the batch fits on the chip, else what an H200 measured fastest "
+                "for 16-bit embeddings",
             )
         if device == "cuda" and panel_state() == "ok":
             return (
                 "reference",
-                "the GPU backends can run here, but were measured on Hopper only, and there with "
-                "the CUDA kernels: ask for backend='cuda', 'triton' or 'panel'",
+                "the GPU backends can run here, but were measured on Hopper only, with kernels "
+                "compiled for sm_90a: ask for backend='cuda', 'triton' or 'panel'",
             )
         return "reference", f"fallback: no kernel for {device} tensors here"
     state = STATES[backend]()
@@ -129,7 +135,7 @@ def choose(backend: str, device: str, dtype: torch.dtype = torch.float32) -> tup
 
 def explain(device: str | torch.device = "cpu", backend: str = "auto") -> str:
     """One line: which backend a call with tensors on this device runs on, and why."""
-    name, reason = choose(backend, torch.device(device).type)
+    name, reason = choose(backend, device)
     return f"{name}: {reason}"
 
 
@@ -147,4 +153,4 @@ def implementation(name: str) -> Any:
 
 def backend_for(audio: Tensor, options: Options) -> Any:
     """The implementation of the operators for these tensors."""
-    return implementation(choose(options.backend, audio.device.type, audio.dtype)[0])
+    return implementation(choose(options.backend, audio.device, audio.dtype)[0])

@@ -99,7 +99,7 @@ def fused_svr_loss(
         inputs = checked_inputs(
             audio, text, radius, logit_scale, logit_bias, ids, weight, options.objective
         )
-        name = dispatch.choose(backend, audio.device.type, audio.dtype)[0]
+        name = dispatch.choose(backend, audio.device, audio.dtype)[0]
     if name == "reference":
         given = options._asdict()
         return svr_loss_reference(

@@ -30,7 +30,7 @@ def memory_estimate(
     """
     if N < 1 or D < 1:
         raise ValueError(f"N and D must be positive, got N={N}, D={D}")
-    name, _ = choose(backend, torch.device(device).type, dtype)
+    name, _ = choose(backend, device, dtype)
     chosen = Options(**options)
     check_choices(
         objective=chosen.objective, bilateral=chosen.bilateral, reduction=chosen.reduction

@@ -207,7 +207,7 @@ def group_loss(
     """The loss over a process group of several ranks, after all of them agreed on the call."""
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in inputs[:5]]
-    backend = dispatch.choose(options.backend, inputs.audio.device.type, inputs.audio.dtype)[0]
+    backend = dispatch.choose(options.backend, inputs.audio.device, inputs.audio.dtype)[0]
     call = collectives.describe(*inputs[:3], *inputs[5:], **options._asdict())
     call |= {"backend": backend, "exchange": exchange, "bias": inputs.bias is not None}
     towers = {"audio": needs[0], "text": needs[1]}

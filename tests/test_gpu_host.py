@@ -1,5 +1,7 @@
 """The GPU backends without a GPU: passes on CPU tensors, with the kernels' launches left out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_memory import traced
@@ -77,9 +79,11 @@ def test_tuned_blocks_are_opt_in(tmp_path, monkeypatch):
 
 
 def test_rows_for_tf32_are_rounded_not_cut():
-    """10 bits, ties away from zero, as `cvt.rna` has them; zeros, signs and infinities stay."""
+    """10 bits, ties away from zero, as `cvt.rna` has them; zeros, signs, infinity and NaN stay."""
     X = torch.cat((torch.randn(1000), torch.tensor([0.0, -0.0, 1 + 2**-11, -3.5, float("inf")])))
     rounded = gpu.rounded_to_tf32(X)
+    nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    assert bool(gpu.rounded_to_tf32(nan).isnan().all())
     mantissa, exponent = torch.frexp(X.double()[:-1])
     nearest = torch.ldexp(
         (mantissa * 2**11).abs().add(0.5).floor() * mantissa.sign(), exponent - 11
@@ -100,11 +104,17 @@ def test_auto_takes_what_was_measured(monkeypatch):
     single = pytest.importorskip("supclap_kernels.backends.gpu_single")
     monkeypatch.setattr(dispatch, "cuda_state", lambda: "ok")
     monkeypatch.setattr(dispatch, "triton_state", lambda: "ok")
-    assert dispatch.choose("auto", "cuda")[0] == "reference"
-    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
-    assert dispatch.choose("auto", "cuda")[0] == "cuda"
-    assert dispatch.choose("auto", "cuda", torch.float64)[0] == "reference"
+    monkeypatch.setattr(dispatch, "is_hopper", lambda index: index == 1)
+    monkeypatch.setattr(dispatch.native, "cuda", lambda: SimpleNamespace(gram_tile=None))
+    assert dispatch.choose("auto", "cuda:1")[0] == "cuda"
+    assert dispatch.choose("auto", torch.device("cuda", 0))[0] == "reference"
+    assert dispatch.choose("auto", "cuda:1", torch.float64)[0] == "reference"
+    monkeypatch.setattr(dispatch.native, "cuda", SimpleNamespace)  # compiled for other targets
+    assert dispatch.choose("auto", "cuda:1")[0] == "reference"
     assert single.larger(torch.bfloat16, False, Options()) is gpu.TRITON
     assert single.larger(torch.float32, False, Options()) is single.CUDA_PANEL
+    with monkeypatch.context() as patch:
+        patch.setattr(single.gpu_hopper, "WANTED", False)
+        assert single.larger(torch.bfloat16, False, Options()) is single.CUDA_PANEL
     monkeypatch.setattr(single.gpu_hopper, "takes", lambda *_: True)
     assert single.larger(torch.bfloat16, True, Options()) is single.HOPPER

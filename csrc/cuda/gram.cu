@@ -14,12 +14,16 @@ static_assert(kGramShared == sizeof(GramShared) + alignof(GramShared));
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 Encode encoder() {
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
-                                       &status) != cudaSuccess)
-    return nullptr;
-  return reinterpret_cast<Encode>(found);
+#if CUDART_VERSION >= 12050
+  const auto error =
+      cudaGetDriverEntryPointByVersion(kName, &found, 12000, cudaEnableDefault, &status);
+#else
+  const auto error = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &status);
+#endif
+  return error == cudaSuccess ? reinterpret_cast<Encode>(found) : nullptr;
 }
 
 std::string tensor_map(const Problem& p, const void* X, int rows, TensorMap& map) {

@@ -142,8 +142,9 @@ __device__ __forceinline__ float finish_direction(const Problem& p, int d, LogSu
   p.state[d * p.N + i] = top;
   p.state[(kStateL + d) * p.N + i] = sum.total.l;
   p.state[(kStateOthers + d) * p.N + i] = sum.others;
-  // log(total / exp(z - top)): exactly 0 without negatives, if exp2 does not overflow.
-  if (top - z > 100) return (log2f(sum.total.l) + (top - z)) / kLog2e;
+  // log(total / exp(z - top)): exactly 0 without negatives. The sum of the others is up to 2^30 for
+  // each tile that has its own reference (gram_plain.cuh), so exp2 must stay far from its end.
+  if (top - z > 60) return (log2f(sum.total.l) + (top - z)) / kLog2e;
   return log1pf(sum.others * exp2f(top - z));
 }
 

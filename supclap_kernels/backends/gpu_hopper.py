@@ -13,7 +13,7 @@ from .gpu_cuda import CudaCall
 from .panel import Tile
 
 WANTED = True
-"""Tests and benchmarks turn it off to get the panels."""
+"""Tests and benchmarks turn it off: then panels take every batch that does not fit on the chip."""
 
 
 class HopperCall(CudaCall):

@@ -48,11 +48,11 @@ def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> 
 
 
 def larger(dtype: torch.dtype, has_radius: bool, options: Options) -> Backend:
-    """What computes batches that do not fit: what an H200 measured fastest (bench/results)."""
+    """What computes batches that do not fit: where an H200 measured it, the fastest."""
     if gpu_hopper.takes(dtype, has_radius, options):
         return HOPPER
     plain = options.infonce and contract.mode(has_radius, options) == contract.NONE
-    if plain and dtype != torch.float32 and dispatch.triton_state() == "ok":
+    if gpu_hopper.WANTED and plain and dtype != torch.float32 and dispatch.triton_state() == "ok":
         return dispatch.implementation("triton")
     return CUDA_PANEL
 

@@ -38,7 +38,8 @@ def precision(dtype: torch.dtype) -> str:
 
 def rounded_to_tf32(X: Tensor) -> Tensor:
     """To nearest: the tensor cores would drop all but 10 bits, and so shrink every product."""
-    return ((X.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    bits = X.view(torch.int32).add(0x1000).bitwise_and_(~0x1FFF)
+    return bits.view(torch.float32).masked_fill_(X.isnan(), float("nan"))
 
 
 def kernel_blocks(

@@ -1,8 +1,10 @@
 """The kernels of csrc/cuda against the specification: every option, ragged sizes."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
+import torch
 from gpu_suite import (
     CLOSE,
     RANGES,
@@ -16,6 +18,9 @@ from gpu_suite import (
 )
 
 from supclap_kernels.backends import gpu_single, tiles
+from supclap_kernels.backends.contract import POSITIVE, STATISTICS, Inputs
+from supclap_kernels.backends.gpu_cuda import CUDA_PANEL
+from supclap_kernels.options import Options
 
 SUITE = suite("cuda", "panel")
 
@@ -50,3 +55,16 @@ def test_some_far_rows(mode, close, backend, guard, device):
 @pytest.mark.parametrize("length, scale, upstream", RANGES)
 def test_float16_weights_stay_in_range(length, scale, upstream, backend, guard):
     check_float16_range(length, scale, upstream, backend)
+
+
+def test_loss_of_sums_far_above_their_reference():
+    """A sum 2^30 times what its m stands for, and a positive 2^-99 times: finite, and right."""
+    unit = torch.eye(4, 8)
+    options = Options(bilateral="none", reduction="none")
+    given = Inputs(unit, unit, None, torch.tensor(1.0), None, None, None)
+    call = CUDA_PANEL.call(given, options)
+    call.state[STATISTICS + POSITIVE] = torch.tensor([-59.0, -61.0, -99.0, -120.0]) * math.log(2)
+    call.running[0:4:2], call.running[1:4:2] = 0.0, 2.0**30
+    rows, _ = call.finish_statistics()
+    exact = 2 * (30 + torch.tensor([59.0, 61.0, 99.0, 120.0], dtype=torch.float64)) * math.log(2)
+    assert float((rows / exact - 1).abs().max()) < 2e-7
