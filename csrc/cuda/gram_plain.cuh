@@ -106,8 +106,7 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
   const float k2 = tile.k2, over = 1 / k2;
   const PlainSupport own(tile.own, k2);
   // Slopes of support vectors are taken times k2 over their length.
-  float base = 0, base_columns = 0, rho_text = 0, support_text = 0, rho_audio = 0,
-        support_audio = 0;
+  float base = 0, base_columns = 0, row[kTileSums] = {};
   const auto weight = [&](float z, float m, float f) { return exp_2(z - m) * f; };
   SUPCLAP_UNROLL
   for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
@@ -137,24 +136,26 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
         if (shared && own.offset != 0) own_h = 0;
         if (shared && other.offset != 0) other_h = 0;
         own_h *= own.text, other_h *= other.text;
-        rho_text += own_h * own_x.step, support_text += own_h * own_x.product;
-        column[kRhoText - kRhoText][e + side] = other_h * other_x.step;
-        column[kSupportText - kRhoText][e + side] = other_h * other_x.product;
-        const float own_v = own.c * own_h, other_v = other.c * other_h;
-        one += over * (own_h - own_v), two += over * (other_h - other_v);
-        w[2][side] = over * (own_v + other_v);
+        // Slopes of one kind of support vector, of the row and of the column: into their sums, the
+        // weights of S (or P) and of the gram.
+        const auto add = [&](const SupportProduct& own_p, float own_s,
+                             const SupportProduct& other_p, float other_s, int rho, int support,
+                             float& own_w, float& other_w, float& gram) {
+          row[rho] += own_s * own_p.step, row[support] += own_s * own_p.product;
+          column[rho - kRhoText][e + side] = other_s * other_p.step;
+          column[support - kRhoText][e + side] = other_s * other_p.product;
+          const float own_v = own.c * own_s, other_v = other.c * other_s;
+          own_w += over * (own_s - own_v), other_w += over * (other_s - other_v);
+          gram = over * (own_v + other_v);
+        };
+        add(own_x, own_h, other_x, other_h, kRhoText, kSupportText, one, two, w[2][side]);
         if (mirror) {
           const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
           const float own_u = own.audio * weight(own.audio * own_y.product, own_f.m[kOtherRows],
                                                  own_f.f[kOtherRows]);
           const float other_u =
               other.audio * weight(other.audio * other_y.product, f.m[kOtherRows], f.f[kOtherRows]);
-          rho_audio += own_u * own_y.step, support_audio += own_u * own_y.product;
-          column[kRhoAudio - kRhoText][e + side] = other_u * other_y.step;
-          column[kSupportAudio - kRhoText][e + side] = other_u * other_y.product;
-          const float own_v = own.c * own_u, other_v = other.c * other_u;
-          one += over * (other_u - other_v), two += over * (own_u - own_v);
-          w[3][side] = over * (own_v + other_v);
+          add(own_y, own_u, other_y, other_u, kRhoAudio, kSupportAudio, two, one, w[3][side]);
         }
         w[0][side] = one, w[1][side] = two;
       }
@@ -170,15 +171,14 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
       scratch.chunk(sum, h) = rho ? quotient(total, text ? of.text : of.audio) : total;
     }
   }
-  const auto put = [&](int sum, float value) {
-    value = warp_sum<Shape::kLanes>(value);
-    if (threadIdx.x % Shape::kLanes == 0) slot_i.at[sum * slot_i.plane + x] = value;
-  };
-  put(kBase, k2 * (base + (tile.diagonal ? 0 : base_columns)));
-  put(kBias, 0);  // SigLIP's
-  put(kRhoText, quotient(rho_text, tile.own.text)), put(kSupportText, support_text);
-  put(kRhoAudio, mirror ? quotient(rho_audio, tile.own.audio) : 0);
-  put(kSupportAudio, mirror ? support_audio : 0);
+  row[kBase] = k2 * (base + (tile.diagonal ? 0 : base_columns));  // kBias is SigLIP's
+  row[kRhoText] = quotient(row[kRhoText], tile.own.text);
+  row[kRhoAudio] = quotient(row[kRhoAudio], tile.own.audio);
+  SUPCLAP_UNROLL
+  for (int sum = 0; sum < kTileSums; ++sum) {
+    const float total = warp_sum<Shape::kLanes>(row[sum]);
+    if (threadIdx.x % Shape::kLanes == 0) slot_i.at[sum * slot_i.plane + x] = total;
+  }
 }
 
 }  // namespace supclap::cuda
