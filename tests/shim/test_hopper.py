@@ -82,3 +82,12 @@ def test_logits_too_far_apart_for_one_reference(mode, guard, device):
     exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
     result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=0, **mode)
     assert not violations(result, exact, base, floors(case, inputs, exact))
+
+
+@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+def test_tile_pairs_of_several_tiles_each_way(mode, guard, device, monkeypatch):
+    """A pair on the diagonal has tiles without a hidden pair, too; they take rows only."""
+    device.set(3, 1, 0)
+    monkeypatch.setattr(tiles, "GPU_TILE", 256)
+    case = Case(N=300, D=40, dtype=torch.bfloat16, gap=0.1, radius="row", options=mode)
+    verify(case, guard, "cuda", workspace=2**26)
