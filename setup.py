@@ -198,7 +198,7 @@ def native_graph(folder: Path, module: Path) -> NinjaGraph:
 
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     for source in sources("csrc/*.cpp"):
-        graph.compile("cxx", source, [*CXX_FLAGS, *python, *have, *users])
+        graph.compile("cxx", source, [*CXX_FLAGS, "-Os", *python, *have, *users])  # no loops there
     libraries = [str(toolkit.cudart), "-lrt"] if toolkit else []
     # Not exported, lest they meet another CUDA run time in the process: the symbols of cudart.
     platform = [] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL", "-ldl"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bash bench/gpu.sh [correct|kernels|large|small|latency|sanitize ...], all by default.
+# Everything that needs a GPU: bash bench/gpu.sh [correct|kernels|large|small|latency|host|sanitize ...], all by default.
 # Each part stays under 8 minutes (the tests compile for most of theirs: with pytest-xdist they do so
 # on every core). Results go to $OUT, or bench/results/gpu.
 set -uo pipefail
@@ -23,25 +23,26 @@ run() { # name, seconds, command ...
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$(nproc)"); fi
 
-for part in "${@:-correct kernels large small latency sanitize}"; do
+for part in "${@:-correct kernels large small latency host sanitize}"; do
   for name in $part; do
     case $name in
       correct) run correct 470 "$python" -m pytest -q tests/test_gpu.py tests/test_build.py -p no:cacheprovider \
         "${workers[@]}" ;;
       large | small) run "$name" 470 "$python" -m bench.gpu "$name" --out "$out" --seconds 400 ;;
       latency) run latency 470 "$python" -m bench.latency --out "$out" --seconds 400 ;;
+      host) run host 60 "$python" -m bench.host --out "$out/host.json" ;;
       kernels) run kernels 235 "$python" -m bench.kernels --out "$out" --seconds 200 ;;
       sanitize)
         for tool in memcheck racecheck; do
           run "sanitize-$tool" 235 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             --kernel-regex kns=panel --kernel-regex kns=tile --kernel-regex kns=far \
             --kernel-regex kns=row --kernel-regex kns=merge --kernel-regex kns=finish \
-            --kernel-regex kns=single_kernel --kernel-regex kns=gram \
+            --kernel-regex kns=single_kernel --kernel-regex kns=gram --kernel-regex kns=cross \
             "$python" -m bench.sanitize
         done
         ;;
       *)
-        echo "no part $name: correct, kernels, large, small, latency, sanitize" >&2
+        echo "no part $name: correct, kernels, large, small, latency, host, sanitize" >&2
         exit 2
         ;;
     esac

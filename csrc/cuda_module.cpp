@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <unordered_map>
 
 #if SUPCLAP_WITH_CUDA
 #include "cuda/launchers.h"
@@ -40,24 +43,42 @@ Type* at(Address address) {
   return reinterpret_cast<Type*>(address);
 }
 
-template <class Type>
-void pointer(py::class_<Problem>& cls, const char* name, Type* Problem::* field) {
-  cls.def_property(
-      name, [field](const Problem& p) { return reinterpret_cast<Address>(p.*field); },
-      [field](Problem& p, Address address) { p.*field = at<Type>(address); });
+using Fields = std::unordered_map<std::string_view, std::function<void(Problem&, Address)>>;
+
+// Fields that are addresses, by name.
+Fields& pointers() {
+  static Fields fields;
+  return fields;
 }
 
-// A call with the numbers and embeddings it came with, in one crossing of the boundary.
+template <class Type>
+void pointer(py::class_<Problem>& cls, const char* name, Type* Problem::* field) {
+  const auto set = [field](Problem& p, Address address) { p.*field = at<Type>(address); };
+  cls.def_property(
+      name, [field](const Problem& p) { return reinterpret_cast<Address>(p.*field); }, set);
+  pointers()[name] = set;
+}
+
+// Any of them, in one crossing of the boundary.
+void give(Problem& p, const py::kwargs& addresses) {
+  for (const auto& [name, address] : addresses)
+    pointers().at(name.cast<std::string_view>())(p, address.cast<Address>());
+}
+
+// A call with what it came with, likewise.
 Problem described(int64_t N, int64_t D, int64_t width, int dtype, int mode, bool infonce,
                   bool renormalize, bool normalize, bool stats, bool per_row_radius, float alpha,
                   float beta, float row_scale, Address text, int64_t text_n, int64_t text_d,
-                  Address audio, int64_t audio_n, int64_t audio_d) {
+                  Address audio, int64_t audio_n, int64_t audio_d, Address radius, Address scale,
+                  Address bias, Address weight, Address ids) {
   Problem p{};
   p.N = N, p.D = D, p.width = width, p.dtype = dtype, p.mode = mode, p.infonce = infonce;
   p.renormalize = renormalize, p.normalize = normalize, p.stats = stats;
   p.per_row_radius = per_row_radius, p.alpha = alpha, p.beta = beta, p.row_scale = row_scale;
   p.text = at<void>(text), p.text_n = text_n, p.text_d = text_d;
   p.audio = at<void>(audio), p.audio_n = audio_n, p.audio_d = audio_d;
+  p.radius = at<float>(radius), p.scale = at<float>(scale), p.bias = at<float>(bias);
+  p.weight = at<float>(weight), p.ids = at<int64_t>(ids);
   return p;
 }
 
@@ -83,6 +104,7 @@ void bind_problem(py::module_& m) {
       POINTER(out_bias);
   POINTER(out_radius), POINTER(counter);
 #undef POINTER
+  problem.def("give", &give);
 }
 
 // A launcher of (Problem, stream) that raises what it returns.

@@ -33,7 +33,7 @@ def triton_backends() -> tuple[Any, str]:
 
 def triton_state() -> str:
     reason = triton_backends()[1]
-    if reason == "ok" and not INTERPRETED and not torch.cuda.is_available():
+    if reason == "ok" and not INTERPRETED and not native.has_device():
         return f"{NO_DEVICE} (Triton's interpreter takes CPU tensors: TRITON_INTERPRET=1)"
     return reason
 
@@ -46,7 +46,7 @@ def cuda_state() -> str:
         return reason
     if not found.built_with_cuda:
         return "not built: no nvcc at install"
-    return "ok" if torch.cuda.is_available() else NO_DEVICE
+    return "ok" if native.has_device() else NO_DEVICE
 
 
 def panel_state() -> str:
@@ -64,9 +64,7 @@ def measured(device: torch.device) -> bool:
     """Whether the CUDA kernels were measured on such a device, and compiled for it."""
     if cuda_state() != "ok" or not hasattr(native.cuda(), "gram_tile"):
         return False
-    index = device.index
-    if index is None:
-        index = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    index = native.current_device() if device.index is None else device.index
     return index >= 0 and is_hopper(index)
 
 

@@ -106,17 +106,17 @@ def fused_svr_loss(
             *inputs[:5], ids=ids, weight=weight, group=group, return_stats=given.pop("stats"),
             **given,
         )  # fmt: skip
-    if across:
-        loss, stats = ops.group_loss(inputs, options, group, exchange)
-    else:
-        loss, stats = ops.svr_loss(inputs, options)
-    return (loss, SVRStats(*stats.unbind())) if return_stats else loss
+    call = (inputs, options)
+    loss, stats = ops.group_loss(*call, group, exchange) if across else ops.svr_loss(*call)
+    return loss if stats is None or not return_stats else (loss, SVRStats(*stats.unbind()))
 
 
 def checked_options(options: Options) -> Options:
     """Plain values of their types, or the error that says what does not fit."""
-    names = ("objective", "bilateral", "reduction", "backend")
-    check_choices(**{name: getattr(options, name) for name in names})
+    check_choices(
+        objective=options.objective, bilateral=options.bilateral, reduction=options.reduction,
+        backend=options.backend,
+    )  # fmt: skip
     for name in ("alpha", "beta"):
         value = getattr(options, name)
         if isinstance(value, Tensor) or not isinstance(value, int | float):

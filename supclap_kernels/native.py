@@ -47,9 +47,20 @@ def cuda() -> Any:
     return (shim() or module()).cuda
 
 
+@functools.cache
+def has_device() -> bool:
+    """Whether there is a CUDA device; asked once."""
+    return torch.cuda.is_available()
+
+
+def current_device() -> int:
+    """The index of the current CUDA device; -1 without one."""
+    return torch.cuda.current_device() if has_device() else -1
+
+
 def stream(device: torch.device) -> int:
     """The current stream's address; 0 on the host."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def address(tensor: Tensor | None) -> int:

@@ -5,15 +5,15 @@
 
 Which backend runs is decided inside, on real tensors; all obey the shapes that the fake kernels
 state. `state` holds the softmax statistics and the geometry of each row, `saved` what the backend
-wants to reuse (kept panels, or SigLIP's gradients).
+wants to reuse (kept panels, or SigLIP's gradients). Where nothing looks at operators the Function
+calls the backend itself.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import collectives, dispatch, distributed
@@ -43,19 +43,24 @@ _library.define(
 )
 
 
-def _plainly(x: Tensor, function: Callable[..., tuple[Tensor, ...]], *given: Any) -> Any:
+def _plainly(x: Tensor, function: Callable[..., tuple[Any, ...]], *given: Any) -> Any:
     """Call a backend without autograd and autocast around its own products, on the device of x."""
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                return function(*given)
-        return function(*given)
+    device = x.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _plainly(x, function, *given)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return function(*given)
+    return function(*given)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
     backend = dispatch.backend_for(inputs.audio, options)
-    return _plainly(inputs.audio, backend.forward, inputs, options, tuple(needs))
+    given = (inputs, options, tuple(needs))
+    loss, stats, state, saved = _plainly(inputs.audio, backend.forward, *given)
+    return loss, loss.new_empty(0) if stats is None else stats, state, saved
 
 
 def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -63,7 +68,8 @@ def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     backend = dispatch.backend_for(inputs.audio, options)
     state, saved, needs = arguments[7:10]
     given = (inputs, options, tuple(needs), upstream, state, saved)
-    return _plainly(inputs.audio, backend.backward, *given)
+    found = _plainly(inputs.audio, backend.backward, *given)
+    return tuple(state.new_empty(0, dtype=torch.float32) if g is None else g for g in found)
 
 
 for _device in ("CPU", "CUDA"):
@@ -99,25 +105,47 @@ def _fake_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def watched(inputs: Inputs) -> bool:
+    """Whether something looks at operators (a compiler, a tracer, a mode, a tensor of another
+    kind): then the call must be one."""
+    if torch.compiler.is_compiling():
+        return True
+    for x in inputs:
+        if x is not None and type(x) is not Tensor and type(x) is not nn.Parameter:
+            return True
+    modes = torch._C._len_torch_dispatch_stack() > 0
+    return modes or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+
+
 class SVRFunction(torch.autograd.Function):
-    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, needs, options)"""
+    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, needs, options, backend):
+    of the operators where the backend is None."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, needs, options = arguments
-        loss, stats, state, saved = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, needs, options, backend = arguments
+        if backend is None:
+            found = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
+        else:
+            found = _plainly(tensors[0], backend.forward, Inputs(*tensors), options, needs)
+        loss, stats, state, saved = found
         ctx.save_for_backward(*tensors, state, saved)
-        ctx.needs, ctx.options = needs, options
-        ctx.mark_non_differentiable(stats)
+        ctx.needs, ctx.options, ctx.backend = needs, options, backend
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
-        arguments = (upstream, *tensors, ctx.needs, *ctx.options)
-        gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
-        inputs = Inputs(*tensors[:7])
-        return (*_returned(gradients, ctx.needs, upstream, inputs), None, None, None, None)
+        inputs, needs, options = Inputs(*tensors[:7]), ctx.needs, ctx.options
+        if ctx.backend is None or watched(inputs):
+            arguments = (upstream, *tensors, needs, *options)
+            gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
+        else:
+            given = (inputs, options, needs, upstream, *tensors[7:])
+            gradients = _plainly(upstream, ctx.backend.backward, *given)
+        return (*_returned(gradients, needs, upstream, inputs), *[None] * 5)
 
 
 class GroupFunction(torch.autograd.Function):
@@ -152,13 +180,17 @@ def _group_backward(plan: Any, inputs: Inputs, memory: Any, upstream: Tensor) ->
 
 
 def _returned(
-    gradients: tuple[Tensor, ...], needs: tuple[bool, ...], upstream: Tensor, inputs: Inputs
+    gradients: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    upstream: Tensor,
+    inputs: Inputs,
 ) -> tuple[Tensor | None, ...]:
     """For autograd: None where none is needed; with create_graph an error that waits."""
-    if torch.is_grad_enabled():
-        sources = [x for x in (upstream, *inputs[:5]) if x is not None]
-        gradients = tuple(OnceDifferentiable.apply(g, *sources) for g in gradients)
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    wanted = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    if not torch.is_grad_enabled():
+        return wanted
+    sources = [x for x in (upstream, *inputs[:5]) if x is not None]
+    return tuple(None if g is None else OnceDifferentiable.apply(g, *sources) for g in wanted)
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -185,20 +217,24 @@ def refuse_tangents(inputs: Inputs) -> None:
             )
 
 
-def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """The loss and the values of SVRStats (empty unless `options.stats`), with autograd."""
+def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
+    """The loss and the values of SVRStats (empty or None unless `options.stats`), with autograd."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         refuse_tangents(inputs)
     recording = torch.is_grad_enabled()
     needs = tuple(recording and x is not None and x.requires_grad for x in inputs[:5])
+    backend = None if watched(inputs) else dispatch.backend_for(inputs.audio, options)
     if any(needs):
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "the kernels of fused_svr_loss have no rule for torch.func transforms with "
                 "gradients; use torch.autograd.grad, or backend='reference'"
             )
-        return SVRFunction.apply(*inputs, needs, tuple(options))
-    return torch.ops.supclap_kernels.svr_loss(*inputs, needs, *options)[:2]
+        given = tuple(options) if backend is None else options
+        return SVRFunction.apply(*inputs, needs, given, backend)
+    if backend is None:
+        return torch.ops.supclap_kernels.svr_loss(*inputs, needs, *options)[:2]
+    return _plainly(inputs.audio, backend.forward, inputs, options, needs)[:2]
 
 
 def group_loss(

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import supclap_kernels as sk
+from supclap_kernels import ops
+from supclap_kernels.backends.contract import Inputs
 
 
 def rows(N: int = 11) -> tuple[Tensor, Tensor]:
@@ -62,3 +66,57 @@ def test_export():
         audio, text = (x.detach() for x in rows(N))
         with torch.no_grad():
             assert torch.equal(program.module()(audio, text), model(audio, text))
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operators that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def ours(self) -> list[str]:
+        return [name.split("::")[1] for name in self.seen if name.startswith("supclap_kernels")]
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_what_watches_operators_sees_them(needs_gradient):
+    """Modes, forward and backward on their own; the numbers are those of the direct calls."""
+    audio, text = (x.requires_grad_(needs_gradient) for x in rows())
+    plain = loss(audio, text)
+    with Watch() as forward:
+        watched = loss(audio, text)
+    assert forward.ours() == ["svr_loss"] and torch.equal(plain, watched)
+    if not needs_gradient:
+        return
+    wanted = torch.autograd.grad(plain, (audio, text), retain_graph=True)
+    for value in (plain, watched):
+        with Watch() as backward:
+            found = torch.autograd.grad(value, (audio, text))
+        assert backward.ours() == ["svr_loss_backward"]
+        assert all(map(torch.equal, found, wanted))
+
+
+class Marked(Tensor):
+    """A tensor of another kind."""
+
+
+def test_tensors_of_another_kind_take_the_operators():
+    audio, text = (x.detach() for x in rows())
+    assert not ops.watched(Inputs(audio, nn.Parameter(text), None, audio.sum(), None, None, None))
+    assert ops.watched(Inputs(audio.as_subclass(Marked), text, None, audio.sum(), None, None, None))
+    found = loss(audio.as_subclass(Marked), text)
+    assert torch.equal(torch.as_tensor(found).as_subclass(Tensor), loss(audio, text))
+
+
+def test_fake_tensors():
+    """Shapes without numbers, in eager mode."""
+    audio, text = (x.detach() for x in rows())
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x).requires_grad_() for x in (audio, text)]
+        gradients = torch.autograd.grad(loss(*fakes), fakes)
+    assert [x.shape for x in gradients] == [audio.shape, text.shape]

@@ -108,8 +108,8 @@ class Backend:
 
     def forward(
         self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """loss (or rows of it), the values of SVRStats (or empty), state, and `saved`.
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """loss (or rows of it), the values of SVRStats (or None), state, and `saved`.
 
         `needs` says which of audio, text, radius, scale, bias will want a gradient.
         """
@@ -133,7 +133,7 @@ class Backend:
             saved[end:].zero_()  # no output is undefined
             call.sweep_statistics(kept)
         loss, terms = call.finish_statistics()
-        stats = call.new_empty(0)
+        stats = None
         if terms is not None:
             values = contract.row_values(inputs, terms, call.state)
             stats = contract.statistics(values, N, call.similarity()).to(loss.dtype)
@@ -147,8 +147,8 @@ class Backend:
         upstream: Tensor,
         state: Tensor,
         saved: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Gradients of audio, text, radius, scale, bias, each in its own dtype, or empty."""
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of audio, text, radius, scale, bias, each in its own dtype, or None."""
         if options.gradient_in_forward:
             gradients = contract.reduced_gradients(inputs, saved, upstream)
             return contract.returned(inputs, needs, *gradients)

@@ -84,15 +84,12 @@ def returned(
     dT: Tensor | None,
     dR: Tensor | None,
     scalars: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or empty."""
-    values = (dA, dT, dR, scalars[0].clone(), scalars[1].clone())  # outputs share no memory
-    like = (inputs.audio, inputs.text, inputs.radius, inputs.scale, inputs.bias)
+) -> tuple[Tensor | None, ...]:
+    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or None."""
+    dk, db = (scalars[n].clone() if needs[3 + n] else None for n in range(2))  # share no memory
     return tuple(
-        value.to(x.dtype)
-        if need and value is not None and x is not None
-        else scalars.new_empty(0, dtype=torch.float32)
-        for value, x, need in zip(values, like, needs, strict=True)
+        value.to(x.dtype) if need and value is not None and x is not None else None
+        for value, x, need in zip((dA, dT, dR, dk, db), inputs[:5], needs, strict=True)
     )
 
 

@@ -9,7 +9,7 @@ from .. import native
 from ..options import Options
 from .contract import Inputs
 from .gpu import GpuBackend
-from .gpu_call import GpuCall, Scratch, contiguous
+from .gpu_call import GpuCall, Scratch
 from .panel import Tile
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -20,7 +20,8 @@ class Given:
 
     def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
         self.inputs, self.native = inputs, native.cuda()
-        audio, text, radius = inputs[:3]
+        self.alive: list[Tensor] = []
+        audio, text, radius, scale, bias, ids, weight = inputs
         N, D = audio.shape
         self.problem = self.native.Problem(
             N, D, width, DTYPES[audio.dtype], mode, options.infonce,
@@ -28,26 +29,21 @@ class Given:
             radius is not None and radius.ndim == 1, options.alpha, options.beta,
             1.0 / N if options.reduction == "mean" else 1.0,
             text.data_ptr(), *text.stride(), audio.data_ptr(), *audio.stride(),
+            self.kept(radius), self.kept(scale), self.kept(bias), self.kept(weight),
+            self.kept(ids, torch.int64),
         )  # fmt: skip
-        self.alive: list[Tensor] = []
-        self.numbers(radius=radius, scale=inputs.scale, bias=inputs.bias, weight=inputs.weight)
-        ids = contiguous(inputs.ids)
-        if ids is not None:
-            self.alive.append(ids)
-            self.problem.ids = ids.data_ptr()
 
-    def numbers(self, **tensors: Tensor | None) -> None:
-        """Numbers as the kernels read them, kept alive until these are launched."""
-        for name, x in tensors.items():
-            if x is not None:
-                if x.dtype != torch.float32 or not x.is_contiguous():
-                    x = x.float().contiguous()
-                self.alive.append(x)
-                setattr(self.problem, name, x.data_ptr())
+    def kept(self, x: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        """The address of numbers as the kernels read them, alive until these are launched."""
+        if x is None:
+            return 0
+        if x.dtype != dtype or not x.is_contiguous():
+            x = x.to(dtype).contiguous()
+        self.alive.append(x)
+        return x.data_ptr()
 
     def set(self, **tensors: Tensor | None) -> None:
-        for name, tensor in tensors.items():
-            setattr(self.problem, name, native.address(tensor))
+        self.problem.give(**{name: native.address(x) for name, x in tensors.items()})
 
 
 class CudaCall(GpuCall):
@@ -125,7 +121,7 @@ class CudaCall(GpuCall):
     def prepare_factors(self, upstream: Tensor | None) -> None:
         self.start_call()
         self.problem.per_row_upstream = upstream is not None and upstream.ndim == 1
-        self.given.numbers(upstream=upstream)
+        self.problem.upstream = self.given.kept(upstream)
         bounds = self.new_empty(2, -(-self.N // self.native.THREADS))
         self.set(omega=self.omega, bounds=bounds)
         self.set(factors=self.factors, unit=self.unit, sums=self.sums)

@@ -43,8 +43,8 @@ def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int) -> i
 
 
 def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-    index = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    return limit(D, dtype, contract.mode(has_radius, options), options.infonce, index)
+    mode, index = contract.mode(has_radius, options), native.current_device()
+    return limit(D, dtype, mode, options.infonce, index)
 
 
 def larger(dtype: torch.dtype, has_radius: bool, options: Options) -> Backend:
@@ -64,25 +64,22 @@ def larger_of(inputs: Inputs, options: Options) -> Backend:
 class Sums:
     """What a launch leaves for the gradients: parts of one buffer, by their addresses."""
 
-    PARTS = ("dT", "dA", "sums", "omega", "unit", "counter")
-
-    def __init__(self, buffer: Tensor, N: int, width: int) -> None:
-        self.at, start = [], buffer.data_ptr()
-        for size in (N * width, N * width, (SUMS + 1) * N, N, 1, 1):
-            self.at.append(start)
-            start += 4 * size
-
     @staticmethod
     def size(N: Any, width: int) -> Any:
         return 2 * N * width + (SUMS + 2) * N + 2
 
-    def give(self, given: Given, needs: tuple[bool, ...]) -> None:
-        for name, address in zip(self.PARTS, self.at, strict=True):
-            setattr(given.problem, name, address)
-        if not needs[1]:
-            given.problem.dT = 0
-        if not needs[0]:
-            given.problem.dA = 0
+    @staticmethod
+    def give(given: Given, buffer: Tensor, needs: tuple[bool, ...]) -> None:
+        N, width = given.problem.N, given.problem.width
+        dT = buffer.data_ptr()
+        dA = dT + 4 * N * width
+        sums = dA + 4 * N * width
+        omega = sums + 4 * (SUMS + 1) * N
+        unit = omega + 4 * N
+        given.problem.give(
+            dT=dT if needs[1] else 0, dA=dA if needs[0] else 0,
+            sums=sums, omega=omega, unit=unit, counter=unit + 4,
+        )  # fmt: skip
 
 
 def launch(given: Given, loss: Tensor | None, gradient: bool) -> Tensor:
@@ -130,27 +127,27 @@ class Single(Backend):
 
     def forward(
         self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         given = self.given(inputs, options)
         if given is None:
             return larger_of(inputs, options).forward(inputs, options, needs)
         per_row = options.reduction == "none"
         N, width = len(inputs.audio), given.problem.width
         gradient = any(needs) and not per_row
-        empty = functools.partial(torch.empty, dtype=torch.float32, device=inputs.audio.device)
-        state, loss = empty(STATE_ROWS, N), empty((N,) if per_row else ())
-        saved = empty(Sums.size(N, width) if gradient else PLACEHOLDER)
+        state = torch.empty(STATE_ROWS, N, dtype=torch.float32, device=inputs.audio.device)
+        loss = state.new_empty(N if per_row else ())
+        saved = state.new_empty(Sums.size(N, width) if gradient else PLACEHOLDER)
         if gradient:
-            Sums(saved, N, width).give(given, needs)
+            Sums.give(given, saved, needs)
         else:
             saved.zero_()  # no output is undefined
-        stats = (empty(6, N), empty(2, N)) if options.stats else (None, None)
-        given.set(terms=stats[0], similarity=stats[1])
-        given.set(state=state, row_loss=loss if per_row else None)
+        terms = state.new_empty(6, N) if options.stats else None
+        similarity = state.new_empty(2, N) if options.stats else None
+        rows = loss if per_row else None
+        given.set(state=state, row_loss=rows, terms=terms, similarity=similarity)
         launch(given, None if per_row else loss, gradient)
-        terms, similarity = stats
         if terms is None or similarity is None:
-            return loss, empty(0), state, saved
+            return loss, None, state, saved
         values = contract.row_values(inputs, terms, state)
         found = contract.statistics(values, N, similarity_of(similarity, inputs.scale))
         return loss, found.to(loss.dtype), state, saved
@@ -163,50 +160,48 @@ class Single(Backend):
         upstream: Tensor,
         state: Tensor,
         saved: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         given = self.given(inputs, options)
         if given is None:
             panel = larger_of(inputs, options)
             return panel.backward(inputs, options, needs, upstream, state, saved)
-        N, width = len(inputs.audio), given.problem.width
+        address = given.kept(upstream)
         if options.reduction == "none":
-            saved = state.new_empty(Sums.size(N, width))
+            N = len(inputs.audio)
+            saved = state.new_empty(Sums.size(N, given.problem.width))
             state, rows = torch.empty_like(state), state.new_empty(N)
-            given.problem.per_row_upstream = True
-            given.problem.stats = False
-            given.numbers(upstream=upstream)
+            given.problem.per_row_upstream, given.problem.stats = True, False
+            given.problem.upstream = address
             given.set(state=state, row_loss=rows)
-            Sums(saved, N, width).give(given, needs)
+            Sums.give(given, saved, needs)
             launch(given, None, True)
         else:
-            given.numbers(after=upstream)
-            given.set(state=state)
-            Sums(saved, N, width).give(given, needs)
+            given.problem.give(after=address, state=state.data_ptr())
+            Sums.give(given, saved, needs)
         return self.finish(given, needs)
 
-    def finish(self, given: Given, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    def finish(self, given: Given, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The launch of backward. Gradients of numbers come out in float32."""
         like, p = given.inputs[:5], given.problem
+        rows = torch.empty(3, p.N, dtype=torch.float32, device=like[0].device)
         out = [
-            torch.empty(x.shape, dtype=x.dtype if n < 2 else torch.float32, device=x.device)
-            if need and x is not None
-            else None
+            None
+            if not need or x is None
+            else torch.empty_like(x, memory_format=torch.contiguous_format)
+            if n < 2
+            else rows.new_empty(x.shape)
             for n, (x, need) in enumerate(zip(like, needs, strict=True))
         ]
         audio, text, radius, scale, bias = out
-        rows = torch.empty(3, p.N, dtype=torch.float32, device=given.inputs.audio.device)
         given.set(out_audio=audio, out_text=text, out_scale=scale, out_bias=bias, row_scalars=rows)
         if p.per_row_radius and radius is not None:
             given.set(row_radius=radius)
         else:
-            given.set(row_radius=rows[2], out_radius=radius)
+            of_rows = rows.data_ptr() + 2 * rows.stride(0) * rows.itemsize
+            p.give(row_radius=of_rows, out_radius=native.address(radius))
         given.native.finish_gradients(p, native.stream(rows.device))
         return tuple(
-            rows.new_empty(0)
-            if value is None or x is None
-            else value
-            if value.dtype == x.dtype
-            else value.to(x.dtype)
+            value if value is None or x is None or value.dtype == x.dtype else value.to(x.dtype)
             for value, x in zip(out, like, strict=True)
         )
 
