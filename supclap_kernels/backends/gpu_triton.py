@@ -151,21 +151,21 @@ class TritonCall(GpuCall):
         kernel[grid](*source, *self.fixed, *parts, self.N, *place, **constants)
 
     def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
-        vector = tiles.VECTOR
         i, j = self.slots(tile.ni, tile.nj, scratch.weights is not None)
         sides = [(scratch.part_i, scratch.sums_i, i, tile.ni, tile.i0)]
         if not tile.diagonal:
             sides.append((scratch.part_j, scratch.sums_j, j, tile.nj, tile.j0))
         for column, (part, sums, slots, count, first) in enumerate(sides):
-            blocks, place = triton.cdiv(count, vector), (slots, count, first, self.N)
+            blocks, place = triton.cdiv(count, tiles.MERGE_ROWS), (slots, count, first, self.N)
+            shape = {"SLOTS": tiles.MERGE_SLOTS, "BLOCK": tiles.MERGE_ROWS}
             if part is not None:
                 used = self.directions | (self.options.stats and not column) * 0b10000
                 epilogue.merge_statistics[blocks, PLANES // 2](
-                    part, self.running, *place, used, INFONCE=self.infonce, BLOCK=vector
+                    part, self.running, *place, used, INFONCE=self.infonce, **shape
                 )
             used = self.sums_of_columns | (not column) * 0b11
             if sums is not None and used:
-                epilogue.merge_sums[blocks, SUMS](sums, self.sums, *place, used, BLOCK=vector)
+                epilogue.merge_sums[blocks, SUMS](sums, self.sums, *place, used, **shape)
 
     @property
     def far(self) -> FarRows:

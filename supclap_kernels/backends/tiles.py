@@ -49,6 +49,8 @@ ROWS, ROW_COLUMNS = 8, 64
 """Rows of a program in the O(N D) kernels, and columns at a time."""
 VECTOR = 256
 """Rows of a program in the O(N) kernels."""
+MERGE_SLOTS, MERGE_ROWS = 16, 32
+"""Partial results of a row that a program which merges them reads at once, and its rows."""
 FAR_ROWS, FAR_COLUMNS, FAR_DEPTH, FAR_CHUNK = 16, 32, 32, 128
 """Far rows of a program, compared rows and columns of both at a time, columns of the gradient."""
 FAR_SPLIT, FAR_PARTS = 512, 128

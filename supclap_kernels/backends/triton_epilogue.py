@@ -11,7 +11,7 @@ many weights besides.
 import triton
 import triton.language as tl
 
-from .triton_tiles import MIRROR, NONE, SIMILARITY, merge_pair, tile_epilogue
+from .triton_tiles import HIDDEN, MIRROR, NONE, SIMILARITY, merge_pair, tile_epilogue
 
 
 @triton.jit
@@ -94,9 +94,9 @@ def merge_statistics(
               # first .. first + count
     slots, count, first, N,
     used,  # bit d: direction d has partials
-    INFONCE: tl.constexpr, BLOCK: tl.constexpr,
+    INFONCE: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile's partial log-sum-exps (SigLIP: sums) to the running ones, in slot order.
+    """Add one tile's partial log-sum-exps (SigLIP: sums) to the running ones, SLOTS at once.
 
     The grid is (count / BLOCK, 5): one program owns its rows of a direction.
     """
@@ -106,15 +106,21 @@ def merge_statistics(
     at = running + 2 * direction.to(tl.int64) * N + first + x
     m, l = tl.load(at, mask=inside, other=0.0), tl.load(at + N, mask=inside, other=0.0)
     plane = slots.to(tl.int64) * count
-    slot = part + 2 * direction * plane + x
-    for _ in range(0, slots):
-        m_new = tl.load(slot, mask=inside, other=0.0)
-        l_new = tl.load(slot + plane, mask=inside, other=0.0)
+    source = part + 2 * direction * plane
+    for start in range(0, slots, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        there = inside[None, :] & (slot < slots)[:, None]
+        where = slot.to(tl.int64)[:, None] * count + x[None, :]
+        m_new = tl.load(source + where, mask=there, other=HIDDEN)
+        l_new = tl.load(source + plane + where, mask=there, other=0.0)
         if direction == SIMILARITY:
-            m, l = m + m_new, l + l_new
+            m += tl.sum(tl.where(there, m_new, 0.0), 0)
+            l += tl.sum(l_new, 0)
         else:
-            m, l = merge_pair(m, l, m_new, l_new, INFONCE)
-        slot += count
+            top = tl.max(m_new, 0)
+            if INFONCE:
+                l_new *= tl.exp2(m_new - top[None, :])
+            m, l = merge_pair(m, l, top, tl.sum(l_new, 0), INFONCE)
     tl.store(at, m, mask=inside)
     tl.store(at + N, l, mask=inside)
 
@@ -125,16 +131,18 @@ def merge_sums(
     sums,  # (6, N) float32, updated at first .. first + count
     slots, count, first, N,
     used,  # bit s: sum s has partials
-    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile's partial sums to the running ones, in slot order. Grid: (count / BLOCK, 6)."""
+    """Add one tile's partial sums to the running ones, SLOTS at once. Grid: (count / BLOCK, 6)."""
     which = tl.program_id(1)
     x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (x < count) & ((used >> which) % 2 == 1)
     at = sums + which.to(tl.int64) * N + first + x
     total = tl.load(at, mask=inside, other=0.0)
-    slot = part + which.to(tl.int64) * slots * count + x
-    for _ in range(0, slots):
-        total += tl.load(slot, mask=inside, other=0.0)
-        slot += count
+    source = part + which.to(tl.int64) * slots * count
+    for start in range(0, slots, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        there = inside[None, :] & (slot < slots)[:, None]
+        where = slot.to(tl.int64)[:, None] * count + x[None, :]
+        total += tl.sum(tl.load(source + where, mask=there, other=0.0), 0)
     tl.store(at, total, mask=inside)

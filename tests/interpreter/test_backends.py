@@ -52,6 +52,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "tile_blocks", lambda *_: tiles.Blocks(32, 64, 32, parts=2))
     monkeypatch.setattr(tiles, "FAR_PARTS", 3)
     monkeypatch.setattr(tiles, "VECTOR", 64)
+    monkeypatch.setattr(tiles, "MERGE_SLOTS", 2)
 
 
 SUITE = suite("panel", "triton")

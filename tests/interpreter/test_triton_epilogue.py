@@ -183,19 +183,20 @@ def test_one_panel(mode, infonce, with_ids, diagonal):
     accept(found, exact.weights(i, j), base.weights(i, j))
 
 
+@pytest.mark.parametrize("slots", [3, 11])
 @pytest.mark.parametrize("infonce", [True, False])
-def test_merge(infonce):
-    """Slots in order, only the rows and the directions that were asked for; a row that is all
-    hidden so far takes over what comes."""
-    slots, count, first, block = 3, 21, 5, 8
+def test_merge(infonce, slots):
+    """All slots, a few at once; only the rows and directions that were asked for; a row that is
+    all hidden so far takes over what comes."""
+    count, first, block = 21, 5, (4, 8)
     generator = torch.Generator().manual_seed(1)
     part = 20 * torch.rand(5, 2, slots, count, generator=generator)
     running = 20 * torch.rand(5, 2, N, generator=generator)
     running[:, 0, first], running[:, 1, first] = -1e30, 0.0
     part[1] = float("nan")  # a direction without partials
     before = running.clone()
-    grid = (-(-count // block), 5)
-    epilogue.merge_statistics[grid](part, running, slots, count, first, N, 0b11101, infonce, block)
+    grid = (-(-count // block[1]), 5)
+    epilogue.merge_statistics[grid](part, running, slots, count, first, N, 0b11101, infonce, *block)
     rows = slice(first, first + count)
     outside = torch.ones(N, dtype=torch.bool)
     outside[rows] = False
