@@ -47,7 +47,7 @@ def dynamic_shared(name: str) -> int:
     module = native.cuda()
     if "panel_tile" in name:
         return int(module.PANEL_SHARED)
-    if "gram_kernel" in name:
+    if "gram_kernel" in name or "cross_kernel" in name:
         return int(module.GRAM_SHARED)
     if "single_kernel" not in name:
         return 4 * (2 * 2048 + int(module.THREADS)) * ("far_" in name and "list" not in name)

@@ -38,15 +38,15 @@ BUDGET_MS = 12_000.0
 def fused(
     backend: str, workspace: int = 256 * 2**20, hopper: bool = False
 ) -> Callable[..., peers.Loss | None]:
-    """`hopper`: with the kernels for Hopper, if they are there; else without."""
+    """`hopper`: with the kernels for Hopper, if they are there, whatever the mode; else without."""
 
     def build(objective: str, bilateral: str, plain: bool) -> peers.Loss | None:
         given = {"objective": objective, "bilateral": bilateral, "backend": backend}
-        if hopper and (plain or not hasattr(native.cuda(), "gram_tile")):
+        if hopper and not hasattr(native.cuda(), "gram_tile"):
             return None
 
         def loss(audio: Tensor, text: Tensor, radius: Tensor, *scalars: Tensor) -> Tensor:
-            gpu_hopper.WANTED = hopper  # until the next one's forward
+            gpu_hopper.WANTED = gpu_hopper.ALONE = hopper  # until the next one's forward
             R = None if plain else radius
             return sk.fused_svr_loss(audio, text, R, *scalars, workspace=workspace, **given)
 

@@ -313,15 +313,15 @@ def test_launch_without_a_device_names_the_kernel():
 
 
 def compile_report(*arguments: str) -> list[dict[str, Any]]:
-    """Asserts what all kernels keep: no spills (Hopper's large tiles: 28 bytes outside of the
-    product loop, 180 with shared support vectors), and the chip's shared memory."""
+    """Asserts what all kernels keep: no spills (Hopper's large tiles: 60 bytes outside of the
+    product loop, 200 with shared support vectors), and the chip's shared memory."""
     pytest.importorskip("triton")  # its cuobjdump
     command = [sys.executable, "-m", "bench.aot", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     for line in lines:
-        assert line["spill_bytes"] <= (200 if "gram_kernel" in line["name"] else 0), line
+        assert line["spill_bytes"] <= (200 if line["source"] in ("gram", "gram.cu") else 0), line
         assert line["registers"] <= 255 and line["static_shared"] == 0, line
         assert line["dynamic_shared"] <= 227 * 1024, line
     return lines
@@ -346,7 +346,7 @@ def test_hopper_kernels_compile_well():
     if "90a" not in _native.cuda.architectures():
         pytest.skip("not compiled for sm_90a")
     lines = compile_report("--backend", "hopper")
-    assert len(lines) == 20
+    assert len(lines) == 28
     assert all(line["hgmma"] == 4 and line["utmaldg"] > 0 for line in lines)
     assert not any(line["serialized"] for line in lines)
 

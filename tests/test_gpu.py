@@ -36,7 +36,8 @@ def backend(request, monkeypatch):
         pytest.skip(sk.available_backends()["cuda"])
     if request.param == "cuda hopper" and not hasattr(native.cuda(), "gram_tile"):
         pytest.skip("installed without target 90a")
-    monkeypatch.setattr(gpu_hopper, "WANTED", request.param == "cuda hopper")
+    for name in ("WANTED", "ALONE"):
+        monkeypatch.setattr(gpu_hopper, name, request.param == "cuda hopper")
     if " " in request.param:
         monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
     return request.param.split()[0]
@@ -83,6 +84,14 @@ def test_options(chosen, backend, poisoned_memory):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_tiles(backend, options, dtype):
     run(Case(N=4300, D=256, dtype=DTYPES[dtype], options=options), backend, workspace=2**26)
+
+
+@pytest.mark.parametrize("N", [33, 600, 4300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_support_vectors(backend, N, dtype):
+    for objective in ("infonce", "siglip"):
+        fields = {"radius": "none", "duplicates": N == 600, "options": {"objective": objective}}
+        run(Case(N=N, D=192, dtype=DTYPES[dtype], **fields), backend)
 
 
 @pytest.mark.parametrize("gap", [0.1, 1e-2, 1e-3, 0.0])

@@ -1,5 +1,5 @@
 // Launcher of gram.cuh, for sm_90a.
-#include "cuda/gram.cuh"
+#include "cuda/cross.cuh"
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
 
@@ -7,7 +7,8 @@ namespace supclap::cuda {
 
 namespace {
 
-static_assert(kGramShared == sizeof(GramShared) + alignof(GramShared));
+static_assert(kGramShared == sizeof(GramShared<GramColumns>) + alignof(GramPipe));
+static_assert(kGramShared >= sizeof(GramShared<CrossColumns>) + alignof(GramPipe));
 
 // Boxes of `rows` x 64 of an operand [N, width], with the 128-byte swizzle.
 #ifdef __CUDACC__
@@ -58,10 +59,23 @@ std::string launch_sweep(const Problem& p, const GramMaps& maps, const PanelTile
   return launch("gram_tile", kernel, grid, stream, p, maps, tile, scratch);
 }
 
+template <class Scalar, bool kInfonce>
+std::string launch_cross(const Problem& p, const GramMaps& maps, const PanelTile& tile,
+                         const PanelScratch& scratch, Stream stream) {
+  const auto kernel = scratch.weights ? cross_kernel<Scalar, kInfonce, true>
+                                      : cross_kernel<Scalar, kInfonce, false>;
+  const unsigned places = blocks_for(tile.ni, kCrossRows) * blocks_for(tile.nj, kCrossColumns);
+  const Grid grid{
+      {std::min(places, unsigned(multiprocessors()))}, kGramShared, false, kGramThreads};
+  return launch("gram_tile", kernel, grid, stream, p, maps, tile, scratch);
+}
+
 template <class Scalar>
 std::string by_mode(const Problem& p, const GramMaps& maps, const PanelTile& tile,
                     const PanelScratch& scratch, Stream stream) {
   const auto sweep = [&](auto go) { return go(p, maps, tile, scratch, stream); };
+  if (p.mode == kNone)
+    return p.infonce ? sweep(launch_cross<Scalar, true>) : sweep(launch_cross<Scalar, false>);
   if (p.infonce) {
     if (p.mode == kOneSided) return sweep(launch_sweep<Scalar, kOneSided, true>);
     if (p.mode == kShared) return sweep(launch_sweep<Scalar, kShared, true>);
@@ -75,17 +89,18 @@ std::string by_mode(const Problem& p, const GramMaps& maps, const PanelTile& til
 
 std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                       Stream stream) {
-  if (p.dtype == kFloat32 || p.mode == kNone)
-    return "gram_tile: 16-bit embeddings with support vectors only";
+  if (p.dtype == kFloat32) return "gram_tile: 16-bit embeddings only";
   GramMaps maps;
+  const int left = p.mode == kNone ? kCrossRows : kGroupRows;
+  const int right = p.mode == kNone ? kCrossColumns : kGramColumns;
   struct {
     const void* X;
     int rows;
     TensorMap& map;
-  } wanted[] = {{p.T, kGroupRows, maps.text_group},
-                {p.A, kGroupRows, maps.audio_group},
-                {p.T, kGramColumns, maps.text},
-                {p.A, kGramColumns, maps.audio}};
+  } wanted[] = {{p.T, left, maps.text_left},
+                {p.A, left, maps.audio_left},
+                {p.T, right, maps.text_right},
+                {p.A, right, maps.audio_right}};
   for (const auto& one : wanted) {
     const std::string error = tensor_map(p, one.X, one.rows, one.map);
     if (!error.empty()) return error;

@@ -10,7 +10,7 @@
 // the panel engine (panel.cuh), and so is what merges the partial results.
 #pragma once
 
-#include "cuda/gram_plain.cuh"
+#include "cuda/gram_siglip.cuh"
 
 namespace supclap::cuda {
 
@@ -21,60 +21,83 @@ constexpr int kGramThreads = (kGramTeams + 1) * kWarpgroup;
 constexpr int kGroupRows = 8, kGroupBytes = kGroupRows * 128;
 
 struct GramMaps {
-  TensorMap text_group, audio_group;  // boxes of 8 rows
-  TensorMap text, audio;              // and of kGramColumns
+  TensorMap text_left, audio_left;    // boxes of kGroupRows, or of kCrossRows (cross.cuh)
+  TensorMap text_right, audio_right;  // and of kGramColumns, or kCrossColumns
 };
 
 struct GramStage {
   unsigned char left[2 * kGramRows * 128];     // t 0-7, a 0-7, t 8-15, ...
   unsigned char right[2][kGramColumns * 128];  // audios, texts
 };
-struct alignas(1024) GramShared {
+struct alignas(1024) GramPipe {
   GramStage stage[kGramStages];
-  GramColumns columns[kGramTeams];
-  float scratch[kGramTeams][2 * kDirections * kTeamWarps * kGramColumns];
   Mbarrier full[kGramStages], empty[kGramStages];
   Mbarrier turn[kGramTeams];  // to multiply: the other team has all its operands
 };
+template <class Columns>
+struct GramShared : GramPipe {
+  Columns columns[kGramTeams];
+  float scratch[kGramTeams][2 * kDirections * kTeamWarps * kGramColumns];
+};
 
+// Of a block, at a multiple of 1024 bytes; before a barrier of all threads.
+template <class Columns>
+__device__ GramShared<Columns>& gram_start(unsigned char* memory) {
+  const uint32_t start = shared_address(memory);
+  auto& at = *reinterpret_cast<GramShared<Columns>*>(memory + (1024 - start % 1024) % 1024);
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < kGramStages; ++slot)
+      mbarrier_init(at.full[slot], 1), mbarrier_init(at.empty[slot], kTeamWarps);
+    for (int team = 0; team < kGramTeams; ++team) mbarrier_init(at.turn[team], kTeamWarps);
+    mbarriers_ready();
+  }
+  return at;
+}
+
+struct GramPlace {
+  int x, y;  // first row and column of a tile
+};
 // The tiles of a pair, in the order in which blocks take them.
 struct GramTiles {
   int down, count;
+  // Those on the diagonal cost more, and go to different blocks.
+  __device__ GramPlace place(int n) const {
+    const int across = n / down, below = (n + 5 * across) % down;
+    return {below * kGramRows, across * kGramColumns};
+  }
   __device__ explicit GramTiles(const PanelTile& tile)
       : down((tile.ni + kGramRows - 1) / kGramRows),
         count(down * ((tile.nj + kGramColumns - 1) / kGramColumns)) {}
 };
-struct GramPlace {
-  int x, y;  // first row and column
-  // Those on the diagonal cost more, and go to different blocks.
-  __device__ GramPlace(const GramTiles& tiles, int n) {
-    const int across = n / tiles.down, below = (n + 5 * across) % tiles.down;
-    x = below * kGramRows, y = across * kGramColumns;
-  }
-};
+
+// The stage that is filled next, once it is empty; a whole one is expected.
+__device__ inline int gram_fill(GramPipe& at, int fill) {
+  const int slot = fill % kGramStages;
+  mbarrier_wait(at.empty[slot], (fill / kGramStages + 1) & 1);
+  mbarrier_expect(at.full[slot], sizeof(GramStage));
+  return slot;
+}
 
 // What one thread copies: the operands of the block's tiles, into the stages one after the other.
 __device__ inline void gram_copies(const Problem& p, const GramMaps& maps, const PanelTile& tile,
-                                   GramShared& at) {
+                                   GramPipe& at) {
   const GramTiles tiles(tile);
   int fill = 0;
   for (int n = blockIdx.x; n < tiles.count; n += gridDim.x) {
-    const GramPlace place(tiles, n);
+    const GramPlace place = tiles.place(n);
     const int i = int(tile.i0) + place.x, j = int(tile.j0) + place.y;
     for (int column = 0; column < p.width; column += kGramDepth, ++fill) {
-      const int slot = fill % kGramStages;
+      const int slot = gram_fill(at, fill);
       GramStage& stage = at.stage[slot];
       Mbarrier& full = at.full[slot];
-      mbarrier_wait(at.empty[slot], (fill / kGramStages + 1) & 1);
-      mbarrier_expect(full, sizeof(GramStage));
       for (int group = 0; group < kGramRows / kGroupRows; ++group) {
         const int row = i + group * kGroupRows;
         unsigned char* to = stage.left + 2 * group * kGroupBytes;
-        copy_box(to, maps.text_group, row, column, full);
-        copy_box(to + kGroupBytes, maps.audio_group, row, column, full);
+        copy_box(to, maps.text_left, row, column, full);
+        copy_box(to + kGroupBytes, maps.audio_left, row, column, full);
       }
-      copy_box(stage.right[0], maps.audio, j, column, full);
-      copy_box(stage.right[1], maps.text, j, column, full);
+      copy_box(stage.right[0], maps.audio_right, j, column, full);
+      copy_box(stage.right[1], maps.text_right, j, column, full);
     }
   }
 }
@@ -87,7 +110,7 @@ __device__ __forceinline__ void team_arrives(Mbarrier& at) {
 // A team's product of one tile, from the stages that `fill` and the next are copied to. Calls
 // passed() when it needs no further operands.
 template <class Scalar, class Passed>
-__device__ __forceinline__ void gram_products(float (&c)[kAccumulators], GramShared& at, int fill,
+__device__ __forceinline__ void gram_products(float (&c)[kAccumulators], GramPipe& at, int fill,
                                               int steps, const Passed& passed) {
   SUPCLAP_ROLLED
   for (int step = 0; step < steps; ++step) {
@@ -121,26 +144,23 @@ template <class Scalar, int kMode, bool kInfonce, bool kWeights>
 __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile& tile,
                                               const PanelScratch& to, const GramPlace& place,
                                               GramTile& own, const float (&c)[kAccumulators],
-                                              ColumnScratch scratch) {
+                                              float* memory) {
   const bool diagonal = own.diagonal;
   const int64_t slots_i = (tile.nj + kGramColumns - 1) / kGramColumns;
   const int64_t slots_j = (tile.ni + kGramRows - 1) / kGramRows;
   const int64_t plane_i = slots_i * tile.ni, plane_j = slots_j * tile.nj;
   const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
   const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
-  if (!kWeights || (!kInfonce && to.part_i)) {
-    const Slot slot_i{to.part_i + at_i, plane_i}, slot_j{to.part_j + at_j, plane_j};
-    const bool done =
-        kInfonce && uniform(own.plain) && !p.stats && plain_statistics(own, c, slot_i, scratch);
-    if (!uniform(done)) gram_statistics(p, own, c, kInfonce, slot_i, scratch);
-    if (!diagonal) {
-      warpgroup_barrier();
-      column_statistics(own, kInfonce, slot_j, scratch);
-    }
-    warpgroup_barrier();
-  }
-  if (!kWeights) return;
-  own.hidden = again(own.hidden);
+  const bool statistics = !kWeights || (!kInfonce && to.part_i);
+  const auto slot = [](float* start, int64_t at, int64_t plane) {
+    return Slot{start ? start + at : nullptr, plane};
+  };
+  // Where they are wanted: ahead of that they would take registers.
+  const auto slots = [&] {
+    return GramSlots{slot(to.part_i, at_i, plane_i), slot(to.part_j, at_j, plane_j),
+                     slot(to.sums_i, at_i, plane_i), slot(to.sums_j, at_j, plane_j), statistics};
+  };
+  const ColumnScratch scratch{{memory}, !kInfonce && !(statistics && p.stats)};
   const int64_t first = (place.x + GramShape::row()) * tile.ld + place.y + GramShape::column(0);
   Scalar* blocks[4];
   SUPCLAP_UNROLL
@@ -153,14 +173,34 @@ __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile&
     put(2);
     if (kMode == kMirror) put(3);
   };
-  const Slot slot_i{to.sums_i + at_i, plane_i}, slot_j{to.sums_j + at_j, plane_j};
-  if (kInfonce && uniform(own.plain))
-    plain_weights(own, c, slot_i, scratch, store);
-  else
-    gram_weights(own, c, kInfonce, slot_i, scratch, store);
+  const bool plain = uniform(own.plain) && !(statistics && p.stats);
+  if (!kInfonce && plain) {
+    plain_siglip<kWeights>(own, c, slots(), scratch, store);
+  } else {
+    if (statistics) {
+      const bool done = kInfonce && plain && plain_statistics(own, c, slots().part_i, scratch);
+      if (!uniform(done)) gram_statistics(p, own, c, kInfonce, slots().part_i, scratch);
+    }
+    if (statistics && !scratch.once) {
+      if (!diagonal) {
+        warpgroup_barrier();
+        column_statistics(own, kInfonce, slots().part_j, scratch);
+      }
+      warpgroup_barrier();
+    }
+    own.hidden = again(own.hidden);
+    if (kWeights && kInfonce && plain)
+      plain_weights(own, c, slots().sums_i, scratch, store);
+    else if (kWeights)
+      gram_weights(own, c, kInfonce, slots().sums_i, scratch, store);
+  }
+  if (!kWeights && !scratch.once) return;
   if (!diagonal) {
     warpgroup_barrier();
-    column_sums(own, slot_j, scratch);
+    if (scratch.once)
+      siglip_columns<kWeights>(own, slots(), scratch);
+    else
+      column_sums(own, slots().sums_j, scratch);
   }
   warpgroup_barrier();
 }
@@ -171,14 +211,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
     gram_kernel(const __grid_constant__ Problem p, const __grid_constant__ GramMaps maps,
                 const PanelTile tile, const PanelScratch to) {
   SUPCLAP_SHARED(memory);
-  const uint32_t start = shared_address(memory);
-  auto& at = *reinterpret_cast<GramShared*>(memory + (1024 - start % 1024) % 1024);
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < kGramStages; ++slot)
-      mbarrier_init(at.full[slot], 1), mbarrier_init(at.empty[slot], kTeamWarps);
-    for (int team = 0; team < kGramTeams; ++team) mbarrier_init(at.turn[team], kTeamWarps);
-    mbarriers_ready();
-  }
+  auto& at = gram_start<GramColumns>(memory);
   __syncthreads();
   const int team = uniform(threadIdx.x / kWarpgroup);
   if (team == kGramTeams) {
@@ -191,7 +224,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
     for (int round = 0;; ++round) {
       const int taken = kGramTeams * round + team, n = blockIdx.x + taken * gridDim.x;
       if (n >= tiles.count) break;
-      const GramPlace place(tiles, n);
+      const GramPlace place = tiles.place(n);
       const Side I = side_of(p, tile.i0, place.x, tile.ni);
       const Side J = side_of(p, tile.j0, place.y, tile.nj);
       // On their way while the operands are multiplied.
@@ -204,7 +237,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
       warpgroup_barrier();
       GramTile own(p, c, I, J, row, at.columns[team], kMode, tile.i0 == tile.j0);
       gram_epilogue<Scalar, kMode, kInfonce, kWeights>(p, tile, to, place, own, c,
-                                                       ColumnScratch{at.scratch[team]});
+                                                       at.scratch[team]);
     }
   }
 }

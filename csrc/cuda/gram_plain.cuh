@@ -17,6 +17,23 @@ struct SupportProduct {
       : step(gram - cross), product(cross + c * step) {}
 };
 
+// What a support vector adds, from the slope towards its logit times k2 over its length: to the
+// sums of its row, and to the weights of the cross product and of the gram.
+struct SupportSlopes {
+  float rho, support, own, gram;
+  __device__ SupportSlopes(const SupportProduct& p, float slope, float c, float over)
+      : rho(slope * p.step), support(slope * p.product) {
+    const float v = c * slope;
+    own = over * (slope - v), gram = over * v;
+  }
+};
+// Such a sum as the other tiles leave it: rho's slopes are without the length.
+__device__ __forceinline__ float without_length(int sum, float total, const Support& of) {
+  if (sum == kRhoText) return quotient(total, of.text);
+  if (sum == kRhoAudio) return quotient(total, of.audio);
+  return total;
+}
+
 // Sums of exponentials in which none that matters is out of float32's range.
 struct Range {
   float least = 1, most = 1;
@@ -105,7 +122,6 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
   const Factors& own_f = tile.own_f;
   const float k2 = tile.k2, over = 1 / k2;
   const PlainSupport own(tile.own, k2);
-  // Slopes of support vectors are taken times k2 over their length.
   float base = 0, base_columns = 0, row[kTileSums] = {};
   const auto weight = [&](float z, float m, float f) { return exp_2(z - m) * f; };
   SUPCLAP_UNROLL
@@ -135,27 +151,25 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
         if (shared) other_h += weight(other_z, own_f.m[kOtherRows], own_f.f[kOtherRows]);
         if (shared && own.offset != 0) own_h = 0;
         if (shared && other.offset != 0) other_h = 0;
-        own_h *= own.text, other_h *= other.text;
-        // Slopes of one kind of support vector, of the row and of the column: into their sums, the
-        // weights of S (or P) and of the gram.
-        const auto add = [&](const SupportProduct& own_p, float own_s,
-                             const SupportProduct& other_p, float other_s, int rho, int support,
-                             float& own_w, float& other_w, float& gram) {
-          row[rho] += own_s * own_p.step, row[support] += own_s * own_p.product;
-          column[rho - kRhoText][e + side] = other_s * other_p.step;
-          column[support - kRhoText][e + side] = other_s * other_p.product;
-          const float own_v = own.c * own_s, other_v = other.c * other_s;
-          own_w += over * (own_s - own_v), other_w += over * (other_s - other_v);
-          gram = over * (own_v + other_v);
+        const auto add = [&](const SupportSlopes& mine, const SupportSlopes& theirs, int rho,
+                             int support, float& own_w, float& other_w, float& gram) {
+          row[rho] += mine.rho, row[support] += mine.support;
+          column[rho - kRhoText][e + side] = theirs.rho;
+          column[support - kRhoText][e + side] = theirs.support;
+          own_w += mine.own, other_w += theirs.own, gram = mine.gram + theirs.gram;
         };
-        add(own_x, own_h, other_x, other_h, kRhoText, kSupportText, one, two, w[2][side]);
+        add(SupportSlopes(own_x, own_h * own.text, own.c, over),
+            SupportSlopes(other_x, other_h * other.text, other.c, over), kRhoText, kSupportText,
+            one, two, w[2][side]);
         if (mirror) {
           const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
-          const float own_u = own.audio * weight(own.audio * own_y.product, own_f.m[kOtherRows],
-                                                 own_f.f[kOtherRows]);
+          const float own_u =
+              weight(own.audio * own_y.product, own_f.m[kOtherRows], own_f.f[kOtherRows]);
           const float other_u =
-              other.audio * weight(other.audio * other_y.product, f.m[kOtherRows], f.f[kOtherRows]);
-          add(own_y, own_u, other_y, other_u, kRhoAudio, kSupportAudio, two, one, w[3][side]);
+              weight(other.audio * other_y.product, f.m[kOtherRows], f.f[kOtherRows]);
+          add(SupportSlopes(own_y, own_u * own.audio, own.c, over),
+              SupportSlopes(other_y, other_u * other.audio, other.c, over), kRhoAudio,
+              kSupportAudio, two, one, w[3][side]);
         }
         w[0][side] = one, w[1][side] = two;
       }
@@ -165,18 +179,13 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
     SUPCLAP_UNROLL
     for (int sum = 0; sum < kColumnSums; ++sum) {
       if (!has_sum(mode, kRhoText + sum)) continue;
-      const bool rho = sum == kRhoText - kRhoText || sum == kRhoAudio - kRhoText;
-      const bool text = sum == kRhoText - kRhoText || sum == kSupportText - kRhoText;
-      const float total = join_columns(column[sum], Add{});
-      scratch.chunk(sum, h) = rho ? quotient(total, text ? of.text : of.audio) : total;
+      scratch.chunk(sum, h) = without_length(kRhoText + sum, join_columns(column[sum], Add{}), of);
     }
   }
   row[kBase] = k2 * (base + (tile.diagonal ? 0 : base_columns));  // kBias is SigLIP's
-  row[kRhoText] = quotient(row[kRhoText], tile.own.text);
-  row[kRhoAudio] = quotient(row[kRhoAudio], tile.own.audio);
   SUPCLAP_UNROLL
   for (int sum = 0; sum < kTileSums; ++sum) {
-    const float total = warp_sum<Shape::kLanes>(row[sum]);
+    const float total = warp_sum<Shape::kLanes>(without_length(sum, row[sum], tile.own));
     if (threadIdx.x % Shape::kLanes == 0) slot_i.at[sum * slot_i.plane + x] = total;
   }
 }

@@ -173,11 +173,18 @@ __device__ __forceinline__ Value join_columns(Value (&column)[kCount], const Joi
   return column[0];
 }
 
-// Where a warp leaves what it knows of a column.
-struct ColumnScratch {
+// Where a tile leaves its partial results, of rows and of columns.
+struct GramSlots {
+  Slot part_i, part_j, sums_i, sums_j;
+  bool statistics;  // else the sums alone
+};
+
+// Where each warp leaves what it knows of a column, plane by plane.
+template <int kCount>
+struct ColumnsOf {
   float* at;
   __device__ float& operator()(int plane, int warp, int y) const {
-    return at[(plane * kTeamWarps + warp) * kGramColumns + y];
+    return at[(plane * kTeamWarps + warp) * kCount + y];
   }
   // Of column g of a chunk, by the lanes that join_columns gave it to.
   __device__ static int column(int h) {
@@ -186,6 +193,13 @@ struct ColumnScratch {
   __device__ float& chunk(int plane, int h) const {
     return (*this)(plane, threadIdx.x % kWarpgroup / kWarp, column(h));
   }
+};
+// m and l of each direction, and when these are read the sums; or, `once` (SigLIP, whose m only
+// SVRStats wants), the l and the sums together.
+struct ColumnScratch : ColumnsOf<kGramColumns> {
+  bool once;
+  __device__ int l(int d) const { return once ? d : 2 * d + 1; }
+  __device__ int sum(int n) const { return once ? kDirections + n : n; }
 };
 
 // Sweep 1, as panel_statistics, up to what the warps of a team leave of their columns in `scratch`.
@@ -226,7 +240,8 @@ __device__ __forceinline__ void gram_statistics(const Problem& p, GramTile& tile
       row[d] = join(row[d], log_sum(z, d, infonce));
       if (tile.diagonal) continue;
       const LogSum all = join_columns(column, join);
-      scratch.chunk(2 * d, h) = all.m, scratch.chunk(2 * d + 1, h) = all.l;
+      if (!scratch.once) scratch.chunk(2 * d, h) = all.m;
+      scratch.chunk(scratch.l(d), h) = all.l;
     }
   }
   SUPCLAP_UNROLL
@@ -295,7 +310,7 @@ __device__ __forceinline__ void gram_weights(const GramTile& tile, const float (
     SUPCLAP_UNROLL
     for (int sum = 0; sum < kColumnSums; ++sum) {
       if (tile.diagonal || !has_sum(mode, kRhoText + sum)) continue;
-      scratch.chunk(sum, h) = join_columns(column[sum], Add{});
+      scratch.chunk(scratch.sum(sum), h) = join_columns(column[sum], Add{});
     }
   }
   SUPCLAP_UNROLL

@@ -6,7 +6,7 @@
 
 namespace supclap::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kHidden = -1e30f;  // logit of a pair that does not take part
 
 // A set of logits: InfoNCE: maximum m and l = sum of exp2(z - m). SigLIP: l = sum of softplus.
@@ -64,7 +64,7 @@ __device__ __forceinline__ float log1p_unit(float y) {
 
 // log(1 + exp) of a logit in base 2, in nats.
 __device__ __forceinline__ float softplus_2(float z) {
-  return fmaxf(z, 0.0f) / kLog2e + log1p_unit(exp_2(-fabsf(z)));
+  return fmaxf(z, 0.0f) * kLn2 + log1p_unit(exp_2(-fabsf(z)));
 }
 // 1 / (1 + exp(-z)) of a logit in base 2.
 __device__ __forceinline__ float sigmoid_2(float z) {

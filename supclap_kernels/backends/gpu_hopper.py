@@ -1,5 +1,5 @@
-"""The sweeps as one kernel for each tile pair on Hopper (csrc/cuda/gram.cuh): the "cuda" backend's
-way to batches that do not fit on the chip."""
+"""The sweeps as one kernel for each tile pair on Hopper (csrc/cuda/gram.cuh, cross.cuh): the "cuda"
+backend's way to batches that do not fit on the chip."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .panel import Tile
 
 WANTED = True
 """Tests and benchmarks turn it off: then panels take every batch that does not fit on the chip."""
+ALONE = False
+"""Without support vectors, too: not measured yet, so tests and benchmarks alone turn it on."""
 
 
 class HopperCall(CudaCall):
@@ -24,8 +26,9 @@ class HopperCall(CudaCall):
 
 
 def takes(dtype: torch.dtype, has_radius: bool, options: Options) -> bool:
-    """16-bit embeddings with support vectors: InfoNCE alone needs half of the Gram matrix."""
-    if not WANTED or dtype == torch.float32 or contract.mode(has_radius, options) == contract.NONE:
+    """16-bit embeddings with support vectors."""
+    alone = contract.mode(has_radius, options) == contract.NONE
+    if not WANTED or dtype == torch.float32 or (alone and not ALONE):
         return False
     on_hopper = native.shim() is not None or torch.cuda.get_device_capability() == (9, 0)
     return on_hopper and hasattr(native.cuda(), "gram_tile")

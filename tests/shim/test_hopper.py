@@ -1,16 +1,27 @@
-"""csrc/cuda/gram.cuh against the specification: what takes the larger batches on Hopper."""
+"""csrc/cuda/gram.cuh and cross.cuh against the specification: what takes the larger batches on
+Hopper."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from gpu_integration import test_stats_are_those_of_the_specification as check_stats
-from gpu_suite import SUPPORT_MODES, Case, Guard, guarded, suite, verify
+from gpu_suite import MODES, Case, Guard, guarded, suite, verify
+from torch.nn.functional import normalize
 
 from supclap_kernels import fused_svr_loss
 from supclap_kernels.backends import gpu_hopper, gpu_single, tiles
-from supclap_kernels.testing import baseline, evaluate, floors, make_inputs, truth, violations
+from supclap_kernels.testing import (
+    Inputs,
+    baseline,
+    evaluate,
+    floors,
+    make_inputs,
+    truth,
+    violations,
+)
 
 WIDE = (torch.bfloat16, torch.float16)
 
@@ -20,13 +31,23 @@ def narrowed(case: Case, n: int) -> Case:
 
 
 CASES = [row.values[1] for row in suite("cuda", least=48)]
-SUITE = [narrowed(case, n) for n, case in enumerate(CASES) if case.radius != "none"]
+SUITE = [narrowed(case, n) for n, case in enumerate(CASES)]
+by_mode = pytest.mark.parametrize("mode", MODES, ids=str)
+
+
+def case_of(mode: dict[str, str], options: dict[str, Any] | None = None, **fields: Any) -> Case:
+    """With bfloat16 embeddings; without a radius where the mode has none."""
+    chosen = {name: value for name, value in mode.items() if name != "radius"}
+    if "radius" in mode:
+        fields["radius"] = mode["radius"]
+    return Case(dtype=torch.bfloat16, options={**(options or {}), **chosen}, **fields)
 
 
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, device: None) -> Iterator[Guard]:
     """Nothing fits on the chip; tile pairs of 128; working memory inside NaN."""
     monkeypatch.setattr(gpu_hopper, "WANTED", True)
+    monkeypatch.setattr(gpu_hopper, "ALONE", True)
     monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
     monkeypatch.setattr(tiles, "GPU_TILE", 128)
     guard = guarded(monkeypatch)
@@ -40,16 +61,16 @@ def test_options(n, guard, device):
     verify(SUITE[n], guard, "cuda", workspace=SUITE[n].options["workspace"])
 
 
-@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+@by_mode
 def test_many_steps_and_rounds(mode, guard, device):
     """More operands than stages, and several tiles for each team of a block."""
     device.set(2, 1, 0)
-    verify(Case(N=270, D=330, dtype=torch.bfloat16, options=mode), guard, "cuda", workspace=0)
+    verify(case_of(mode, N=270, D=330), guard, "cuda", workspace=0)
 
 
-@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+@by_mode
 def test_statistics(mode, guard):
-    check_stats(Case(N=140, D=20, dtype=torch.bfloat16, gap=0.1, options=mode), "cuda")
+    check_stats(case_of(mode, N=140, D=20, gap=0.1), "cuda")
 
 
 PLAIN = [
@@ -61,33 +82,67 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+@by_mode
 @pytest.mark.parametrize("fields", PLAIN, ids=str)
 def test_tiles_without_a_hidden_pair(mode, fields, guard, device):
     """Also far rows, equal ids here and there, and logits far apart among them."""
     device.set(2, 1, 0)
-    options = {**fields.get("options", {}), **mode}
-    case = Case(N=290, D=40, dtype=torch.bfloat16, **{**fields, "options": options})
-    verify(case, guard, "cuda", workspace=0)
+    verify(case_of(mode, N=290, D=40, **fields), guard, "cuda", workspace=0)
 
 
-@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+@by_mode
 def test_logits_too_far_apart_for_one_reference(mode, guard, device):
     """Audios on the other side of the sphere: all of their column is 2^-400 of its neighbours."""
     device.set(2, 1, 0)
     fields = {"N": 290, "D": 40, "gap": 0.05, "radius": "row", "scale": 200.0}
-    case = Case(dtype=torch.bfloat16, options=mode, **fields)
+    case = case_of(mode, **fields)
     inputs = make_inputs(case)
     inputs.audio[5::37] *= -1
     exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
-    result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=0, **mode)
+    result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=0, **case.options)
     assert not violations(result, exact, base, floors(case, inputs, exact))
 
 
-@pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
+@by_mode
 def test_tile_pairs_of_several_tiles_each_way(mode, guard, device, monkeypatch):
     """A pair on the diagonal has tiles without a hidden pair, too; they take rows only."""
     device.set(3, 1, 0)
     monkeypatch.setattr(tiles, "GPU_TILE", 256)
-    case = Case(N=300, D=40, dtype=torch.bfloat16, gap=0.1, radius="row", options=mode)
+    case = case_of(mode, N=300, D=40, gap=0.1, radius="row")
     verify(case, guard, "cuda", workspace=2**26)
+
+
+ALONE = [mode for mode in MODES if "radius" in mode]
+by_alone = pytest.mark.parametrize("mode", ALONE, ids=str)
+
+
+def check_places(case: Case, inputs: Inputs) -> None:
+    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
+    result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=2**26, **case.options)
+    assert not violations(result, exact, base, floors(case, inputs, exact))
+
+
+@by_alone
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("fields", [{}, {"duplicates": True}, {"scale": 200.0}], ids=str)
+def test_places_without_a_hidden_pair(mode, fields, side, guard, device, monkeypatch):
+    """64 x 256 of one product, on the diagonal as well."""
+    device.set(2, 1, 0)
+    monkeypatch.setattr(tiles, "GPU_TILE", side)
+    case = case_of(mode, N=530, D=40, gap=0.05, seed=1, **fields)
+    check_places(case, make_inputs(case))
+
+
+@by_alone
+@pytest.mark.parametrize("tower", ["audio", "text"])
+def test_places_with_logits_too_far_apart(mode, tower, guard, device, monkeypatch):
+    """All rows close together but a few, on the other side: all of their logits are 2^-200 of the
+    others', which are good. They are rows of one product, columns of the other."""
+    device.set(2, 1, 0)
+    monkeypatch.setattr(tiles, "GPU_TILE", 256)
+    case = case_of(mode, N=530, D=40, gap=0.05, scale=80.0)
+    inputs = make_inputs(case)
+    for x in (inputs.audio, inputs.text):
+        x.copy_(normalize(0.3 * x.float() + 40**-0.5, dim=1))
+    getattr(inputs, tower)[5::37] *= -1
+    check_places(case, inputs)
