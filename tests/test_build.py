@@ -313,7 +313,7 @@ def test_launch_without_a_device_names_the_kernel():
 
 
 def compile_report(*arguments: str) -> list[dict[str, Any]]:
-    """Asserts what all kernels keep: no spills (Hopper's large tiles: 60 bytes outside of the
+    """Asserts what all kernels keep: no spills (Hopper's large tiles: 120 bytes outside of the
     product loop, 200 with shared support vectors), and the chip's shared memory."""
     pytest.importorskip("triton")  # its cuobjdump
     command = [sys.executable, "-m", "bench.aot", *arguments]

@@ -50,22 +50,16 @@ __device__ inline void cross_copies(const Problem& p, const GramMaps& maps, cons
   }
 }
 
-// Where a place leaves what it finds.
+// Where a place leaves what it finds: two slots of a row where it has columns of both, and
+// likewise.
 struct CrossSlots {
   CrossSlot part_i, part_j, sums_i;
   __device__ CrossSlots(const PanelTile& tile, const PanelScratch& to, const GramPlace& place) {
-    const int64_t slots_i = (tile.nj + kGramColumns - 1) / kGramColumns;
-    const int64_t slots_j = (tile.ni + kGramRows - 1) / kGramRows;
-    const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
-    const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
+    const GramSlots first(tile, to, place);
     const int64_t next_i = tile.nj - place.y > kGramColumns ? tile.ni : 0;
     const int64_t next_j = tile.ni - place.x > kGramRows ? tile.nj : 0;
-    const auto slot = [](float* start, int64_t at, int64_t plane, int64_t next) {
-      return CrossSlot{{start ? start + at : nullptr, plane}, next};
-    };
-    part_i = slot(to.part_i, at_i, slots_i * tile.ni, next_i);
-    part_j = slot(to.part_j, at_j, slots_j * tile.nj, next_j);
-    sums_i = slot(to.sums_i, at_i, slots_i * tile.ni, next_i);
+    part_i = {first.part_i, next_i}, part_j = {first.part_j, next_j};
+    sums_i = {first.sums_i, next_i};
   }
 };
 
@@ -86,14 +80,15 @@ __device__ __forceinline__ void cross_epilogue(const Problem& p, const PanelTile
     if (n < CrossShape::kColumns / 2 || own.J.count > kGramColumns)
       store_pair(block + CrossShape::row(u) * tile.ld + GramShape::beyond(n), w);
   };
-  const bool plain = uniform(own.plain) && !(statistics && p.stats);
-  if (!kInfonce && plain && !repeated) {
-    cross_siglip<kWeights>(own, c, slots.part_i, scratch, statistics, sums, store);
-  } else {
-    if (statistics && p.stats && !repeated) cross_similarity(own, c, sums);
-    const bool done = statistics && kInfonce && plain && cross_plain(own, c, slots.part_i, scratch);
-    if (statistics && !uniform(done)) cross_statistics(own, c, kInfonce, slots.part_i, scratch);
-    if (kWeights && !repeated) cross_weights<kInfonce>(own, c, sums, store);
+  if (statistics && p.stats && !repeated) cross_similarity(own, c, sums);
+  if (!kInfonce) {
+    cross_siglip(own, c, slots.part_i, scratch, p.stats, kWeights && !repeated, sums, store);
+  } else if (statistics) {
+    const bool plain = uniform(own.plain) && !p.stats;
+    const bool done = plain && cross_plain(own, c, slots.part_i, scratch);
+    if (!uniform(done)) cross_statistics(own, c, slots.part_i, scratch);
+  } else if (!repeated) {
+    cross_weights(own, c, sums, store);
   }
   if (statistics && !own.diagonal) {
     warpgroup_barrier();

@@ -59,11 +59,9 @@ struct CrossTile {
   // Finds `hidden` and `plain`; with SVRStats notes the positives' logits. (Done by a constructor,
   // the compiler spills a hundred registers.)
   __device__ void hide(const Problem& p, const float (&c)[kAccumulators]) {
-    const bool apart = I.count >= kCrossRows && J.count >= kCrossColumns &&
-                       (I.first + kCrossRows <= J.first || J.first + kCrossColumns <= I.first);
     SUPCLAP_UNROLL
     for (int u = 0; u < CrossShape::kRows; ++u) hidden[u][0] = hidden[u][1] = 0;
-    if (!apart || p.ids) {
+    if (p.ids || !apart(I, J, kCrossRows, kCrossColumns)) {
       const Identity own_id[] = {{I, CrossShape::row(0)}, {I, CrossShape::row(1)}};
       SUPCLAP_UNROLL
       for (int n = 0; n < CrossShape::kColumns; ++n) {
@@ -106,11 +104,11 @@ struct CrossSlot {
 
 // Sweep 1, up to what the warps of a team leave of their columns in `scratch`.
 __device__ __forceinline__ void cross_statistics(const CrossTile& tile,
-                                                 const float (&c)[kAccumulators], bool infonce,
-                                                 CrossSlot to, CrossScratch scratch) {
+                                                 const float (&c)[kAccumulators], CrossSlot to,
+                                                 CrossScratch scratch) {
   using Shape = CrossShape;
-  const int rows = tile.product.rows(), columns = tile.product.columns();
-  const auto join = [&](LogSum a, LogSum b) { return merge(a, b, infonce); };
+  const int rows = tile.product.rows();
+  const auto join = [&](LogSum a, LogSum b) { return merge(a, b, true); };
   LogSum row[Shape::kRows] = {{kHidden, 0}, {kHidden, 0}};
   SUPCLAP_UNROLL
   for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
@@ -122,12 +120,12 @@ __device__ __forceinline__ void cross_statistics(const CrossTile& tile,
       SUPCLAP_UNROLL
       for (int u = 0; u < Shape::kRows; ++u) {
         z[u][n] = tile.logit(c, u, h * kChunk + n);
-        one[u] = {z[u][n], infonce ? 1 : summand(z[u][n], 0, columns, false)};
+        one[u] = {z[u][n], 1};
       }
       column[n] = join(one[0], one[1]);
     }
     SUPCLAP_UNROLL
-    for (int u = 0; u < Shape::kRows; ++u) row[u] = join(row[u], log_sum(z[u], rows, infonce));
+    for (int u = 0; u < Shape::kRows; ++u) row[u] = join(row[u], log_sum(z[u], rows, true));
     if (tile.diagonal) continue;
     const LogSum all = join_columns(column, join);
     scratch.chunk(0, h) = all.m, scratch.chunk(1, h) = all.l;
@@ -201,7 +199,7 @@ __device__ __forceinline__ void cross_similarity(const CrossTile& tile,
 }
 
 // Sweep 2; store(u, n, w): the weights of row u and columns n and n + 1.
-template <bool kInfonce, class Store>
+template <class Store>
 __device__ __forceinline__ void cross_weights(const CrossTile& tile,
                                               const float (&c)[kAccumulators], CrossSums& sums,
                                               const Store& store) {
@@ -216,10 +214,8 @@ __device__ __forceinline__ void cross_weights(const CrossTile& tile,
       for (int u = 0; u < Shape::kRows; ++u) {
         const float z = tile.logit(c, u, n + side);
         const CrossNumbers own = tile.own[u];
-        w[u][side] = kInfonce ? exp_2(z - own.m) * own.f + exp_2(z - other.m) * other.f
-                              : sigmoid_2(z) * (tile.product.turned ? other.f : own.f);
-        sums.base[u] += w[u][side] * (z - tile.b);
-        if (!kInfonce) sums.bias[u] += w[u][side];
+        w[u][side] = exp_2(z - own.m) * own.f + exp_2(z - other.m) * other.f;
+        sums.base[u] += w[u][side] * z;
       }
     }
     SUPCLAP_UNROLL
@@ -227,50 +223,56 @@ __device__ __forceinline__ void cross_weights(const CrossTile& tile,
   }
 }
 
-// SigLIP where every pair counts, the losses and the weights at once; store as in cross_weights.
-template <bool kWeights, class Store>
+// SigLIP: losses where `to` has room for them, and with `weights` these; store as in cross_weights.
+// A pair counts for its text: a row of S, a column of P. `ranks`: the largest logits, for SVRStats.
+template <class Store>
 __device__ __forceinline__ void cross_siglip(const CrossTile& tile, const float (&c)[kAccumulators],
-                                             CrossSlot to, CrossScratch scratch, bool statistics,
-                                             CrossSums& sums, const Store& store) {
+                                             CrossSlot to, CrossScratch scratch, bool ranks,
+                                             bool weights, CrossSums& sums, const Store& store) {
   using Shape = CrossShape;
+  const bool statistics = to.slot.at;
   const AddSoftplus add;
   const bool turned = tile.product.turned;
   SoftplusSum row[Shape::kRows] = {};
+  float top[Shape::kRows] = {kHidden, kHidden};
   SUPCLAP_UNROLL
   for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
     SoftplusSum column[kChunk];
+    float column_top[kChunk];
     SUPCLAP_UNROLL
     for (int e = 0; e < kChunk; e += 2) {
       float w[Shape::kRows][2];
       SUPCLAP_UNROLL
       for (int side = 0; side < 2; ++side) {
         const int n = h * kChunk + e + side;
-        const float f = kWeights && turned ? tile.columns.at[Shape::column(n)].f : 0;
+        const float f = turned ? tile.columns.at[Shape::column(n)].f : 0;
         SoftplusSum loss[Shape::kRows];
+        float z[Shape::kRows];
         SUPCLAP_UNROLL
         for (int u = 0; u < Shape::kRows; ++u) {
-          const float z = tile.k2 * c[Shape::at(u, n)];
-          const Logistic one(z + tile.b);
+          z[u] = tile.logit(c, u, n);
+          const Logistic one(z[u]);
           loss[u] = one.loss, row[u] = add(row[u], one.loss);
-          if (!kWeights) continue;
-          w[u][side] = one.slope * (turned ? f : tile.own[u].f);
-          sums.base[u] += w[u][side] * z, sums.bias[u] += w[u][side];
+          top[u] = fmaxf(top[u], z[u]);
+          w[u][side] = weights ? one.slope * (turned ? f : tile.own[u].f) : 0;
+          sums.base[u] += w[u][side] * (z[u] - tile.b), sums.bias[u] += w[u][side];
         }
         column[e + side] = add(loss[0], loss[1]);
+        column_top[e + side] = fmaxf(z[0], z[1]);
       }
       SUPCLAP_UNROLL
       for (int u = 0; u < Shape::kRows; ++u)
-        if (kWeights) store(u, h * kChunk + e, w[u]);
+        if (weights) store(u, h * kChunk + e, w[u]);
     }
     if (!statistics || tile.diagonal) continue;
-    scratch.chunk(0, h) = kHidden;
+    scratch.chunk(0, h) = ranks ? join_columns(column_top, Max{}) : kHidden;
     scratch.chunk(1, h) = turned ? join_columns(column, add).value() : 0;
   }
+  if (!statistics) return;
   SUPCLAP_UNROLL
   for (int u = 0; u < Shape::kRows; ++u) {
-    const float l = warp_sum<Shape::kLanes>(row[u].value());
-    if (statistics && tile.is_row(u))
-      to.put(2 * tile.product.rows(), Shape::row(u), {kHidden, turned ? 0 : l});
+    const LogSum sum{warp_max<Shape::kLanes>(top[u]), warp_sum<Shape::kLanes>(row[u].value())};
+    if (tile.is_row(u)) to.put(2 * tile.product.rows(), Shape::row(u), {sum.m, turned ? 0 : sum.l});
   }
 }
 

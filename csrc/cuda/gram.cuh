@@ -54,9 +54,6 @@ __device__ GramShared<Columns>& gram_start(unsigned char* memory) {
   return at;
 }
 
-struct GramPlace {
-  int x, y;  // first row and column of a tile
-};
 // The tiles of a pair, in the order in which blocks take them.
 struct GramTiles {
   int down, count;
@@ -145,21 +142,9 @@ __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile&
                                               const PanelScratch& to, const GramPlace& place,
                                               GramTile& own, const float (&c)[kAccumulators],
                                               float* memory) {
-  const bool diagonal = own.diagonal;
-  const int64_t slots_i = (tile.nj + kGramColumns - 1) / kGramColumns;
-  const int64_t slots_j = (tile.ni + kGramRows - 1) / kGramRows;
-  const int64_t plane_i = slots_i * tile.ni, plane_j = slots_j * tile.nj;
-  const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
-  const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
-  const bool statistics = !kWeights || (!kInfonce && to.part_i);
-  const auto slot = [](float* start, int64_t at, int64_t plane) {
-    return Slot{start ? start + at : nullptr, plane};
-  };
+  const bool diagonal = own.diagonal, statistics = !kWeights || (!kInfonce && to.part_i);
   // Where they are wanted: ahead of that they would take registers.
-  const auto slots = [&] {
-    return GramSlots{slot(to.part_i, at_i, plane_i), slot(to.part_j, at_j, plane_j),
-                     slot(to.sums_i, at_i, plane_i), slot(to.sums_j, at_j, plane_j), statistics};
-  };
+  const auto slots = [&] { return GramSlots(tile, to, place); };
   const ColumnScratch scratch{{memory}, !kInfonce && !(statistics && p.stats)};
   const int64_t first = (place.x + GramShape::row()) * tile.ld + place.y + GramShape::column(0);
   Scalar* blocks[4];

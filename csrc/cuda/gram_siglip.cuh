@@ -65,47 +65,40 @@ __device__ __forceinline__ void plain_siglip(const GramTile& tile, const float (
         const int n = h * kChunk + e + side, y = Shape::column(n);
         const Products z = GramTile::products(c, n);
         const PlainSupport other = tile.columns.plain(y);
-        const SupportProduct own_x(z.S, z.Q, own.c), other_x(z.P, z.Q, other.c);
-        const Logistic S(k2 * z.S + b), P(k2 * z.P + b);
-        const Logistic X(own.text * own_x.product + (own.offset + b));
-        const Logistic other_X(other.text * other_x.product + (other.offset + b));
-        row_loss[kTextRows] = add(row_loss[kTextRows], S.loss);
-        row_loss[kSupportRows] = add(row_loss[kSupportRows], X.loss);
-        loss[kTextRows][side] = P.loss, loss[kSupportRows][side] = other_X.loss;
         Factors f;
+        if (kWeights) f = tile.columns.factors(y);
+        const Logistic S(k2 * z.S + b), P(k2 * z.P + b);
+        row_loss[kTextRows] = add(row_loss[kTextRows], S.loss), loss[kTextRows][side] = P.loss;
         if (kWeights) {
-          f = tile.columns.factors(y);
           const float one = S.slope * own_f.f[kTextRows], two = P.slope * f.f[kTextRows];
-          const float own_h = X.slope * own_f.f[kSupportRows];
-          const float other_h = other_X.slope * f.f[kSupportRows];
           base[0] += one * z.S, base[1] += two * z.P;
-          bias[0] += one + own_h, bias[1] += two + other_h;
-          const SupportSlopes mine(own_x, own_h * own.text, own.c, over);
-          const SupportSlopes theirs(other_x, other_h * other.text, other.c, over);
-          row[kRhoText] += mine.rho, row[kSupportText] += mine.support;
-          sums[kRhoText - kRhoText][side] = theirs.rho;
-          sums[kSupportText - kRhoText][side] = theirs.support;
-          w[0][side] = one + mine.own, w[1][side] = two + theirs.own;
-          w[2][side] = mine.gram + theirs.gram;
+          bias[0] += one, bias[1] += two;
+          w[0][side] = one, w[1][side] = two;
         }
-        if (!mirror) continue;
-        const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
-        const Logistic Y(own.audio * own_y.product + (own.offset + b));
-        const Logistic other_Y(other.audio * other_y.product + (other.offset + b));
-        row_loss[kOtherRows] = add(row_loss[kOtherRows], Y.loss);
-        loss[kOtherRows][side] = other_Y.loss;
-        if (kWeights) {
-          const float own_u = Y.slope * own_f.f[kOtherRows];
-          const float other_u = other_Y.slope * f.f[kOtherRows];
-          bias[0] += other_u, bias[1] += own_u;
-          const SupportSlopes mine(own_y, own_u * own.audio, own.c, over);
-          const SupportSlopes theirs(other_y, other_u * other.audio, other.c, over);
-          row[kRhoAudio] += mine.rho, row[kSupportAudio] += mine.support;
-          sums[kRhoAudio - kRhoText][side] = theirs.rho;
-          sums[kSupportAudio - kRhoText][side] = theirs.support;
-          w[1][side] += mine.own, w[0][side] += theirs.own;
-          w[3][side] = mine.gram + theirs.gram;
-        }
+        // The support vectors of one tower, of the row and of the column: what they add to the
+        // losses, the sums, and the weights of S (or P, their own cross product first) and the
+        // gram.
+        const auto support = [&](int d, const SupportProduct& own_p, float own_length,
+                                 const SupportProduct& other_p, float other_length, int rho,
+                                 int product, int cross, float& gram) {
+          const Logistic own_z(own_length * own_p.product + (own.offset + b));
+          const Logistic other_z(other_length * other_p.product + (other.offset + b));
+          row_loss[d] = add(row_loss[d], own_z.loss), loss[d][side] = other_z.loss;
+          if (!kWeights) return;
+          const float own_h = own_z.slope * own_f.f[d], other_h = other_z.slope * f.f[d];
+          bias[cross] += own_h, bias[1 - cross] += other_h;
+          const SupportSlopes mine(own_p, own_h * own_length, own.c, over);
+          const SupportSlopes theirs(other_p, other_h * other_length, other.c, over);
+          row[rho] += mine.rho, row[product] += mine.support;
+          sums[rho - kRhoText][side] = theirs.rho, sums[product - kRhoText][side] = theirs.support;
+          w[cross][side] += mine.own, w[1 - cross][side] += theirs.own;
+          gram = mine.gram + theirs.gram;
+        };
+        support(kSupportRows, {z.S, z.Q, own.c}, own.text, {z.P, z.Q, other.c}, other.text,
+                kRhoText, kSupportText, 0, w[2][side]);
+        if (mirror)
+          support(kOtherRows, {z.P, z.K, own.c}, own.audio, {z.S, z.K, other.c}, other.audio,
+                  kRhoAudio, kSupportAudio, 1, w[3][side]);
       }
       if (kWeights) store(h * kChunk + e, w);
       SUPCLAP_UNROLL
@@ -131,7 +124,7 @@ __device__ __forceinline__ void plain_siglip(const GramTile& tile, const float (
   const bool writes = threadIdx.x % Shape::kLanes == 0;
   SUPCLAP_UNROLL
   for (int d = 0; d < kDirections; ++d) {
-    if (!to.statistics || !has_direction(mode, d)) continue;
+    if (!to.part_i.at || !has_direction(mode, d)) continue;
     const float l = has_loss(mode, d) ? warp_sum<Shape::kLanes>(row_loss[d].value()) : 0;
     if (writes) to.part_i.put(2 * d, x, {kHidden, l});
   }
@@ -159,7 +152,7 @@ __device__ __forceinline__ void siglip_columns(const GramTile& tile, const GramS
   };
   SUPCLAP_UNROLL
   for (int d = 0; d < kDirections; ++d)
-    if (to.statistics && has_direction(mode, d))
+    if (to.part_j.at && has_direction(mode, d))
       to.part_j.put(2 * d, y, {kHidden, has_loss(mode, d) ? total(scratch.l(d)) : 0});
   if (!kWeights) return;
   SUPCLAP_UNROLL

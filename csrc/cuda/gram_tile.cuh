@@ -15,6 +15,32 @@ namespace supclap::cuda {
 constexpr int kGramRows = kPanelRows, kGramColumns = kPanelColumns;  // of a tile
 constexpr int kTeamWarps = kWarpgroup / kWarp;
 
+// A place in a tile pair: first row and column.
+struct GramPlace {
+  int x, y;
+};
+// Where it leaves its partial results, of rows and of columns; null for what a sweep does without.
+struct GramSlots {
+  Slot part_i, part_j, sums_i, sums_j;
+  __device__ GramSlots(const PanelTile& tile, const PanelScratch& to, const GramPlace& place) {
+    const int64_t across = (tile.nj + kGramColumns - 1) / kGramColumns * int64_t(tile.ni);
+    const int64_t down = (tile.ni + kGramRows - 1) / kGramRows * int64_t(tile.nj);
+    const int64_t at_i = int64_t(place.y / kGramColumns) * tile.ni + place.x;
+    const int64_t at_j = int64_t(place.x / kGramRows) * tile.nj + place.y;
+    const auto slot = [](float* start, int64_t at, int64_t plane) {
+      return Slot{start ? start + at : nullptr, plane};
+    };
+    part_i = slot(to.part_i, at_i, across), sums_i = slot(to.sums_i, at_i, across);
+    part_j = slot(to.part_j, at_j, down), sums_j = slot(to.sums_j, at_j, down);
+  }
+};
+
+// Whether so many rows and columns are all there, and none is both.
+__device__ __forceinline__ bool apart(const Side& I, const Side& J, int rows, int columns) {
+  return I.count >= rows && J.count >= columns &&
+         (I.first + rows <= J.first || J.first + columns <= I.first);
+}
+
 // What the formulas need of a row, or of a column.
 struct GramNumbers {
   Support support;
@@ -117,7 +143,7 @@ struct GramTile {
         own(row.support),
         own_f(row.factors),
         hidden(0),
-        plain(apart(I, J)) {
+        plain(apart(I, J, kGramRows, kGramColumns)) {
     const Identity own_id(I, GramShape::row());
     if (plain && p.ids) {
       SUPCLAP_UNROLL
@@ -125,7 +151,7 @@ struct GramTile {
         if (own_id.id == J.ids[GramShape::column(n)]) hidden |= 1u << n;
       plain = uniform(warp_max(hidden ? 1.0f : 0.0f) == 0);
     }
-    if (apart(I, J)) return;
+    if (apart(I, J, kGramRows, kGramColumns)) return;
     SUPCLAP_UNROLL
     for (int n = 0; n < GramShape::kColumns; ++n) {
       const Identity other(J, GramShape::column(n));
@@ -134,12 +160,6 @@ struct GramTile {
       if (p.stats && own_id.index >= 0 && own_id.index == other.index)
         row_of(p, kPanelPositive, own_id.index) = k2 * products(c, n).S + b;
     }
-  }
-
-  // Whether all rows and columns are there, and none is both.
-  __device__ static bool apart(const Side& I, const Side& J) {
-    return I.count >= kGramRows && J.count >= kGramColumns &&
-           (I.first + kGramRows <= J.first || J.first + kGramColumns <= I.first);
   }
 
   // hopper.cuh's places: texts in rows 0-7 of a warp's 16, audios in 8-15; columns likewise.
@@ -172,12 +192,6 @@ __device__ __forceinline__ Value join_columns(Value (&column)[kCount], const Joi
   }
   return column[0];
 }
-
-// Where a tile leaves its partial results, of rows and of columns.
-struct GramSlots {
-  Slot part_i, part_j, sums_i, sums_j;
-  bool statistics;  // else the sums alone
-};
 
 // Where each warp leaves what it knows of a column, plane by plane.
 template <int kCount>

@@ -61,25 +61,23 @@ def larger_of(inputs: Inputs, options: Options) -> Backend:
     return larger(inputs.audio.dtype, inputs.radius is not None, options)
 
 
-class Sums:
-    """What a launch leaves for the gradients: parts of one buffer, by their addresses."""
+def sums_elements(N: Any, width: int) -> Any:
+    """Length of the buffer in which a launch leaves what backward needs for the gradients."""
+    return 2 * N * width + (SUMS + 2) * N + 2
 
-    @staticmethod
-    def size(N: Any, width: int) -> Any:
-        return 2 * N * width + (SUMS + 2) * N + 2
 
-    @staticmethod
-    def give(given: Given, buffer: Tensor, needs: tuple[bool, ...]) -> None:
-        N, width = given.problem.N, given.problem.width
-        dT = buffer.data_ptr()
-        dA = dT + 4 * N * width
-        sums = dA + 4 * N * width
-        omega = sums + 4 * (SUMS + 1) * N
-        unit = omega + 4 * N
-        given.problem.give(
-            dT=dT if needs[1] else 0, dA=dA if needs[0] else 0,
-            sums=sums, omega=omega, unit=unit, counter=unit + 4,
-        )  # fmt: skip
+def give_sums(given: Given, buffer: Tensor, needs: tuple[bool, ...]) -> None:
+    """The parts of that buffer, by their addresses."""
+    N, width = given.problem.N, given.problem.width
+    dT = buffer.data_ptr()
+    dA = dT + 4 * N * width
+    sums = dA + 4 * N * width
+    omega = sums + 4 * (SUMS + 1) * N
+    unit = omega + 4 * N
+    given.problem.give(
+        dT=dT if needs[1] else 0, dA=dA if needs[0] else 0,
+        sums=sums, omega=omega, unit=unit, counter=unit + 4,
+    )  # fmt: skip
 
 
 def launch(given: Given, loss: Tensor | None, gradient: bool) -> Tensor:
@@ -105,7 +103,7 @@ class Single(Backend):
         panel = larger(dtype, has_radius, options).saved_elements(
             N, D, dtype, has_radius, options, keep
         )
-        single = Sums.size(N, width_of(D, dtype))
+        single = sums_elements(N, width_of(D, dtype))
         if options.reduction == "none":
             single = PLACEHOLDER
         fits = torch.sym_min(1, limit_of(D, dtype, has_radius, options) // N)
@@ -136,9 +134,9 @@ class Single(Backend):
         gradient = any(needs) and not per_row
         state = torch.empty(STATE_ROWS, N, dtype=torch.float32, device=inputs.audio.device)
         loss = state.new_empty(N if per_row else ())
-        saved = state.new_empty(Sums.size(N, width) if gradient else PLACEHOLDER)
+        saved = state.new_empty(sums_elements(N, width) if gradient else PLACEHOLDER)
         if gradient:
-            Sums.give(given, saved, needs)
+            give_sums(given, saved, needs)
         else:
             saved.zero_()  # no output is undefined
         terms = state.new_empty(6, N) if options.stats else None
@@ -168,16 +166,16 @@ class Single(Backend):
         address = given.kept(upstream)
         if options.reduction == "none":
             N = len(inputs.audio)
-            saved = state.new_empty(Sums.size(N, given.problem.width))
+            saved = state.new_empty(sums_elements(N, given.problem.width))
             state, rows = torch.empty_like(state), state.new_empty(N)
             given.problem.per_row_upstream, given.problem.stats = True, False
             given.problem.upstream = address
             given.set(state=state, row_loss=rows)
-            Sums.give(given, saved, needs)
+            give_sums(given, saved, needs)
             launch(given, None, True)
         else:
             given.problem.give(after=address, state=state.data_ptr())
-            Sums.give(given, saved, needs)
+            give_sums(given, saved, needs)
         return self.finish(given, needs)
 
     def finish(self, given: Given, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -217,7 +215,7 @@ class Single(Backend):
         p.text_n = p.audio_n = width
         p.text_d = p.audio_d = 1
         scratch = int(module.plan_single(p, True, SIDE).scratch)
-        state, sums = 4 * STATE_ROWS * N, 4 * Sums.size(N, width)
+        state, sums = 4 * STATE_ROWS * N, 4 * sums_elements(N, width)
         returned, rows = 2 * N * D * dtype.itemsize, 4 * 3 * N
         if options.reduction == "none":  # the loss alone, and in backward everything again
             return 2 * state + sums + 4 * N + max(scratch, returned + rows) - returned

@@ -87,6 +87,14 @@ def panel_weights(
     )  # fmt: skip
 
 
+@triton.jit
+def slots_at(start, slots, x, inside, count, SLOTS: tl.constexpr):
+    """Of the rows x in SLOTS slots from `start` on: whether they are there, and where in a plane."""
+    slot = start + tl.arange(0, SLOTS)
+    there = inside[None, :] & (slot < slots)[:, None]
+    return there, slot.to(tl.int64)[:, None] * count + x[None, :]
+
+
 @triton.jit(do_not_specialize=["slots", "count", "first", "N", "used"])
 def merge_statistics(
     part,  # (5, 2, slots, count) float32: partial m, l
@@ -108,9 +116,7 @@ def merge_statistics(
     plane = slots.to(tl.int64) * count
     source = part + 2 * direction * plane
     for start in range(0, slots, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        there = inside[None, :] & (slot < slots)[:, None]
-        where = slot.to(tl.int64)[:, None] * count + x[None, :]
+        there, where = slots_at(start, slots, x, inside, count, SLOTS)
         m_new = tl.load(source + where, mask=there, other=HIDDEN)
         l_new = tl.load(source + plane + where, mask=there, other=0.0)
         if direction == SIMILARITY:
@@ -141,8 +147,6 @@ def merge_sums(
     total = tl.load(at, mask=inside, other=0.0)
     source = part + which.to(tl.int64) * slots * count
     for start in range(0, slots, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        there = inside[None, :] & (slot < slots)[:, None]
-        where = slot.to(tl.int64)[:, None] * count + x[None, :]
+        there, where = slots_at(start, slots, x, inside, count, SLOTS)
         total += tl.sum(tl.load(source + where, mask=there, other=0.0), 0)
     tl.store(at, total, mask=inside)

@@ -43,6 +43,14 @@ def case_of(mode: dict[str, str], options: dict[str, Any] | None = None, **field
     return Case(dtype=torch.bfloat16, options={**(options or {}), **chosen}, **fields)
 
 
+def check(case: Case, inputs: Inputs, workspace: int) -> None:
+    """Inputs that no case describes, against the specification."""
+    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
+    options = {"backend": "cuda", "workspace": workspace, **case.options}
+    result = evaluate(fused_svr_loss, inputs, **options)
+    assert not violations(result, exact, base, floors(case, inputs, exact))
+
+
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, device: None) -> Iterator[Guard]:
     """Nothing fits on the chip; tile pairs of 128; working memory inside NaN."""
@@ -98,9 +106,7 @@ def test_logits_too_far_apart_for_one_reference(mode, guard, device):
     case = case_of(mode, **fields)
     inputs = make_inputs(case)
     inputs.audio[5::37] *= -1
-    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
-    result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=0, **case.options)
-    assert not violations(result, exact, base, floors(case, inputs, exact))
+    check(case, inputs, workspace=0)
 
 
 @by_mode
@@ -116,12 +122,6 @@ ALONE = [mode for mode in MODES if "radius" in mode]
 by_alone = pytest.mark.parametrize("mode", ALONE, ids=str)
 
 
-def check_places(case: Case, inputs: Inputs) -> None:
-    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
-    result = evaluate(fused_svr_loss, inputs, backend="cuda", workspace=2**26, **case.options)
-    assert not violations(result, exact, base, floors(case, inputs, exact))
-
-
 @by_alone
 @pytest.mark.parametrize("side", [256, 512])
 @pytest.mark.parametrize("fields", [{}, {"duplicates": True}, {"scale": 200.0}], ids=str)
@@ -130,7 +130,7 @@ def test_places_without_a_hidden_pair(mode, fields, side, guard, device, monkeyp
     device.set(2, 1, 0)
     monkeypatch.setattr(tiles, "GPU_TILE", side)
     case = case_of(mode, N=530, D=40, gap=0.05, seed=1, **fields)
-    check_places(case, make_inputs(case))
+    check(case, make_inputs(case), workspace=2**26)
 
 
 @by_alone
@@ -145,4 +145,4 @@ def test_places_with_logits_too_far_apart(mode, tower, guard, device, monkeypatc
     for x in (inputs.audio, inputs.text):
         x.copy_(normalize(0.3 * x.float() + 40**-0.5, dim=1))
     getattr(inputs, tower)[5::37] *= -1
-    check_places(case, inputs)
+    check(case, inputs, workspace=2**26)
