@@ -89,7 +89,7 @@ def panel_weights(
 
 @triton.jit
 def slots_at(start, slots, x, inside, count, SLOTS: tl.constexpr):
-    """Of the rows x in SLOTS slots from `start` on: whether they are there, and where in a plane."""
+    """Of the rows x in SLOTS slots from `start` on: if they are there, and where in a plane."""
     slot = start + tl.arange(0, SLOTS)
     there = inside[None, :] & (slot < slots)[:, None]
     return there, slot.to(tl.int64)[:, None] * count + x[None, :]
