@@ -120,3 +120,10 @@ def test_fake_tensors():
         fakes = [mode.from_tensor(x).requires_grad_() for x in (audio, text)]
         gradients = torch.autograd.grad(loss(*fakes), fakes)
     assert [x.shape for x in gradients] == [audio.shape, text.shape]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_is_an_error_and_never_a_constant():
+    """torch.jit cannot record the operators' options: it must not record their result instead."""
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Tracing a list of bool"):
+        torch.jit.trace(loss, tuple(x.detach() for x in rows()), check_trace=False)
