@@ -1,4 +1,7 @@
 // Launcher of gram.cuh, for sm_90a.
+#include <algorithm>
+#include <utility>
+
 #include "cuda/cross.cuh"
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
@@ -10,7 +13,14 @@ namespace {
 static_assert(kGramShared == sizeof(GramShared<GramColumns>) + alignof(GramPipe));
 static_assert(kGramShared >= sizeof(GramShared<CrossColumns>) + alignof(GramPipe));
 
-// Boxes of `rows` x 64 of an operand [N, width], with the 128-byte swizzle.
+// Tensors of 16-bit elements and boxes of them, as copies with the 128-byte swizzle see them: the
+// first dimension is that of neighbours, strides are in elements.
+struct Boxes {
+  const void* start;
+  int64_t size[4], stride[4];
+  int box[4], rank;
+};
+
 #ifdef __CUDACC__
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -27,27 +37,44 @@ Encode encoder() {
   return error == cudaSuccess ? reinterpret_cast<Encode>(found) : nullptr;
 }
 
-std::string tensor_map(const Problem& p, const void* X, int rows, TensorMap& map) {
+std::string tensor_map(const Problem& p, const Boxes& of, TensorMap& map) {
   static const Encode encode = encoder();
   if (!encode) return "gram_tile: the driver has no cuTensorMapEncodeTiled";
   const auto type =
       p.dtype == kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t size[] = {cuuint64_t(p.width), cuuint64_t(p.N)};
-  const cuuint64_t stride[] = {cuuint64_t(p.width) * 2};
-  const cuuint32_t box[] = {kGramDepth, cuuint32_t(rows)}, step[] = {1, 1};
+  cuuint64_t size[4], stride[4];  // those of the first dimension are not told
+  cuuint32_t box[4], step[4];
+  for (int n = 0; n < 4; ++n)
+    size[n] = of.size[n], stride[n] = of.stride[n] * 2, box[n] = of.box[n], step[n] = 1;
   const CUresult result =
-      encode(&map, type, 2, const_cast<void*>(X), size, stride, box, step,
+      encode(&map, type, of.rank, const_cast<void*>(of.start), size, stride + 1, box, step,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return "";
   return "gram_tile: cuTensorMapEncodeTiled: error " + std::to_string(int(result));
 }
 #else
-std::string tensor_map(const Problem& p, const void* X, int rows, TensorMap& map) {
-  map = {X, p.N, p.width, rows, kGramDepth};
+std::string tensor_map(const Problem&, const Boxes& of, TensorMap& map) {
+  map.start = of.start;
+  for (int n = 0; n < 4; ++n)
+    map.size[n] = of.size[n], map.stride[n] = of.stride[n], map.box[n] = of.box[n];
   return "";
 }
 #endif
+
+// Boxes of `rows` x 64 of an operand [N, width].
+Boxes rows_of(const Problem& p, const void* X, int rows) {
+  return {X, {p.width, p.N, 1, 1}, {1, p.width, 0, 0}, {kGramDepth, rows, 1, 1}, 2};
+}
+// Left operands of gram.cuh: groups of rows of two towers in turn.
+Boxes groups_of(const Problem& p, const void* first, const void* second) {
+  const int64_t between = static_cast<const char*>(second) - static_cast<const char*>(first);
+  return {first,
+          {p.width, kGroupRows, 2, p.N / kGroupRows},
+          {1, p.width, between / 2, kGroupRows * p.width},
+          {kGramDepth, kGroupRows, 2, kGramRows / kGroupRows},
+          4};
+}
 
 template <class Scalar, int kMode, bool kInfonce>
 std::string launch_sweep(const Problem& p, const GramMaps& maps, const PanelTile& tile,
@@ -93,18 +120,18 @@ std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratc
   GramMaps maps;
   const int left = p.mode == kNone ? kCrossRows : kGroupRows;
   const int right = p.mode == kNone ? kCrossColumns : kGramColumns;
-  struct {
-    const void* X;
-    int rows;
-    TensorMap& map;
-  } wanted[] = {{p.T, left, maps.text_left},
-                {p.A, left, maps.audio_left},
-                {p.T, right, maps.text_right},
-                {p.A, right, maps.audio_right}};
-  for (const auto& one : wanted) {
-    const std::string error = tensor_map(p, one.X, one.rows, one.map);
+  const std::pair<Boxes, TensorMap*> wanted[] = {{rows_of(p, p.T, left), &maps.text_left},
+                                                 {rows_of(p, p.A, left), &maps.audio_left},
+                                                 {rows_of(p, p.T, right), &maps.text_right},
+                                                 {rows_of(p, p.A, right), &maps.audio_right}};
+  for (const auto& [boxes, map] : wanted) {
+    const std::string error = tensor_map(p, boxes, *map);
     if (!error.empty()) return error;
   }
+  maps.audio_first = p.A < p.T;
+  const auto [first, second] = std::minmax(p.T, p.A);
+  // Towers too far apart in memory have none.
+  maps.whole = p.mode != kNone && tensor_map(p, groups_of(p, first, second), maps.left).empty();
   if (p.dtype == kBfloat16) return by_mode<Bfloat16>(p, maps, tile, scratch, stream);
   return by_mode<Float16>(p, maps, tile, scratch, stream);
 }

@@ -23,10 +23,13 @@ constexpr int kGroupRows = 8, kGroupBytes = kGroupRows * 128;
 struct GramMaps {
   TensorMap text_left, audio_left;    // boxes of kGroupRows, or of kCrossRows (cross.cuh)
   TensorMap text_right, audio_right;  // and of kGramColumns, or kCrossColumns
+  TensorMap left;                     // of a whole left operand
+  bool whole;                         // there is such a map
+  bool audio_first;                   // in left operands: the tower at the lower address is
 };
 
 struct GramStage {
-  unsigned char left[2 * kGramRows * 128];     // t 0-7, a 0-7, t 8-15, ...
+  unsigned char left[2 * kGramRows * 128];     // t 0-7, a 0-7, t 8-15, ...; or a 0-7, t 0-7, ...
   unsigned char right[2][kGramColumns * 128];  // audios, texts
 };
 struct alignas(1024) GramPipe {
@@ -75,6 +78,17 @@ __device__ inline int gram_fill(GramPipe& at, int fill) {
   return slot;
 }
 
+// A left operand in pieces: where its rows are not all there, a group has fewer.
+__device__ inline void copy_left(unsigned char* to, const GramMaps& maps, int row, int column,
+                                 Mbarrier& full) {
+  const int text = maps.audio_first * kGroupBytes, audio = kGroupBytes - text;
+  SUPCLAP_ROLLED
+  for (int end = row + kGramRows; row < end; row += kGroupRows, to += 2 * kGroupBytes) {
+    copy_box(to + text, maps.text_left, row, column, full);
+    copy_box(to + audio, maps.audio_left, row, column, full);
+  }
+}
+
 // What one thread copies: the operands of the block's tiles, into the stages one after the other.
 __device__ inline void gram_copies(const Problem& p, const GramMaps& maps, const PanelTile& tile,
                                    GramPipe& at) {
@@ -87,12 +101,10 @@ __device__ inline void gram_copies(const Problem& p, const GramMaps& maps, const
       const int slot = gram_fill(at, fill);
       GramStage& stage = at.stage[slot];
       Mbarrier& full = at.full[slot];
-      for (int group = 0; group < kGramRows / kGroupRows; ++group) {
-        const int row = i + group * kGroupRows;
-        unsigned char* to = stage.left + 2 * group * kGroupBytes;
-        copy_box(to, maps.text_left, row, column, full);
-        copy_box(to + kGroupBytes, maps.audio_left, row, column, full);
-      }
+      if (maps.whole && i % kGroupRows == 0 && i + kGramRows <= p.N)
+        copy_groups(stage.left, maps.left, i / kGroupRows, column, full);
+      else
+        copy_left(stage.left, maps, i, column, full);
       copy_box(stage.right[0], maps.audio_right, j, column, full);
       copy_box(stage.right[1], maps.text_right, j, column, full);
     }
@@ -126,6 +138,17 @@ __device__ __forceinline__ void gram_products(float (&c)[kAccumulators], GramPip
   wgmma_wait<0>();
   wgmma_end(c);
   team_arrives(at.empty[(fill + steps - 1) % kGramStages]);
+}
+
+// Products as hopper.cuh has them of a left operand that starts with texts, from those of one that
+// starts with audios.
+__device__ __forceinline__ void exchange_towers(float (&c)[kAccumulators]) {
+  SUPCLAP_UNROLL
+  for (int n = 0; n < kAccumulators; n += 4) {
+    const float first[] = {c[n], c[n + 1]};
+    c[n] = c[n + 2], c[n + 1] = c[n + 3];
+    c[n + 2] = first[0], c[n + 3] = first[1];
+  }
 }
 
 template <class Scalar>
@@ -218,6 +241,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
       float c[kAccumulators];
       mbarrier_wait(at.turn[team], (round + 1 + team) & 1);
       gram_products<Scalar>(c, at, taken * steps, steps, [&] { team_arrives(at.turn[1 - team]); });
+      if (maps.audio_first) exchange_towers(c);
       at.columns[team].keep(column, logit_scale_2(p), kWeights);
       warpgroup_barrier();
       GramTile own(p, c, I, J, row, at.columns[team], kMode, tile.i0 == tile.j0);

@@ -71,6 +71,16 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int row
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(&full))
       : "memory");
 }
+// The box of a map of [groups of rows, tensors, rows, columns] from `group` on, of all tensors.
+__device__ __forceinline__ void copy_groups(void* to, const TensorMap& map, int group, int column,
+                                            Mbarrier& full) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(0), "r"(group),
+      "r"(shared_address(&full))
+      : "memory");
+}
 
 // Tells the compiler that all threads of a warp have the same number.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
@@ -150,6 +160,7 @@ SUPCLAP_WGMMA(Float16, "f16")
 #else
 
 using shim::copy_box;
+using shim::copy_groups;
 using shim::Mbarrier;
 using shim::mbarrier_arrive;
 using shim::mbarrier_expect;

@@ -1,6 +1,7 @@
 // async.h. Not instrumented under ThreadSanitizer, which is told what is read and written.
 #include "async.h"
 
+#include <array>
 #include <stdexcept>
 
 #include "fibers.h"
@@ -85,22 +86,32 @@ void mbarrier_wait(Site site, Mbarrier& at, int parity) {
   SHIM_TSAN(__tsan_acquire(tag(at, parity));)
 }
 
-void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& full) {
+namespace {
+// The box at four coordinates, of 64 columns, one row after the other.
+void copy(void* to, const TensorMap& map, std::array<int64_t, 4> at, Mbarrier& full) {
   unsigned char* shared = self().shared;
   const uint32_t start = shared_address(to);
-  if (start % 1024 || map.box_columns != 64) throw std::runtime_error("shim: no swizzled box");
+  if (start % 1024 || map.box[0] != 64) throw std::runtime_error("shim: no swizzled box");
+  const int rows = map.box[1] * map.box[2] * map.box[3];
   const auto act = [=, map = map, &full] {
     const auto* from = static_cast<const uint16_t*>(map.start);
-    for (int r = 0; r < map.box_rows; ++r)
+    for (int r = 0; r < rows; ++r)
       for (int c = 0; c < 64; ++c) {
-        const int64_t y = row + r, x = column + c;
-        const bool inside = y >= 0 && y < map.rows && x >= 0 && x < map.columns;
-        const uint16_t value = inside ? from[y * map.columns + x] : 0;
+        const int box[] = {c, r % map.box[1], r / map.box[1] % map.box[2],
+                           r / map.box[1] / map.box[2]};
+        bool inside = true;
+        int64_t element = 0;
+        for (int n = 0; n < 4; ++n) {
+          const int64_t place = at[n] + box[n];
+          inside = inside && place >= 0 && place < map.size[n];
+          element += place * map.stride[n];
+        }
+        const uint16_t value = inside ? from[element] : 0;
         memcpy(swizzled(shared, start + r * 128 + 2 * c), &value, 2);
       }
-    SHIM_TSAN(__tsan_write_range(to, map.box_rows * 128);)
+    SHIM_TSAN(__tsan_write_range(to, rows * 128);)
     SHIM_TSAN(__tsan_release(tag(full, full.phase));)
-    full.bytes -= map.box_rows * 128;
+    full.bytes -= rows * 128;
     complete(full);
   };
   std::function<void()> kept;
@@ -109,6 +120,14 @@ void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& ful
     kept = act;
   }
   later(std::move(kept));
+}
+}  // namespace
+
+void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& full) {
+  copy(to, map, {column, row, 0, 0}, full);
+}
+void copy_groups(void* to, const TensorMap& map, int group, int column, Mbarrier& full) {
+  copy(to, map, {column, 0, 0, group}, full);
 }
 
 void wgmma_m64n256k16(const Wgmma& one) { running->current->products.back().push_back(one); }

@@ -19,12 +19,13 @@ void mbarrier_arrive(Mbarrier& at);
 void mbarrier_expect(Mbarrier& at, int bytes);
 void mbarrier_wait(Site site, Mbarrier& at, int parity);
 
-struct TensorMap {  // 16-bit elements [rows, columns], boxes [box_rows, box_columns]
+struct TensorMap {  // of 16-bit elements; the first dimension is that of neighbours
   const void* start;
-  int64_t rows, columns;
-  int box_rows, box_columns;
+  int64_t size[4], stride[4];  // in elements
+  int box[4];
 };
 void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& full);
+void copy_groups(void* to, const TensorMap& map, int group, int column, Mbarrier& full);
 
 // Addresses in shared memory count from the block's first byte.
 inline uint32_t shared_address(const void* at) {

@@ -118,6 +118,19 @@ def test_tile_pairs_of_several_tiles_each_way(mode, guard, device, monkeypatch):
     verify(case, guard, "cuda", workspace=2**26)
 
 
+@by_mode
+@pytest.mark.parametrize("order", [("text", "audio"), ("audio", "text")], ids=str)
+@pytest.mark.parametrize("N", [160, 150], ids=str)
+def test_towers_in_either_order_in_memory(mode, order, N, guard, device):
+    """Their rows as given, which one copy takes of both; of N = 150 not the last ones."""
+    device.set(2, 1, 0)
+    case = case_of(mode, N=N, D=192, gap=0.1)
+    inputs = make_inputs(case)
+    memory = torch.stack([getattr(inputs, tower) for tower in order])
+    inputs = replace(inputs, **dict(zip(order, memory, strict=True)))
+    check(case, inputs, workspace=0)
+
+
 ALONE = [mode for mode in MODES if "radius" in mode]
 by_alone = pytest.mark.parametrize("mode", ALONE, ids=str)
 
