@@ -73,12 +73,14 @@ __device__ __forceinline__ void cross_epilogue(const Problem& p, const PanelTile
   const CrossSlots slots(tile, to, place);
   const bool turned = own.product.turned;
   const bool repeated = turned && own.diagonal;  // P = S^T
+  RowStore<Scalar> rows[CrossShape::kRows];
+  SUPCLAP_UNROLL
+  for (int u = 0; u < CrossShape::kRows; ++u)
+    rows[u].to = static_cast<Scalar*>(to.weights) + turned * tile.size +
+                 (place.x + CrossShape::row(u)) * tile.ld + place.y + RowStore<Scalar>::column();
   const auto store = [&](int u, int n, const float (&w)[2]) {
-    auto* block = static_cast<Scalar*>(to.weights) + turned * tile.size +
-                  int64_t(place.x) * tile.ld + place.y + CrossShape::column(0);
     // Rows and columns are padded to multiples of kGramColumns.
-    if (n < CrossShape::kColumns / 2 || own.J.count > kGramColumns)
-      store_pair(block + CrossShape::row(u) * tile.ld + GramShape::beyond(n), w);
+    if (n < CrossShape::kColumns / 2 || own.J.count > kGramColumns) rows[u].put(n, w);
   };
   if (statistics && p.stats && !repeated) cross_similarity(own, c, sums);
   if (!kInfonce) {

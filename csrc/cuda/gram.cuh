@@ -151,13 +151,33 @@ __device__ __forceinline__ void exchange_towers(float (&c)[kAccumulators]) {
   }
 }
 
+// A row's weights on their way to memory. Of each 8 columns a lane has two: with its neighbour's of
+// two times 8 it writes four next to each other, so that the lanes of a row fill 32 bytes.
 template <class Scalar>
-__device__ __forceinline__ void store_pair(Scalar* to, const float (&w)[2]) {
-  struct alignas(4) Two {
-    Scalar at[2];
-  };
-  *reinterpret_cast<Two*>(to) = {narrow<Scalar>(w[0]), narrow<Scalar>(w[1])};
-}
+struct RowStore {
+  Scalar* to;       // of column()
+  uint32_t before;  // the last two
+  __device__ static int column() {
+    const int lane = threadIdx.x % GramShape::kLanes;
+    return lane / 2 * 4 + lane % 2 * 8;
+  }
+  // Columns n and n + 1 of this lane: all lanes, in the columns' order.
+  __device__ void put(int n, const float (&w)[2]) {
+    const uint32_t low = narrow<Scalar>(w[0]).bits, high = narrow<Scalar>(w[1]).bits;
+    const uint32_t two = low | high << 16;
+    if (n % 4 == 0) {
+      before = two;
+      return;
+    }
+    const bool odd = threadIdx.x % 2;
+    const uint32_t other = shuffle_xor(odd ? before : two, 1);
+    struct alignas(8) Four {
+      uint32_t at[2];
+    };
+    *reinterpret_cast<Four*>(to + GramShape::beyond(n - 2)) =
+        odd ? Four{other, two} : Four{before, other};
+  }
+};
 
 // What a team makes of its products: sweep 1, sweep 2, or with SigLIP both.
 template <class Scalar, int kMode, bool kInfonce, bool kWeights>
@@ -169,17 +189,16 @@ __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile&
   // Where they are wanted: ahead of that they would take registers.
   const auto slots = [&] { return GramSlots(tile, to, place); };
   const ColumnScratch scratch{{memory}, !kInfonce && !(statistics && p.stats)};
-  const int64_t first = (place.x + GramShape::row()) * tile.ld + place.y + GramShape::column(0);
-  Scalar* blocks[4];
+  RowStore<Scalar> rows[4];
   SUPCLAP_UNROLL
   for (int n = 0; n < 4; ++n)
-    blocks[n] = static_cast<Scalar*>(to.weights) + first + (n - (n > 0 && diagonal)) * tile.size;
+    rows[n].to = static_cast<Scalar*>(to.weights) + (n - (n > 0 && diagonal)) * tile.size +
+                 (place.x + GramShape::row()) * tile.ld + place.y + RowStore<Scalar>::column();
   const auto store = [&](int column, const float (&w)[4][2]) {
-    const auto put = [&](int n) { store_pair(blocks[n] + GramShape::beyond(column), w[n]); };
-    put(0);
-    if (!again(diagonal)) put(1);  // else the compiler makes two of everything
-    put(2);
-    if (kMode == kMirror) put(3);
+    rows[0].put(column, w[0]);
+    if (!again(diagonal)) rows[1].put(column, w[1]);  // else the compiler makes two of everything
+    rows[2].put(column, w[2]);
+    if (kMode == kMirror) rows[3].put(column, w[3]);
   };
   const bool plain = uniform(own.plain) && !(statistics && p.stats);
   if (!kInfonce && plain) {
