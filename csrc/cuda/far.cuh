@@ -47,22 +47,32 @@ __device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t
 // index [N], *count: the far rows, in order. Called by one block.
 __device__ __noinline__ inline void list_far(const Problem& p, int* index, int* count,
                                              int* scratch) {
+  constexpr int kEach = 8;  // neighbours of a thread
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int total = 0;
   SUPCLAP_ROLLED
-  for (int64_t first = 0; first < p.N; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    const bool far = i < p.N && is_far(p, i);
-    const unsigned votes = __ballot_sync(0xffffffffu, far);
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (lane == 0) scratch[warp] = __popc(votes);
+  for (int64_t first = 0; first < p.N; first += kThreads * kEach) {
+    const int64_t own = first + threadIdx.x * kEach;
+    bool far[kEach];
+    SUPCLAP_UNROLL
+    for (int e = 0; e < kEach; ++e) far[e] = own + e < p.N && is_far(p, own + e);
+    int lower = 0, all = 0;  // far rows of the lanes below this one, of the warp
+    SUPCLAP_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const unsigned votes = __ballot_sync(0xffffffffu, far[e]);
+      lower += __popc(votes & ((1u << lane) - 1)), all += __popc(votes);
+    }
+    if (lane == 0) scratch[warp] = all;
     __syncthreads();
-    int before = total;
+    int at = total + lower;
     SUPCLAP_ROLLED
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) before += scratch[w];
+      if (w < warp) at += scratch[w];
       total += scratch[w];
     }
-    if (far) index[before + __popc(votes & ((1u << lane) - 1))] = int(i);
+    SUPCLAP_UNROLL
+    for (int e = 0; e < kEach; ++e)
+      if (far[e]) index[at++] = int(own + e);
     __syncthreads();
   }
   if (threadIdx.x == 0) *count = total;

@@ -67,14 +67,19 @@ struct RowTerms {
   }
 };
 
-// Everything one block needs to finish a row.
+// Everything a warp or a whole block needs to finish a row.
 template <class Scalar>
 struct FinishRow {
   const Problem& p;
+  int team;                            // threads
   const Scalar *text, *audio;          // the pair as given
   double text_inverse, audio_inverse;  // 1 / length
   float factor, scale;
-  float* scratch;  // [kWarps]
+  float* scratch;  // [kWarps], of a block
+
+  __device__ float sum(float x) const {
+    return team == kWarp ? warp_sum(x) : block_sum(x, scratch);
+  }
 
   __device__ float mixed(const float* total, float of_t, float of_a, float of_e, int64_t d) const {
     const float t = widen(operand(text[d * p.text_d], text_inverse, p.normalize));
@@ -88,14 +93,15 @@ struct FinishRow {
                        int64_t stride, double inverse, void* out, int64_t i) const {
     const float over = float(inverse);
     float inward = 0;
+    const int first = threadIdx.x % team;
     if (p.normalize) {
-      SUPCLAP_ROLLED
-      for (int64_t d = threadIdx.x; d < p.D; d += kThreads)
+      SUPCLAP_UNROLL_BY(4)
+      for (int64_t d = first; d < p.D; d += team)
         inward += mixed(total, of_t, of_a, of_e, d) * widen(X[d * stride]);
-      inward = block_sum(inward, scratch) * over * over;
+      inward = sum(inward) * over * over;
     }
     SUPCLAP_UNROLL_BY(4)
-    for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
+    for (int64_t d = first; d < p.D; d += team) {
       float g = mixed(total, of_t, of_a, of_e, d);
       if (p.normalize) g = (g - inward * widen(X[d * stride])) * over;
       if (p.out_single)
@@ -106,12 +112,12 @@ struct FinishRow {
   }
 };
 
-// Gradients of row i.
+// Gradients of row i, by a team of so many threads.
 template <class Scalar>
-__device__ void finish_row(const Problem& p, int64_t i, float* scratch) {
+__device__ void finish_row(const Problem& p, int64_t i, int team, float* scratch) {
   const RowTerms terms(p, i);
   const float scale = p.after ? *p.after : 1;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x % team == 0) {
     p.row_scalars[i] = scale * terms.dk;
     p.row_scalars[p.N + i] = scale * terms.db;
     if (p.row_radius) p.row_radius[i] = scale * terms.dR;
@@ -122,7 +128,7 @@ __device__ void finish_row(const Problem& p, int64_t i, float* scratch) {
   const double text_inverse = p.normalize ? inverse_length(text, p.text_d, p.D) : 1;
   const double audio_inverse = p.normalize ? inverse_length(audio, p.audio_d, p.D) : 1;
   const FinishRow<Scalar> row{
-      p, text, audio, text_inverse, audio_inverse, p.scale[0] * p.unit[0], scale, scratch};
+      p, team, text, audio, text_inverse, audio_inverse, p.scale[0] * p.unit[0], scale, scratch};
   if (p.out_text)
     row.side(p.dT + i * p.width, terms.t_t, terms.t_a, terms.t_e, text, p.text_d, text_inverse,
              p.out_text, i);
@@ -136,7 +142,7 @@ __device__ inline void finish_scalars(const Problem& p, double* scratch) {
   const auto add = [&](const float* rows, float* out) {
     if (!out) return;
     double sum = 0;
-    SUPCLAP_ROLLED
+    SUPCLAP_UNROLL_BY(8)
     for (int64_t i = threadIdx.x; i < p.N; i += kThreads) sum += rows[i];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) *out = float(sum);

@@ -64,15 +64,16 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
   }
 }
 
-// A block a row; the last block adds up dk, db and dR.
+// A warp or a block (`team` threads) a row; the last block adds up dk, db and dR.
 template <class Scalar>
-__global__ void __launch_bounds__(kThreads, 1)
-    finish_gradients_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 3)
+    finish_gradients_kernel(const __grid_constant__ Problem p, int team) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
-  finish_row<Scalar>(p, blockIdx.x, scratch);
+  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / team;
+  if (i < p.N) finish_row<Scalar>(p, i, team, scratch);
+  __syncthreads();
   auto* last = reinterpret_cast<int*>(memory);
-  // This thread wrote the row's scalars itself.
   if (threadIdx.x == 0) *last = arrive_last(p.counter, gridDim.x);
   __syncthreads();
   const bool is_last = *last;

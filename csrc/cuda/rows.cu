@@ -43,9 +43,12 @@ std::string start_gradients(const Problem& p, Stream stream) {
 }
 
 std::string finish_gradients(const Problem& p, Stream stream) {
-  const Grid grid{unsigned(p.N), kWarps * sizeof(double)};
+  // Few rows are done soonest by a block each, many by a warp each.
+  const int team = p.N > kWarps * int64_t(multiprocessors()) ? kWarp : kThreads;
+  const Grid grid{blocks_for(p.N, kThreads / team), kWarps * sizeof(double)};
   return by_dtype(p.dtype, [&](auto scalar) {
-    return launch("finish_gradients", finish_gradients_kernel<decltype(scalar)>, grid, stream, p);
+    return launch("finish_gradients", finish_gradients_kernel<decltype(scalar)>, grid, stream, p,
+                  team);
   });
 }
 
