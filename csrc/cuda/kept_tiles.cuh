@@ -96,26 +96,48 @@ struct KeptTiles {
     Support others[kC];
     SUPCLAP_UNROLL
     for (int c = 0; c < kC; ++c) others[c] = Support(other, Shape::column(c), p.mode);
+    // Two rows and two directions at once: each is a chain of exchanges between lanes.
+    constexpr int kRows = Shape::kRows < 2 ? 1 : 2;
     SUPCLAP_ROLLED
-    for (int r = 0; r < Shape::kRows; ++r) {
+    for (int r = 0; r < Shape::kRows; r += kRows) {
       const int x = Shape::row() + r;
-      const Support support(own, x, p.mode);
-      Products z[kC];
+      Products z[kRows][kC];
+      Support support[kRows];
       SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), turned);
-      SUPCLAP_ROLLED
-      for (int d = 0; d < kDirections; ++d) {
-        if (!has_direction(p.mode, d)) continue;
-        float logit[kC];
+      for (int u = 0; u < kRows; ++u) {
+        support[u] = Support(own, x + u, p.mode);
         SUPCLAP_UNROLL
-        for (int c = 0; c < kC; ++c)
-          logit[c] = direction_logit(d, p.mode, z[c], support, others[c], b);
-        const LogSum sum = row_log_sum<Shape>(logit, d, kInfonce);
-        if (writes && x < own.count) to_slot.put(2 * d, x, sum);
+        for (int c = 0; c < kC; ++c) z[u][c] = read(tiles, x + u, Shape::column(c), turned);
+      }
+      SUPCLAP_UNROLL
+      for (int first = 0; first < kDirections; first += 2) {
+        if (!has_direction(p.mode, first)) continue;
+        LogSum sum[kRows][2];
+        SUPCLAP_UNROLL
+        for (int u = 0; u < kRows; ++u) {
+          SUPCLAP_UNROLL
+          for (int n = 0; n < 2; ++n) {
+            float logit[kC];
+            SUPCLAP_UNROLL
+            for (int c = 0; c < kC; ++c)
+              logit[c] = direction_logit(first + n, p.mode, z[u][c], support[u], others[c], b);
+            sum[u][n] = row_log_sum<Shape>(logit, first + n, kInfonce);
+          }
+        }
+        SUPCLAP_UNROLL
+        for (int u = 0; u < kRows; ++u) {
+          SUPCLAP_UNROLL
+          for (int n = 0; n < 2; ++n)
+            if (writes && x + u < own.count && has_direction(p.mode, first + n))
+              to_slot.put(2 * (first + n), x + u, sum[u][n]);
+        }
       }
       if (!p.stats || turned) continue;
-      const LogSum sum = row_similarity<Shape>(z, own_tile == other_tile);
-      if (writes && x < own.count) to_slot.put(kSimilarity, x, sum);
+      SUPCLAP_UNROLL
+      for (int u = 0; u < kRows; ++u) {
+        const LogSum sum = row_similarity<Shape>(z[u], own_tile == other_tile);
+        if (writes && x + u < own.count) to_slot.put(kSimilarity, x + u, sum);
+      }
     }
   }
 

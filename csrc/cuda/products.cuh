@@ -4,8 +4,8 @@
 //     similarity   X_I Y_J^T, both operands [row, k]: the tiles of one pair
 //     gradient     M^T V, both operands [k, column]: sums of weighted rows
 //
-// A block is cut into teams that each cover a whole tile and share the depth k; their sums are
-// added in order.
+// A block is cut into teams that each cover a whole tile and share the depth k; sum_teams adds
+// their sums, in order.
 #pragma once
 
 #include <type_traits>
@@ -16,20 +16,27 @@ namespace supclap::cuda {
 
 // A tile on its way from device memory through registers to shared memory: the next one is loaded
 // while this one is multiplied.
-template <class Scalar, int kTileRows, int kTileColumns>
+template <class Scalar, int kTileRows, int kTileColumns, bool kTransposed = false>
 struct Mover {
   using Piece = Vector<Scalar>;
   static constexpr int kAcross = kTileColumns / Piece::size;
   static constexpr int kPieces = kTileRows * kAcross;
   static constexpr int kEach = (kPieces + kThreads - 1) / kThreads;
+  static_assert(!kTransposed || kAcross % 2 == 0);
   Piece held[kEach];
+
+  // Where piece e is. Transposed, two neighbours of a row are next to those of the next row: whole
+  // sectors of memory, and different banks.
+  __device__ static int row(int e) { return kTransposed ? e / 2 % kTileRows : e / kAcross; }
+  __device__ static int column(int e) {
+    return (kTransposed ? e / (2 * kTileRows) * 2 + e % 2 : e % kAcross) * Piece::size;
+  }
 
   // Rows and columns beyond what is there are zeros; columns come in whole pieces.
   __device__ void load(const Scalar* from, int64_t ld, int64_t rows, int64_t columns) {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
-      const int e = threadIdx.x + n * kThreads, row = e / kAcross,
-                column = e % kAcross * Piece::size;
+      const int e = threadIdx.x + n * kThreads, row = Mover::row(e), column = Mover::column(e);
       if (e < kPieces && row < rows && column < columns)
         held[n] = load_vector(from + row * ld + column);
       else
@@ -38,12 +45,10 @@ struct Mover {
     }
   }
   // to [kTileRows, pitch], or, transposed, [kTileColumns, pitch].
-  template <bool kTransposed>
   __device__ void store(Scalar* to, int pitch) const {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
-      const int e = threadIdx.x + n * kThreads, row = e / kAcross,
-                column = e % kAcross * Piece::size;
+      const int e = threadIdx.x + n * kThreads, row = Mover::row(e), column = Mover::column(e);
       if (e >= kPieces) continue;
       if (!kTransposed)
         store_vector(to + row * pitch + column, held[n]);
@@ -54,6 +59,30 @@ struct Mover {
   }
 };
 
+// Bytes of a row that a step of a similarity takes: little enough for the operands of large tiles
+// to be where their products go.
+template <int B>
+constexpr int kStepBytes = B == 64 ? 128 : 16384 / B;
+
+// A result: the teams' sums, added in order. Calls put(i, j, value), row by row; `parts`
+// [Multiply::kParts] are free again. Ends in a barrier.
+template <int B, class Multiply, class Put>
+__device__ void sum_teams(const Multiply& product, int result, float* parts, const Put& put) {
+  constexpr int kPitch = B + 1, kTile = B * kPitch;
+  float* own = parts + Multiply::team() * kTile;
+  product.each(result, [&](int i, int j, float value) { own[i * kPitch + j] = value; });
+  __syncthreads();
+  SUPCLAP_UNROLL_BY(4)
+  for (int e = threadIdx.x; e < B * B; e += kThreads) {
+    const float* from = parts + e / B * kPitch + e % B;
+    float sum = from[0];
+    SUPCLAP_UNROLL
+    for (int team = 1; team < Multiply::kTeams; ++team) sum += from[team * kTile];
+    put(e / B, e % B, sum);
+  }
+  __syncthreads();
+}
+
 // ---------------------------------------------------------------- CUDA cores
 
 // A thread has 4 x 4 elements of each result.
@@ -61,12 +90,13 @@ template <class Scalar, int B, int kResults>
 struct Product {
   static_assert(sizeof(Scalar) == 4);
   // Operands [k, kPitch], whole rows of 16 bytes.
-  static constexpr int kSimilarityDepth = 1024 / B, kGradientDepth = 32;
+  static constexpr int kSimilarityDepth = kStepBytes<B> / 4, kGradientDepth = 32;
   static constexpr int kSimilarityPitch = B + 4, kGradientPitch = B + 4;
   static constexpr bool kTransposed = true;  // of similarity operands in shared memory
   static constexpr int kSimilarityOperand = kSimilarityDepth * kSimilarityPitch;
   static constexpr int kGradientOperand = kGradientDepth * kGradientPitch;
   static constexpr int kTeam = B / 4 * (B / 4), kTeams = kThreads / kTeam;
+  static constexpr int kParts = kTeams * B * (B + 1);
 
   float sum[kResults][4][4] = {};
 
@@ -89,9 +119,9 @@ struct Product {
     }
   }
 
-  // S, P (off the diagonal), Q and K of one depth; operands T_I, A_I, T_J, A_J.
-  __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal) {
-    for (int k = team(); k < kSimilarityDepth; k += kTeams) {
+  // S, P (off the diagonal), Q and K of so many columns; operands T_I, A_I, T_J, A_J.
+  __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal, int depth) {
+    for (int k = team(); k < depth; k += kTeams) {
       const int at = k * kSimilarityPitch;
       const Piece t_i(operand[0] + at + row()), a_i(operand[1] + at + row());
       const Piece t_j(operand[2] + at + column()), a_j(operand[3] + at + column());
@@ -114,19 +144,13 @@ struct Product {
     }
   }
 
-  // Calls put(i, j, value, first) for this thread's elements; `first`: no team has put one there.
-  // Ends in a barrier.
+  // Calls put(i, j, value) for what this thread has.
   template <class Put>
-  __device__ void write(int result, const Put& put) const {
-    for (int t = 0; t < kTeams; ++t) {
-      if (t == team()) {
-        SUPCLAP_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          SUPCLAP_UNROLL
-          for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j], t == 0);
-        }
-      }
-      __syncthreads();
+  __device__ void each(int result, const Put& put) const {
+    SUPCLAP_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      SUPCLAP_UNROLL
+      for (int j = 0; j < 4; ++j) put(row() + i, column() + j, sum[result][i][j]);
     }
   }
 };
@@ -139,7 +163,7 @@ struct TensorProduct {
   static_assert(sizeof(Scalar) == 2);
   // Operands of a similarity [row, k], of a gradient [k, column]; 8 more elements a row keep the
   // eight rows of an ldmatrix in different banks.
-  static constexpr int kSimilarityDepth = 2048 / B, kGradientDepth = 64;
+  static constexpr int kSimilarityDepth = kStepBytes<B> / 2, kGradientDepth = 64;
   static constexpr int kSimilarityPitch = kSimilarityDepth + 8, kGradientPitch = B + 8;
   static constexpr bool kTransposed = false;
   static constexpr int kSimilarityOperand = B * kSimilarityPitch;
@@ -148,6 +172,7 @@ struct TensorProduct {
   static constexpr int kWarpsAcross = B / (8 * kAcross);         // warps beside each other
   static constexpr int kTeam = B / (16 * kDown) * kWarpsAcross;  // warps
   static constexpr int kTeams = kWarps / kTeam;
+  static constexpr int kParts = kTeams * B * (B + 1);
 
   float sum[kResults][kDown][kAcross][4] = {};
 
@@ -200,8 +225,8 @@ struct TensorProduct {
     }
   }
 
-  __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal) {
-    for (int k = 16 * team(); k < kSimilarityDepth; k += 16 * kTeams) {
+  __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal, int depth) {
+    for (int k = 16 * team(); k < depth; k += 16 * kTeams) {
       const Left t_i = Left::of_rows(operand[0], k), a_i = Left::of_rows(operand[1], k);
       const Right t_j = Right::of_rows(operand[2], k), a_j = Right::of_rows(operand[3], k);
       add(0, t_i, a_j);
@@ -216,21 +241,16 @@ struct TensorProduct {
   }
 
   template <class Put>
-  __device__ void write(int result, const Put& put) const {
-    for (int t = 0; t < kTeams; ++t) {
-      if (t == team()) {
+  __device__ void each(int result, const Put& put) const {
+    SUPCLAP_UNROLL
+    for (int i = 0; i < kDown; ++i) {
+      SUPCLAP_UNROLL
+      for (int j = 0; j < kAcross; ++j) {
         SUPCLAP_UNROLL
-        for (int i = 0; i < kDown; ++i) {
-          SUPCLAP_UNROLL
-          for (int j = 0; j < kAcross; ++j) {
-            SUPCLAP_UNROLL
-            for (int n = 0; n < 4; ++n)
-              put(row() + 16 * i + lane() / 4 + n / 2 * 8,
-                  column() + 8 * j + lane() % 4 * 2 + n % 2, sum[result][i][j][n], t == 0);
-          }
-        }
+        for (int n = 0; n < 4; ++n)
+          put(row() + 16 * i + lane() / 4 + n / 2 * 8, column() + 8 * j + lane() % 4 * 2 + n % 2,
+              sum[result][i][j][n]);
       }
-      __syncthreads();
     }
   }
 };

@@ -28,26 +28,34 @@ struct SingleLayout {
   using Similarity = ProductOf<Scalar, B, 4>;
   using Gradient = ProductOf<Scalar, B, 2>;
   static constexpr int kTile = KeptTiles<B>::kTile, kFactors = KeptTiles<B>::kFactors;
-  // What a pair needs besides its tiles: operands, then room to reduce columns in.
-  static constexpr int kStage =
-      most(4 * Similarity::kSimilarityOperand * int(sizeof(Scalar)) / 4, SingleShape<B>::kScratch);
-  static constexpr int kItem = 6 * Gradient::kGradientOperand * int(sizeof(Scalar)) / 4 + 2 * kTile;
+  static constexpr int kOperands = 4 * Similarity::kSimilarityOperand * int(sizeof(Scalar)) / 4;
+  static constexpr int kItem =
+      most(6 * Gradient::kGradientOperand * int(sizeof(Scalar)) / 4, Gradient::kParts);
 
   // Up to a multiple of 16 bytes.
   __host__ __device__ static int pair(int grams) { return ((2 + grams) * kTile + 3) / 4 * 4; }
-  // The far rows work beside the kept tiles.
-  __host__ __device__ static int stage(int64_t width) {
-    return most(kStage, int(far_scratch(width)));
+  // Behind the kept tiles: operands, which begin where a pair's tiles will be, so that what follows
+  // has no tiles yet; the teams' sums, room to reduce columns in, what the far rows need.
+  __host__ __device__ static int stage(int grams, int64_t width) {
+    return most(most(kOperands - pair(grams), Similarity::kParts),
+                most(SingleShape<B>::kScratch, int(far_scratch(width))));
   }
   __host__ __device__ static int size(int grams, int kept, int64_t width) {
-    return most(kept * pair(grams) + stage(width) + kFactors, kItem);
+    return most(kept * pair(grams) + stage(grams, width) + kFactors, kItem);
   }
 };
 
-__device__ __forceinline__ void unrank(int pair, int tiles, int& I, int& J) {
-  I = 0;
-  while (pair >= tiles - I) pair -= tiles - I++;
-  J = I + pair;
+// Pair n of a plan. Those on the diagonal, which cost half, are the first and the last: a block
+// that has one more than others has two of these.
+__device__ __forceinline__ void pair_at(int n, const SinglePlan& plan, int& I, int& J) {
+  const int first = plan.tiles / 2, last = plan.pairs - plan.tiles + first;
+  if (n < first || n >= last) {
+    I = J = n < first ? n : n - last + first;
+    return;
+  }
+  n -= first, I = 0;
+  while (n >= plan.tiles - 1 - I) n -= plan.tiles - 1 - I++;
+  J = I + 1 + n;
 }
 
 template <class Scalar, int B>
@@ -58,12 +66,13 @@ struct Single : KeptTiles<B> {
 
   __device__ Single(const Problem& p, const SinglePlan& plan, const SingleScratch& to,
                     float* memory)
-      : Tiles{p,
-              plan,
-              to,
-              memory,
-              memory + plan.kept * Layout::pair(grams_of(p)),
-              memory + plan.kept * Layout::pair(grams_of(p)) + Layout::stage(p.width)} {}
+      : Tiles{
+            p,
+            plan,
+            to,
+            memory,
+            memory + plan.kept * Layout::pair(grams_of(p)),
+            memory + plan.kept * Layout::pair(grams_of(p)) + Layout::stage(grams_of(p), p.width)} {}
 
   __device__ float* kept(int n) const { return memory + n * Layout::pair(grams()); }
   __device__ int* far_count() const { return to.far + p.N; }
@@ -89,7 +98,7 @@ struct Single : KeptTiles<B> {
     using Multiply = typename Layout::Similarity;
     constexpr int kDepth = Multiply::kSimilarityDepth;
     const bool diagonal = I == J;
-    auto* operands = reinterpret_cast<Scalar*>(stage);
+    auto* operands = reinterpret_cast<Scalar*>(tiles);
     const Scalar* source[4];
     int64_t count[4];
     Scalar* operand[4];
@@ -101,17 +110,17 @@ struct Single : KeptTiles<B> {
       operand[n] = operands + (diagonal ? n % 2 : n) * Multiply::kSimilarityOperand;
     }
     const auto loads = [&](int n) { return n < 2 || !diagonal; };
-    Mover<Scalar, B, kDepth> mover[4];
+    Mover<Scalar, B, kDepth, Multiply::kTransposed> mover[4];
     Multiply product;
     SUPCLAP_UNROLL
     for (int n = 0; n < 4; ++n)
       if (loads(n)) mover[n].load(source[n], p.width, count[n], p.width);
+    __syncthreads();
     SUPCLAP_ROLLED
     for (int64_t k = 0; k < p.width; k += kDepth) {
       SUPCLAP_UNROLL
       for (int n = 0; n < 4; ++n)
-        if (loads(n))
-          mover[n].template store<Multiply::kTransposed>(operand[n], Multiply::kSimilarityPitch);
+        if (loads(n)) mover[n].store(operand[n], Multiply::kSimilarityPitch);
       __syncthreads();
       if (k + kDepth < p.width) {
         SUPCLAP_UNROLL
@@ -119,17 +128,16 @@ struct Single : KeptTiles<B> {
           if (loads(n))
             mover[n].load(source[n] + k + kDepth, p.width, count[n], p.width - k - kDepth);
       }
-      product.similarity(operand, grams(), diagonal);
+      product.similarity(operand, grams(), diagonal,
+                         int(p.width - k < kDepth ? p.width - k : kDepth));
       __syncthreads();
     }
     SUPCLAP_UNROLL
     for (int n = 0; n < 4; ++n) {
       if ((n == 1 && diagonal) || n >= 2 + grams()) continue;
       float* tile = tiles + n * Tiles::kTile;
-      product.write(n, [&](int i, int j, float value, bool first) {
-        float& at = tile[i * Tiles::kPitch + j];
-        at = first ? value : at + value;
-      });
+      sum_teams<B>(product, n, tiles + Layout::pair(grams()),
+                   [&](int i, int j, float value) { tile[i * Tiles::kPitch + j] = value; });
     }
   }
 
@@ -160,8 +168,7 @@ struct Single : KeptTiles<B> {
     }
   }
 
-  // Rows of tile I and columns [d, d + B) of dT and dA. Shared memory is free again behind the
-  // next barrier but for the sums at its end.
+  // Rows of tile I and columns [d, d + B) of dT and dA. Ends in a barrier.
   __device__ void item(int I, int64_t d) const {
     using Multiply = typename Layout::Gradient;
     constexpr int kDepth = Multiply::kGradientDepth, kPitch = Multiply::kGradientPitch;
@@ -186,9 +193,9 @@ struct Single : KeptTiles<B> {
     for (int64_t j = 0; j < p.N; j += kDepth) {
       SUPCLAP_UNROLL
       for (int n = 0; n < 4; ++n)
-        if (used(n)) weights[n].template store<false>(operand(n), kPitch);
+        if (used(n)) weights[n].store(operand(n), kPitch);
       SUPCLAP_UNROLL
-      for (int n = 0; n < 2; ++n) rows[n].template store<false>(operand(4 + n), kPitch);
+      for (int n = 0; n < 2; ++n) rows[n].store(operand(4 + n), kPitch);
       __syncthreads();
       if (j + kDepth < p.N) load(j + kDepth);
       if (used(0)) product.gradient(0, operand(0), operand(5));
@@ -197,22 +204,14 @@ struct Single : KeptTiles<B> {
       if (used(3)) product.gradient(0, operand(3), operand(4));
       __syncthreads();
     }
-    float* sums = memory + Layout::kItem - 2 * Tiles::kTile;
     SUPCLAP_UNROLL
     for (int tower = 0; tower < 2; ++tower) {
       float* out = tower ? p.dA : p.dT;
-      float* tile = sums + tower * Tiles::kTile;
       if (!out) continue;
-      product.write(tower, [&](int i, int j, float value, bool first) {
-        float& at = tile[i * Tiles::kPitch + j];
-        at = first ? value : at + value;
+      sum_teams<B>(product, tower, memory, [&](int x, int y, float value) {
+        const int64_t i = int64_t(I) * B + x, column = d + y;
+        if (i < p.N && column < p.width) out[i * p.width + column] = value;
       });
-      SUPCLAP_ROLLED
-      for (int e = threadIdx.x; e < B * B; e += kThreads) {
-        const int64_t i = int64_t(I) * B + e / B, column = d + e % B;
-        if (i < p.N && column < p.width)
-          out[i * p.width + column] = tile[e / B * Tiles::kPitch + e % B];
-      }
     }
   }
 };
@@ -234,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int I, J;
   SUPCLAP_ROLLED
   for (int n = 0, pair = blockIdx.x; pair < plan.pairs; ++n, pair += gridDim.x) {
-    unrank(pair, plan.tiles, I, J);
+    pair_at(pair, plan, I, J);
     float* tiles = work.kept(n % plan.kept);
     work.similarity(I, J, tiles);
     if (!at_once) {
@@ -263,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   SUPCLAP_ROLLED
   for (int n = 0, pair = blockIdx.x; pair < plan.pairs; ++n, pair += gridDim.x) {
-    unrank(pair, plan.tiles, I, J);
+    pair_at(pair, plan, I, J);
     if (at_once && I != J) continue;
     if (gradient) work.row_factors(I, J, unit);
     if (I == J) work.finish_rows(I, unit, gradient);
