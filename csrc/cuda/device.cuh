@@ -18,7 +18,7 @@
 #define SUPCLAP_UNROLL_BY(count) SUPCLAP_PRAGMA(unroll(count))
 #define SUPCLAP_PRAGMA(text) _Pragma(#text)
 #else
-#include "shim.h"
+#include "async.h"
 #define SUPCLAP_SHARED(name) unsigned char* name = shim::shared_memory()
 #define SUPCLAP_UNROLL
 #define SUPCLAP_ROLLED
@@ -141,6 +141,33 @@ template <class Scalar>
 __device__ __forceinline__ void store_vector(Scalar* to, const Vector<Scalar>& value) {
   *reinterpret_cast<Vector<Scalar>*>(to) = value;
 }
+
+// ---------------------------------------------------------------- copies to shared memory
+
+#ifdef __CUDACC__
+// 16 bytes, or zeros unless they are `there`; behind the thread's back.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+      "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+      : "memory");
+}
+// Until at most so many commits of this thread are under way.
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+#else
+using shim::copies_commit;
+using shim::copy_async;
+template <int kPending>
+inline void copies_wait() {
+  shim::copies_wait(kPending);
+}
+#endif
 
 // ---------------------------------------------------------------- sums and maxima
 

@@ -85,6 +85,7 @@ struct KeptTiles {
   }
 
   // Partial (m, l) of the rows of tile `own` over those of tile `other`; `turned`: own is J.
+  // Slots have room for what no row or no direction of the mode reads.
   template <bool kInfonce>
   __device__ __noinline__ void side_statistics(int own_tile, int other_tile, const float* tiles,
                                                bool turned) const {
@@ -128,15 +129,14 @@ struct KeptTiles {
         for (int u = 0; u < kRows; ++u) {
           SUPCLAP_UNROLL
           for (int n = 0; n < 2; ++n)
-            if (writes && x + u < own.count && has_direction(p.mode, first + n))
-              to_slot.put(2 * (first + n), x + u, sum[u][n]);
+            if (writes) to_slot.put(2 * (first + n), x + u, sum[u][n]);
         }
       }
       if (!p.stats || turned) continue;
       SUPCLAP_UNROLL
       for (int u = 0; u < kRows; ++u) {
         const LogSum sum = row_similarity<Shape>(z[u], own_tile == other_tile);
-        if (writes && x + u < own.count) to_slot.put(kSimilarity, x + u, sum);
+        if (writes) to_slot.put(kSimilarity, x + u, sum);
       }
     }
   }

@@ -59,6 +59,20 @@ struct Mover {
   }
 };
 
+// A tile straight to shared memory [kTileRows, pitch], where it is once the copies are waited for.
+template <int kTileRows, int kTileColumns, class Scalar>
+__device__ __forceinline__ void copy_tile(Scalar* to, int pitch, const Scalar* from, int64_t ld,
+                                          int64_t rows, int64_t columns) {
+  using Source = Mover<Scalar, kTileRows, kTileColumns>;
+  SUPCLAP_UNROLL
+  for (int n = 0; n < Source::kEach; ++n) {
+    const int e = threadIdx.x + n * kThreads, row = Source::row(e), column = Source::column(e);
+    const bool there = row < rows && column < columns;
+    if (e < Source::kPieces)
+      copy_async(to + row * pitch + column, there ? from + row * ld + column : from, there);
+  }
+}
+
 // Bytes of a row that a step of a similarity takes: little enough for the operands of large tiles
 // to be where their products go.
 template <int B>
@@ -90,7 +104,7 @@ template <class Scalar, int B, int kResults>
 struct Product {
   static_assert(sizeof(Scalar) == 4);
   // Operands [k, kPitch], whole rows of 16 bytes.
-  static constexpr int kSimilarityDepth = kStepBytes<B> / 4, kGradientDepth = 32;
+  static constexpr int kSimilarityDepth = kStepBytes<B> / 4, kGradientDepth = B == 64 ? 16 : 32;
   static constexpr int kSimilarityPitch = B + 4, kGradientPitch = B + 4;
   static constexpr bool kTransposed = true;  // of similarity operands in shared memory
   static constexpr int kSimilarityOperand = kSimilarityDepth * kSimilarityPitch;
@@ -163,7 +177,7 @@ struct TensorProduct {
   static_assert(sizeof(Scalar) == 2);
   // Operands of a similarity [row, k], of a gradient [k, column]; 8 more elements a row keep the
   // eight rows of an ldmatrix in different banks.
-  static constexpr int kSimilarityDepth = kStepBytes<B> / 2, kGradientDepth = 64;
+  static constexpr int kSimilarityDepth = kStepBytes<B> / 2, kGradientDepth = B == 64 ? 32 : 64;
   static constexpr int kSimilarityPitch = kSimilarityDepth + 8, kGradientPitch = B + 8;
   static constexpr bool kTransposed = false;
   static constexpr int kSimilarityOperand = B * kSimilarityPitch;

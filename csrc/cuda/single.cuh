@@ -29,8 +29,10 @@ struct SingleLayout {
   using Gradient = ProductOf<Scalar, B, 2>;
   static constexpr int kTile = KeptTiles<B>::kTile, kFactors = KeptTiles<B>::kFactors;
   static constexpr int kOperands = 4 * Similarity::kSimilarityOperand * int(sizeof(Scalar)) / 4;
-  static constexpr int kItem =
-      most(6 * Gradient::kGradientOperand * int(sizeof(Scalar)) / 4, Gradient::kParts);
+  // Operands of the gradient on their way, or being multiplied.
+  static constexpr int kItemStages = 3;
+  static constexpr int kItemStage = 6 * Gradient::kGradientOperand * int(sizeof(Scalar)) / 4;
+  static constexpr int kItem = most(kItemStages * kItemStage, Gradient::kParts);
 
   // Up to a multiple of 16 bytes.
   __host__ __device__ static int pair(int grams) { return ((2 + grams) * kTile + 3) / 4 * 4; }
@@ -172,38 +174,44 @@ struct Single : KeptTiles<B> {
   __device__ void item(int I, int64_t d) const {
     using Multiply = typename Layout::Gradient;
     constexpr int kDepth = Multiply::kGradientDepth, kPitch = Multiply::kGradientPitch;
-    auto* operands = reinterpret_cast<Scalar*>(memory);
-    const auto operand = [&](int n) { return operands + n * Multiply::kGradientOperand; };
+    constexpr int kStages = Layout::kItemStages;
+    const auto operand = [&](int step, int n) {
+      auto* stage = reinterpret_cast<Scalar*>(memory + step % kStages * Layout::kItemStage);
+      return stage + n * Multiply::kGradientOperand;
+    };
     const auto* T = static_cast<const Scalar*>(p.T);
     const auto* A = static_cast<const Scalar*>(p.A);
     // Matrix n, of which tower's rows, for which gradient (0: dT, 1: dA).
     const auto used = [&](int n) { return n < 2 + grams() && (n == 0 || n == 3 ? p.dT : p.dA); };
-    Mover<Scalar, kDepth, B> weights[4], rows[2];
-    const auto load = [&](int64_t j) {
-      SUPCLAP_UNROLL
-      for (int n = 0; n < 4; ++n)
-        if (used(n))
-          weights[n].load(matrix(n) + j * padded() + int64_t(I) * B, padded(), padded() - j, B);
-      rows[0].load(T + j * p.width + d, p.width, p.N - j, p.width - d);
-      rows[1].load(A + j * p.width + d, p.width, p.N - j, p.width - d);
+    const auto load = [&](int step) {
+      const int64_t j = int64_t(step) * kDepth;
+      if (j < p.N) {
+        SUPCLAP_UNROLL
+        for (int n = 0; n < 4; ++n)
+          if (used(n))
+            copy_tile<kDepth, B>(operand(step, n), kPitch,
+                                 matrix(n) + j * padded() + int64_t(I) * B, padded(), padded() - j,
+                                 B);
+        const int64_t at = j * p.width + d, columns = p.width - d;
+        copy_tile<kDepth, B>(operand(step, 4), kPitch, T + at, p.width, p.N - j, columns);
+        copy_tile<kDepth, B>(operand(step, 5), kPitch, A + at, p.width, p.N - j, columns);
+      }
+      copies_commit();
     };
     Multiply product;
-    load(0);
     SUPCLAP_ROLLED
-    for (int64_t j = 0; j < p.N; j += kDepth) {
-      SUPCLAP_UNROLL
-      for (int n = 0; n < 4; ++n)
-        if (used(n)) weights[n].store(operand(n), kPitch);
-      SUPCLAP_UNROLL
-      for (int n = 0; n < 2; ++n) rows[n].store(operand(4 + n), kPitch);
+    for (int step = 0; step < kStages - 1; ++step) load(step);
+    SUPCLAP_ROLLED
+    for (int step = 0; int64_t(step) * kDepth < p.N; ++step) {
+      copies_wait<kStages - 2>();
       __syncthreads();
-      if (j + kDepth < p.N) load(j + kDepth);
-      if (used(0)) product.gradient(0, operand(0), operand(5));
-      if (used(1)) product.gradient(1, operand(1), operand(4));
-      if (used(2)) product.gradient(1, operand(2), operand(5));
-      if (used(3)) product.gradient(0, operand(3), operand(4));
-      __syncthreads();
+      load(step + kStages - 1);  // to where the last step's are
+      if (used(0)) product.gradient(0, operand(step, 0), operand(step, 5));
+      if (used(1)) product.gradient(1, operand(step, 1), operand(step, 4));
+      if (used(2)) product.gradient(1, operand(step, 2), operand(step, 5));
+      if (used(3)) product.gradient(0, operand(step, 3), operand(step, 4));
     }
+    __syncthreads();
     SUPCLAP_UNROLL
     for (int tower = 0; tower < 2; ++tower) {
       float* out = tower ? p.dA : p.dT;

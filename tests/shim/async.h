@@ -1,13 +1,18 @@
-// Stands in for Hopper's asynchronous units, as csrc/cuda/hopper.cuh uses them.
+// Stands in for what a GPU does asynchronously, as csrc/cuda/device.cuh and hopper.cuh use it.
 //
-// What they do happens as late as it may: a wgmma reads its operands when its results are waited
-// for, and with all but one schedule a copy arrives when nothing else can go on. So a kernel that
-// does not wait, or reuses memory too early, computes something else.
+// What is done so happens as late as it may: a wgmma reads its operands when its results are waited
+// for, 16 bytes arrive when their thread waits, and with all but one schedule a box arrives when
+// nothing else can go on. So a kernel that does not wait, or reuses memory too early, computes
+// something else.
 #pragma once
 
 #include "shim.h"
 
 namespace shim {
+
+void copy_async(void* to, const void* from, bool there);
+void copies_commit();
+void copies_wait(int pending);
 
 struct alignas(8) Mbarrier {
   uint16_t count;

@@ -42,6 +42,12 @@ enum State { kRuns, kAtBlock, kAtGroup, kAtWarp, kExchanges, kAtGrid, kPolls, kD
 // Lockstep: every block a step at a time. Greedy: a block runs until it waits for another one.
 enum Schedule { kAscending, kPermutedOrder, kGreedyDescending, kSchedules };
 
+struct Copy {  // of 16 bytes
+  void* to;
+  const void* from;
+  bool there;
+};
+
 struct Fiber {
   Thread seen;
   void* stack_pointer = nullptr;
@@ -51,6 +57,7 @@ struct Fiber {
   bool phase_block = 0, phase_group = 0, phase_warp = 0, phase_grid = 0, phase_exchange = 0;
   std::function<bool()> ready;                  // what it polls
   std::vector<std::vector<Wgmma>> products{1};  // under way, by commit; the last one is open
+  std::vector<std::vector<Copy>> copies{1};     // likewise
   alignas(16) unsigned char left[2][64];        // for other lanes
 };
 
