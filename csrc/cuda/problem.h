@@ -111,10 +111,12 @@ struct PanelScratch {
 
 // How the single launch cuts a problem.
 struct SinglePlan {
-  int side;   // B
-  int tiles;  // of N
-  int pairs;  // tile pairs
-  int kept;   // pairs whose tiles a block keeps; 1: for the moment
+  int side;    // B
+  int tiles;   // of N
+  int pairs;   // tile pairs
+  int kept;    // pairs whose tiles a block keeps; 1: for the moment
+  int slices;  // of a pair's products, where there are few pairs: blocks share its columns of D
+  int slice;   // so many
   int blocks;
   int64_t shared;   // bytes
   int64_t scratch;  // bytes
@@ -126,6 +128,7 @@ struct SingleScratch {
   float* part;     // [kPlanes, tiles, padded] statistics of row i over the columns of a tile
   float* sums;     // [kTileSums, tiles, padded]
   int* far;        // [N] list of far rows, then how many
+  float* slices;   // [pairs, plan.slices, 2 + grams, B, B] products
 };
 
 }  // namespace supclap::cuda

@@ -1,4 +1,6 @@
 // How the single launch cuts a problem, and its launcher.
+#include <algorithm>
+
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
 #include "cuda/single.cuh"
@@ -30,6 +32,18 @@ constexpr int64_t kMostRows = 4096;
 
 int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
+// Few pairs are cut into slices, so that about so many blocks multiply; a slice has at least so
+// many bytes of a row, and whole fragments of it. By N and D alone: results do not depend on the
+// device.
+constexpr int kShares = 128, kSliceBytes = 256;
+
+void cut(const Problem& p, SinglePlan& plan) {
+  const int64_t least = kSliceBytes / (p.dtype == kFloat32 ? 4 : 2);
+  const int64_t most = std::min<int64_t>(kShares / plan.pairs, blocks_for(p.width, least));
+  plan.slice = int(blocks_for(blocks_for(p.width, most < 1 ? 1 : most), 16) * 16);
+  plan.slices = int(blocks_for(p.width, plan.slice));
+}
+
 // Whether a tower's rows must be packed: normalised, or not contiguous in whole pieces of 16 bytes.
 bool packs(const Problem& p, const void* X, int64_t stride_n, int64_t stride_d) {
   const bool as_given = stride_d == 1 && stride_n == p.width && p.D == p.width &&
@@ -50,6 +64,8 @@ int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScrat
   take(to.sums, kTileSums * plan.tiles * padded * 4);
   take(to.far, (p.N + 1) * 4);
   take(to.matrices, (2 + grams_of(p)) * padded * padded * itemsize);
+  const int64_t slices = plan.slices > 1 ? plan.pairs * plan.slices : 0;
+  take(to.slices, slices * (2 + grams_of(p)) * plan.side * plan.side * 4);
   take(p.running, kPlanes * p.N * 4);
   take(p.factors, 2 * kDirections * p.N * 4);
   if (!p.row_loss) take(p.row_loss, p.N * 4);
@@ -70,8 +86,9 @@ SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiproce
     plan.side = choice.side;
     const int64_t tiles = blocks_for(p.N, plan.side);
     plan.tiles = int(tiles), plan.pairs = int(tiles * (tiles + 1) / 2);
-    const int64_t items = tiles * blocks_for(p.width, plan.side);
-    const int64_t most = gradient && items > plan.pairs ? items : plan.pairs;
+    cut(p, plan);
+    const int64_t items = tiles * blocks_for(p.width, plan.side), shares = plan.pairs * plan.slices;
+    const int64_t most = gradient && items > shares ? items : shares;
     plan.blocks = int(most < multiprocessors ? most : multiprocessors);
     if (plan.blocks < 1) return {};
     plan.kept = p.infonce && gradient ? blocks_for(plan.pairs, plan.blocks) : 1;

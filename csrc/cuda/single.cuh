@@ -1,6 +1,8 @@
 // The whole loss in one cooperative launch, for batches whose similarity tiles fit on the chip.
 //
-//   0  rows      operands packed where needed, geometry of the rows
+//   0  rows      operands packed where needed, geometry of the rows; of few pairs the products,
+//   each
+//                by several blocks (and where operands are packed, a barrier before that)
 //   -- grid barrier
 //   1  pairs     a block owns pairs of B x B tiles (I, J), I <= J: S, P, Q, K multiplied out and
 //                kept in shared memory; partial log-sum-exps. SigLIP goes on to 2 at once.
@@ -81,7 +83,8 @@ struct Single : KeptTiles<B> {
 
   // Operands and geometry of all rows.
   __device__ void rows() const {
-    const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    // The last blocks begin: the first ones multiply.
+    const int64_t first = int64_t(gridDim.x - 1 - blockIdx.x) * kWarps + threadIdx.x / kWarp;
     SUPCLAP_ROLLED
     for (int64_t i = first; i < p.N; i += int64_t(gridDim.x) * kWarps) {
       if (p.T != p.text)
@@ -95,11 +98,23 @@ struct Single : KeptTiles<B> {
     }
   }
 
-  // The tiles S, P, Q, K of a pair; no P on the diagonal. Ends in a barrier.
-  __device__ void similarity(int I, int J, float* tiles) const {
+  __device__ bool packs() const { return p.T != p.text || p.A != p.audio; }
+
+  // Products n of a slice.
+  __device__ float* slice(int pair, int which, int n) const {
+    return to.slices + ((int64_t(pair) * plan.slices + which) * (2 + grams()) + n) * (B * B);
+  }
+
+  // The tiles S, P, Q, K of a pair; no P on the diagonal. Or one slice of them, in memory at
+  // `tiles`, to where gather finds it. Ends in a barrier.
+  __device__ __noinline__ void similarity(int pair, int which, float* tiles) const {
     using Multiply = typename Layout::Similarity;
     constexpr int kDepth = Multiply::kSimilarityDepth;
+    int I, J;
+    pair_at(pair, plan, I, J);
     const bool diagonal = I == J;
+    const int64_t begin = int64_t(which) * plan.slice;
+    const int64_t end = begin + plan.slice < p.width ? begin + plan.slice : p.width;
     auto* operands = reinterpret_cast<Scalar*>(tiles);
     const Scalar* source[4];
     int64_t count[4];
@@ -116,31 +131,49 @@ struct Single : KeptTiles<B> {
     Multiply product;
     SUPCLAP_UNROLL
     for (int n = 0; n < 4; ++n)
-      if (loads(n)) mover[n].load(source[n], p.width, count[n], p.width);
+      if (loads(n)) mover[n].load(source[n] + begin, p.width, count[n], end - begin);
     __syncthreads();
     SUPCLAP_ROLLED
-    for (int64_t k = 0; k < p.width; k += kDepth) {
+    for (int64_t k = begin; k < end; k += kDepth) {
       SUPCLAP_UNROLL
       for (int n = 0; n < 4; ++n)
         if (loads(n)) mover[n].store(operand[n], Multiply::kSimilarityPitch);
       __syncthreads();
-      if (k + kDepth < p.width) {
+      if (k + kDepth < end) {
         SUPCLAP_UNROLL
         for (int n = 0; n < 4; ++n)
-          if (loads(n))
-            mover[n].load(source[n] + k + kDepth, p.width, count[n], p.width - k - kDepth);
+          if (loads(n)) mover[n].load(source[n] + k + kDepth, p.width, count[n], end - k - kDepth);
       }
-      product.similarity(operand, grams(), diagonal,
-                         int(p.width - k < kDepth ? p.width - k : kDepth));
+      product.similarity(operand, grams(), diagonal, int(end - k < kDepth ? end - k : kDepth));
       __syncthreads();
     }
     SUPCLAP_UNROLL
     for (int n = 0; n < 4; ++n) {
       if ((n == 1 && diagonal) || n >= 2 + grams()) continue;
-      float* tile = tiles + n * Tiles::kTile;
+      float* tile = plan.slices > 1 ? slice(pair, which, n) : tiles + n * Tiles::kTile;
+      const int pitch = plan.slices > 1 ? B : Tiles::kPitch;
       sum_teams<B>(product, n, tiles + Layout::pair(grams()),
-                   [&](int i, int j, float value) { tile[i * Tiles::kPitch + j] = value; });
+                   [&](int i, int j, float value) { tile[i * pitch + j] = value; });
     }
+  }
+
+  // The tiles of a pair from its slices, in their order. Ends in a barrier.
+  __device__ void gather(int pair, bool diagonal, float* tiles) const {
+    __syncthreads();
+    SUPCLAP_ROLLED
+    for (int n = 0; n < 2 + grams(); ++n) {
+      if (n == 1 && diagonal) continue;
+      const float* from = slice(pair, 0, n);
+      SUPCLAP_ROLLED
+      for (int e = threadIdx.x; e < B * B; e += kThreads) {
+        float sum = 0;
+        SUPCLAP_UNROLL_BY(16)
+        for (int which = 0; which < plan.slices; ++which)
+          sum += from[int64_t(which) * (2 + grams()) * (B * B) + e];
+        tiles[n * Tiles::kTile + e / B * Tiles::kPitch + e % B] = sum;
+      }
+    }
+    __syncthreads();
   }
 
   __device__ Scalar* matrix(int n) const {
@@ -232,8 +265,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* memory = reinterpret_cast<float*>(shared);
   const Single<Scalar, B> work(p, plan, to, memory);
   const bool at_once = !p.infonce;  // no normaliser: nothing to wait for
+  const bool sliced = plan.slices > 1;
   work.rows();
-  grid_barrier();
+  if (!sliced || work.packs()) {
+    grid_barrier();
+  }
+  if (sliced) {
+    SUPCLAP_ROLLED
+    for (int n = blockIdx.x; n < plan.pairs * plan.slices; n += gridDim.x)
+      work.similarity(n / plan.slices, n % plan.slices, memory);
+    grid_barrier();
+  }
 
   if (blockIdx.x == gridDim.x - 1 && p.mode != kNone)
     list_far(p, to.far, work.far_count(), reinterpret_cast<int*>(memory));
@@ -243,7 +285,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int n = 0, pair = blockIdx.x; pair < plan.pairs; ++n, pair += gridDim.x) {
     pair_at(pair, plan, I, J);
     float* tiles = work.kept(n % plan.kept);
-    work.similarity(I, J, tiles);
+    if (sliced)
+      work.gather(pair, I == J, tiles);
+    else
+      work.similarity(pair, 0, tiles);
     if (!at_once) {
       work.template statistics<true>(I, J, tiles);
       continue;

@@ -26,8 +26,9 @@ CASES = [
     ("panel", Case(**SMALL, options={"renormalize": True, "normalize": True})),
     ("panel", Case(**SMALL, dtype=torch.bfloat16, options={"bilateral": "shared"})),
     ("panel", Case(**{**SMALL, "N": 140}, options={"objective": "siglip"})),
-    # Several steps along D, and lists of far rows in several chunks.
+    # Several slices and steps along D, and lists of far rows in several chunks.
     ("cuda", Case(**{**SMALL, "D": 136}, options={"bilateral": "none"})),
+    ("cuda", Case(**{**SMALL, "D": 136}, options={"objective": "siglip"})),
     ("cuda", Case(**{**SMALL, "D": 264}, dtype=torch.bfloat16, options={"bilateral": "none"})),
     ("panel", Case(**{**SMALL, "N": 300, "D": 8}, options={"bilateral": "none"})),
     # More operands than stages, several rounds, both sweeps in one.
