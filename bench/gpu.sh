@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bash bench/gpu.sh [correct|kernels|large|small|latency|host|sanitize ...], all by default.
+# Everything that needs a GPU, or the parts named: bash bench/gpu.sh [correct|kernels|large|small|
+# latency|sides|host|sanitize ...].
 # Each part stays under 8 minutes (the tests compile for most of theirs: with pytest-xdist they do so
 # on every core). Results go to $OUT, or bench/results/gpu.
 set -uo pipefail
@@ -23,13 +24,15 @@ run() { # name, seconds, command ...
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$(nproc)"); fi
 
-for part in "${@:-correct kernels large small latency host sanitize}"; do
+for part in "${@:-correct kernels large small latency sides host sanitize}"; do
   for name in $part; do
     case $name in
       correct) run correct 470 "$python" -m pytest -q tests/test_gpu.py tests/test_build.py -p no:cacheprovider \
         "${workers[@]}" ;;
       large | small) run "$name" 470 "$python" -m bench.gpu "$name" --out "$out" --seconds 400 ;;
       latency) run latency 470 "$python" -m bench.latency --out "$out" --seconds 400 ;;
+      sides) run sides 120 "$python" -m bench.latency --out "$out/sides" --seconds 90 --modes mirror \
+        --peers cuda-16 cuda-32 cuda-64 ;;
       host) run host 60 "$python" -m bench.host --out "$out/host.json" ;;
       kernels) run kernels 235 "$python" -m bench.kernels --out "$out" --seconds 200 ;;
       sanitize)
@@ -42,7 +45,7 @@ for part in "${@:-correct kernels large small latency host sanitize}"; do
         done
         ;;
       *)
-        echo "no part $name: correct, kernels, large, small, latency, host, sanitize" >&2
+        echo "no part $name: correct, kernels, large, small, latency, sides, host, sanitize" >&2
         exit 2
         ;;
     esac

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from supclap_kernels.backends import gpu_single
+
 from . import peers
 from .gpu import MODES, add_arguments, chosen, environment, fused, gate, leaves_of, literal
 
@@ -27,6 +29,25 @@ def reduce_overhead(objective: str, bilateral: str, plain: bool) -> peers.Loss:
     return torch.compile(literal(False)(objective, bilateral, plain), mode="reduce-overhead")
 
 
+def sided(side: int) -> Callable[..., peers.Loss]:
+    """The one launch with tiles of this side, whatever the batch."""
+
+    def build(*mode: Any) -> peers.Loss:
+        own = fused("cuda")(*mode)
+        assert own is not None
+
+        def loss(*given: Tensor) -> Tensor:
+            gpu_single.SIDE = side
+            try:
+                return own(*given)
+            finally:
+                gpu_single.SIDE = 0
+
+        return loss
+
+    return build
+
+
 PEERS: dict[str, Callable[..., peers.Loss]] = {
     "eager": literal(False),
     "compile": literal(True),
@@ -35,7 +56,9 @@ PEERS: dict[str, Callable[..., peers.Loss]] = {
     "triton": fused("triton"),
     "cuda": fused("cuda"),
 }
-OURS = ("panel", "triton", "cuda")
+SIDES = {f"cuda-{side}": sided(side) for side in (16, 32, 64)}
+"""For the table `kSides` of csrc/cuda/single.cu; not among the peers unless named."""
+OURS = ("panel", "triton", "cuda", *SIDES)
 OWN_GRAPH = ("reduce-overhead",)
 """Those that replay a graph of their own when called."""
 
@@ -98,7 +121,7 @@ def measure(
     rows, runs = [], {}
     torch.compiler.reset()
     for name in wanted:
-        loss = PEERS[name](*MODES[mode])
+        loss = (PEERS | SIDES)[name](*MODES[mode])
         row: dict[str, Any] = {"mode": mode, "N": N, "D": D, "dtype": str(dtype)[6:], "peer": name}
         rows.append(row)
         found = gate(loss, mode, D, dtype, True) if name in OURS else None
@@ -127,7 +150,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
-    add_arguments(parser, MODES, PEERS)
+    add_arguments(parser, MODES, [*PEERS, *SIDES])
+    parser.set_defaults(peers=list(PEERS))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")

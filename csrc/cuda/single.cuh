@@ -1,8 +1,8 @@
 // The whole loss in one cooperative launch, for batches whose similarity tiles fit on the chip.
 //
-//   0  rows      operands packed where needed, geometry of the rows; of few pairs the products,
-//   each
-//                by several blocks (and where operands are packed, a barrier before that)
+//   0  rows      operands packed where needed, geometry of the rows
+//      slices    where there are few pairs, each is multiplied by several blocks (behind a barrier
+//                if operands were packed)
 //   -- grid barrier
 //   1  pairs     a block owns pairs of B x B tiles (I, J), I <= J: S, P, Q, K multiplied out and
 //                kept in shared memory; partial log-sum-exps. SigLIP goes on to 2 at once.
