@@ -52,7 +52,8 @@ using shim::arrive_last;
 
 // ---------------------------------------------------------------- arithmetic
 
-// 2^x to 2 units in the last place; 0 where that is not a normal number. x / y to 2 units.
+// 2^x to 2 units in the last place; 0 where that is not a normal number. Its inverse, to 2^-22. x /
+// y to 2 units.
 __device__ __forceinline__ float exp_2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -60,6 +61,15 @@ __device__ __forceinline__ float exp_2(float x) {
   return y;
 #else
   return x < -126 ? 0 : exp2f(x);
+#endif
+}
+__device__ __forceinline__ float log_2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return log2f(x);
 #endif
 }
 __device__ __forceinline__ float quotient(float x, float y) {

@@ -216,7 +216,7 @@ __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile&
       warpgroup_barrier();
     }
     own.hidden = again(own.hidden);
-    if (kWeights && kInfonce && plain)
+    if (kWeights && kInfonce && plain && p.unit[1] == 0 && own.k2 > 0)
       plain_weights(own, c, slots().sums_i, scratch, store);
     else if (kWeights)
       gram_weights(own, c, kInfonce, slots().sums_i, scratch, store);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
       mbarrier_wait(at.turn[team], (round + 1 + team) & 1);
       gram_products<Scalar>(c, at, taken * steps, steps, [&] { team_arrives(at.turn[1 - team]); });
       if (maps.audio_first) exchange_towers(c);
-      at.columns[team].keep(column, logit_scale_2(p), kWeights);
+      at.columns[team].keep(column, logit_scale_2(p), kMode, kWeights);
       warpgroup_barrier();
       GramTile own(p, c, I, J, row, at.columns[team], kMode, tile.i0 == tile.j0);
       gram_epilogue<Scalar, kMode, kInfonce, kWeights>(p, tile, to, place, own, c,

@@ -111,7 +111,7 @@ __device__ __forceinline__ bool plain_statistics(const GramTile& tile,
   return true;
 }
 
-// Sweep 2, up to what the warps of a team leave of their columns in `scratch`.
+// Sweep 2 where no factor is negative, nor k2, likewise.
 template <class Store>
 __device__ __forceinline__ void plain_weights(const GramTile& tile, const float (&c)[kAccumulators],
                                               Slot slot_i, ColumnScratch scratch,
@@ -119,11 +119,10 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
   using Shape = GramShape;
   const int x = Shape::row(), mode = tile.mode;
   const bool mirror = mode == kMirror, shared = mode == kShared;
-  const Factors& own_f = tile.own_f;
   const float k2 = tile.k2, over = 1 / k2;
   const PlainSupport own(tile.own, k2);
+  const auto& own_top = PlainFactors(tile.own_f, own, mode).top;
   float base = 0, base_columns = 0, row[kTileSums] = {};
-  const auto weight = [&](float z, float m, float f) { return exp_2(z - m) * f; };
   SUPCLAP_UNROLL
   for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
     float column[kColumnSums][kChunk];
@@ -135,20 +134,16 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
         const int n = h * kChunk + e + side, y = Shape::column(n);
         const Products z = GramTile::products(c, n);
         const PlainSupport other = tile.columns.plain(y);
-        const Factors f = tile.columns.factors(y);
-        const float S = k2 * z.S, P = k2 * z.P;
-        float one = weight(S, own_f.m[kTextRows], own_f.f[kTextRows]) +
-                    weight(S, f.m[kAudioRows], f.f[kAudioRows]);
-        float two = weight(P, f.m[kTextRows], f.f[kTextRows]) +
-                    weight(P, own_f.m[kAudioRows], own_f.f[kAudioRows]);
+        const auto& top = tile.columns.plain_factors(y).top;
+        float one = exp_2(k2 * z.S - own_top[kTextRows]) + exp_2(k2 * z.S - top[kAudioRows]);
+        float two = exp_2(k2 * z.P - top[kTextRows]) + exp_2(k2 * z.P - own_top[kAudioRows]);
         base += one * z.S, base_columns += two * z.P;
         const SupportProduct own_x(z.S, z.Q, own.c), other_x(z.P, z.Q, other.c);
-        const float own_z = own.text * own_x.product;
-        const float other_z = other.text * other_x.product;
-        float own_h = weight(own_z, own_f.m[kSupportRows], own_f.f[kSupportRows]);
-        float other_h = weight(other_z, f.m[kSupportRows], f.f[kSupportRows]);
-        if (shared) own_h += weight(own_z, f.m[kOtherRows], f.f[kOtherRows]);
-        if (shared) other_h += weight(other_z, own_f.m[kOtherRows], own_f.f[kOtherRows]);
+        float own_h = exp_2(own.text * own_x.product - own_top[kSupportRows]);
+        float other_h = exp_2(other.text * other_x.product - top[kSupportRows]);
+        if (shared) own_h += own.text * exp_2(own.text * own_x.product - top[kOtherRows]);
+        if (shared)
+          other_h += other.text * exp_2(other.text * other_x.product - own_top[kOtherRows]);
         if (shared && own.offset != 0) own_h = 0;
         if (shared && other.offset != 0) other_h = 0;
         const auto add = [&](const SupportSlopes& mine, const SupportSlopes& theirs, int rho,
@@ -158,18 +153,16 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
           column[support - kRhoText][e + side] = theirs.support;
           own_w += mine.own, other_w += theirs.own, gram = mine.gram + theirs.gram;
         };
-        add(SupportSlopes(own_x, own_h * own.text, own.c, over),
-            SupportSlopes(other_x, other_h * other.text, other.c, over), kRhoText, kSupportText,
-            one, two, w[2][side]);
+        add(SupportSlopes(own_x, own_h, own.c, over),
+            SupportSlopes(other_x, other_h, other.c, over), kRhoText, kSupportText, one, two,
+            w[2][side]);
         if (mirror) {
           const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
-          const float own_u =
-              weight(own.audio * own_y.product, own_f.m[kOtherRows], own_f.f[kOtherRows]);
-          const float other_u =
-              weight(other.audio * other_y.product, f.m[kOtherRows], f.f[kOtherRows]);
-          add(SupportSlopes(own_y, own_u * own.audio, own.c, over),
-              SupportSlopes(other_y, other_u * other.audio, other.c, over), kRhoAudio,
-              kSupportAudio, two, one, w[3][side]);
+          const float own_u = exp_2(own.audio * own_y.product - own_top[kOtherRows]);
+          const float other_u = exp_2(other.audio * other_y.product - top[kOtherRows]);
+          add(SupportSlopes(own_y, own_u, own.c, over),
+              SupportSlopes(other_y, other_u, other.c, over), kRhoAudio, kSupportAudio, two, one,
+              w[3][side]);
         }
         w[0][side] = one, w[1][side] = two;
       }

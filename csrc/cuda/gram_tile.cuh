@@ -68,16 +68,31 @@ struct PlainSupport {
         offset(of.offset) {}
 };
 
+// Factors of sweep 2 where none is negative, nor k2: 2^(z - m) f is 2^(z - top). Those of a support
+// vector's own row are times its length's number.
+struct PlainFactors {
+  float top[kDirections];
+  __device__ PlainFactors() {}
+  __device__ PlainFactors(const Factors& of, const PlainSupport& support, int mode) {
+    const float times[] = {1, 1, support.text, mode == kMirror ? support.audio : 1};
+    SUPCLAP_UNROLL
+    for (int d = 0; d < kDirections; ++d) {
+      const float f = times[d] * of.f[d];
+      top[d] = f == 0 ? -kHidden : of.m[d] - log_2(f);
+    }
+  }
+};
+
 // ... of a tile's columns, four numbers to an access.
 struct GramColumns {
   struct alignas(16) Four {
     float at[4];
   };
   Four support_at[kGramColumns], plain_at[kGramColumns];
-  Four m_at[kGramColumns], f_at[kGramColumns];
+  Four m_at[kGramColumns], f_at[kGramColumns], top_at[kGramColumns];
 
   // The whole warpgroup, a thread for each column.
-  __device__ void keep(const GramNumbers& own, float k2, bool weights) {
+  __device__ void keep(const GramNumbers& own, float k2, int mode, bool weights) {
     const int y = threadIdx.x % kWarpgroup;
     const Support& of = own.support;
     const PlainSupport plain(of, k2);
@@ -87,6 +102,8 @@ struct GramColumns {
     const auto& m = own.factors.m;
     const auto& f = own.factors.f;
     m_at[y] = {m[0], m[1], m[2], m[3]}, f_at[y] = {f[0], f[1], f[2], f[3]};
+    const auto& top = PlainFactors(own.factors, plain, mode).top;
+    top_at[y] = {top[0], top[1], top[2], top[3]};
   }
   __device__ PlainSupport plain(int y) const {
     const Four from = plain_at[y];
@@ -98,6 +115,13 @@ struct GramColumns {
     const Four from = support_at[y];
     Support of;
     of.c = from.at[0], of.text = from.at[1], of.audio = from.at[2], of.offset = from.at[3];
+    return of;
+  }
+  __device__ PlainFactors plain_factors(int y) const {
+    const Four from = top_at[y];
+    PlainFactors of;
+    SUPCLAP_UNROLL
+    for (int d = 0; d < kDirections; ++d) of.top[d] = from.at[d];
     return of;
   }
   __device__ Factors factors(int y) const {

@@ -32,7 +32,7 @@ std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScra
                         Stream stream);
 
 // The first step in one launch, products included (gram.cu, Hopper): `panel` is not read.
-constexpr int64_t kGramShared = 215040;  // bytes of shared memory of a block
+constexpr int64_t kGramShared = 219136;  // bytes of shared memory of a block
 std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                       Stream stream);
 

@@ -68,9 +68,9 @@ struct Problem {
   float* running;     // [10, N] planes of the statistics, of the negatives
   float* similarity;  // [2, N] single launch: the last two of them, with `stats`
   float* omega;       // [N] upstream gradient x weight x row_scale
-  float* bounds;      // [2, blocks of row_weights] maxima over rows: |omega|, gain of the weights
+  float* bounds;      // [3, blocks of row_weights] maxima over rows: omega, -omega, gain
   float* factors;     // [8, N] m of each direction, then omega / (l unit), times alpha for s
-  float* unit;        // [1] a power of 2
+  float* unit;        // [2] a power of 2; 1 where factors have both signs (the tiles' sweeps)
   float* sums;        // [7, N]
   float *dT, *dA;     // [N, width] sums of products, or null: frozen
   // Results.

@@ -30,7 +30,7 @@ static __global__ void finish_statistics_kernel(const __grid_constant__ Problem 
   finish_row_statistics(p, i, negatives);
 }
 
-// omega, and per block what bounds the weights.
+// omega, and per block what bounds it and the weights.
 static __global__ void row_weights_kernel(const __grid_constant__ Problem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
@@ -38,22 +38,30 @@ static __global__ void row_weights_kernel(const __grid_constant__ Problem p) {
   const bool inside = i < p.N;
   const float omega = inside ? omega_of(p, i) : 0, gain = inside ? weight_gain(p, i) : 0;
   if (inside) p.omega[i] = omega;
-  const float largest = block_max(fabsf(omega), scratch), widest = block_max(gain, scratch);
+  const float largest[] = {block_max(fmaxf(omega, 0.0f), scratch),
+                           block_max(fmaxf(-omega, 0.0f), scratch), block_max(gain, scratch)};
   if (threadIdx.x != 0) return;
-  p.bounds[blockIdx.x] = largest, p.bounds[gridDim.x + blockIdx.x] = widest;
+  for (int n = 0; n < 3; ++n) p.bounds[n * gridDim.x + blockIdx.x] = largest[n];
 }
 
 // m and omega / (l unit) of every direction; the grid is that of row_weights_kernel.
 static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
-  float largest = 0, gain = 0;
-  for (unsigned n = threadIdx.x; n < gridDim.x; n += kThreads) {
-    largest = fmaxf(largest, p.bounds[n]), gain = fmaxf(gain, p.bounds[gridDim.x + n]);
+  float largest[3];
+  for (int n = 0; n < 3; ++n) {
+    largest[n] = 0;
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
+      largest[n] = fmaxf(largest[n], p.bounds[n * gridDim.x + block]);
+    largest[n] = block_max(largest[n], scratch);
   }
-  largest = block_max(largest, scratch), gain = block_max(gain, scratch);
-  const float unit = unit_of(largest * gain);
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.unit[0] = unit;
+  const auto& [up, down, gain] = largest;
+  // Of the rows' sign, where they have one: what is divided by it is positive.
+  const float unit = unit_of(fmaxf(up, down) * gain) * (up == 0 && down > 0 ? -1 : 1);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    p.unit[0] = unit;
+    p.unit[1] = (up > 0 && down > 0) || (p.mode != kNone && p.alpha < 0);
+  }
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.N) return;
   for (int d = 0; d < kDirections; ++d) {

@@ -291,7 +291,8 @@ class GpuCall:
         return similarity_of(self.running[-2:], self.inputs.scale)
 
     def start_gradients(self, upstream: Tensor | None) -> None:
-        self.omega, self.unit = self.new_empty(self.N), self.new_empty()
+        self.omega = self.new_empty(self.N)
+        self.unit = self.new_empty(2)[0]  # the other one is csrc/cuda's
         self.factors = self.new_zeros(8, self.N)
         self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_FAR
         self.prepare_factors(contiguous(upstream))

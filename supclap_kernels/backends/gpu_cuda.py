@@ -122,7 +122,7 @@ class CudaCall(GpuCall):
         self.start_call()
         self.problem.per_row_upstream = upstream is not None and upstream.ndim == 1
         self.problem.upstream = self.given.kept(upstream)
-        bounds = self.new_empty(2, -(-self.N // self.native.THREADS))
+        bounds = self.new_empty(3, -(-self.N // self.native.THREADS))
         self.set(omega=self.omega, bounds=bounds)
         self.set(factors=self.factors, unit=self.unit, sums=self.sums)
         self.native.start_gradients(self.problem, self.stream)

@@ -110,6 +110,23 @@ def test_logits_too_far_apart_for_one_reference(mode, guard, device):
 
 
 @by_mode
+@pytest.mark.parametrize("negative", ["upstream", "some weights", "scale", "alpha"])
+def test_signs(mode, negative, guard, device):
+    """Of the factors, and of the logits' scale: tiles without a hidden pair take logarithms."""
+    device.set(2, 1, 0)
+    options = {"alpha": -0.5} if negative == "alpha" else {}
+    scale = -14.0 if negative == "scale" else 14.0
+    case = case_of(mode, options, N=290, D=40, gap=0.05, weighted=True, scale=scale)
+    inputs = make_inputs(case)
+    assert inputs.weight is not None
+    if negative == "upstream":
+        inputs = replace(inputs, upstream=-inputs.upstream)
+    if negative == "some weights":
+        inputs.weight[::3] *= -1
+    check(case, inputs, workspace=0)
+
+
+@by_mode
 def test_tile_pairs_of_several_tiles_each_way(mode, guard, device, monkeypatch):
     """A pair on the diagonal has tiles without a hidden pair, too; they take rows only."""
     device.set(3, 1, 0)
