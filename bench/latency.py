@@ -30,7 +30,7 @@ def reduce_overhead(objective: str, bilateral: str, plain: bool) -> peers.Loss:
 
 
 def sided(side: int) -> Callable[..., peers.Loss]:
-    """The one launch with tiles of this side, whatever the batch."""
+    """The one launch with tiles of this side."""
 
     def build(*mode: Any) -> peers.Loss:
         own = fused("cuda")(*mode)
@@ -58,6 +58,8 @@ PEERS: dict[str, Callable[..., peers.Loss]] = {
 }
 SIDES = {f"cuda-{side}": sided(side) for side in (16, 32, 64)}
 """For the table `kSides` of csrc/cuda/single.cu; not among the peers unless named."""
+LARGEST = 1024
+"""The largest N of which tiles of every side fit on the chip."""
 OURS = ("panel", "triton", "cuda", *SIDES)
 OWN_GRAPH = ("reduce-overhead",)
 """Those that replay a graph of their own when called."""
@@ -121,6 +123,8 @@ def measure(
     rows, runs = [], {}
     torch.compiler.reset()
     for name in wanted:
+        if name in SIDES and N > LARGEST:
+            continue
         loss = (PEERS | SIDES)[name](*MODES[mode])
         row: dict[str, Any] = {"mode": mode, "N": N, "D": D, "dtype": str(dtype)[6:], "peer": name}
         rows.append(row)

@@ -183,6 +183,7 @@ void bind_cuda(py::module_& parent) {
   bind_tile(m, "panel_merge", &panel_merge);
 #if SUPCLAP_WITH_HOPPER
   bind_tile(m, "gram_tile", &gram_tile);
+  m.def("gram_whole", &gram_whole);
 #endif
   m.def(
       "far_list",

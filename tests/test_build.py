@@ -313,8 +313,8 @@ def test_launch_without_a_device_names_the_kernel():
 
 
 def compile_report(*arguments: str) -> list[dict[str, Any]]:
-    """Asserts what all kernels keep: no spills (Hopper's large tiles: 120 bytes outside of the
-    product loop, 200 with shared support vectors), and the chip's shared memory."""
+    """Asserts what all kernels keep: no spills (Hopper's large tiles: up to 200 bytes, outside of
+    the product loop), and the chip's shared memory."""
     pytest.importorskip("triton")  # its cuobjdump
     command = [sys.executable, "-m", "bench.aot", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -94,6 +94,31 @@ def test_without_support_vectors(backend, N, dtype):
         run(Case(N=N, D=192, dtype=DTYPES[dtype], **fields), backend)
 
 
+@by_mode
+@pytest.mark.parametrize("order", [("text", "audio"), ("audio", "text")], ids=str)
+@pytest.mark.parametrize("N", [640, 630])
+@pytest.mark.parametrize("signs", ["all positive", "all negative", "both"])
+def test_towers_in_either_order_in_memory(backend, options, order, N, signs):
+    """The tiles of the Hopper kernels with whole left operands, and those that take logarithms of
+    their factors."""
+    case = Case(N=N, D=192, weighted=True, dtype=torch.bfloat16, options=options)
+    inputs = make_inputs(case, "cuda")
+    memory = torch.stack([getattr(inputs, tower) for tower in order])
+    inputs = replace(inputs, **dict(zip(order, memory, strict=True)))
+    if hasattr(native.cuda(), "gram_whole"):
+        p = native.cuda().Problem()
+        p.N, p.width, p.dtype = N, 192, 1
+        p.give(T=inputs.text.data_ptr(), A=inputs.audio.data_ptr())
+        assert native.cuda().gram_whole(p)
+    if signs == "all negative":
+        inputs = replace(inputs, upstream=-inputs.upstream)
+    elif signs == "both":
+        inputs.weight[::3] *= -1
+    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
+    result = evaluate(sk.fused_svr_loss, inputs, **case.options, backend=backend)
+    assert not violations(result, exact, base, floors(case, inputs, exact))
+
+
 @pytest.mark.parametrize("gap", [0.1, 1e-2, 1e-3, 0.0])
 def test_gaps(backend, gap):
     for bilateral in ("none", "mirror", "shared"):

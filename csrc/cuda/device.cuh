@@ -36,7 +36,7 @@ constexpr int kWarps = kThreads / kWarp;
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // Counts a block in; true for the last of `blocks`, which sees what all others wrote. The counter
-// is 0 again then. Called by the thread that wrote them.
+// is 0 again then. Called by one thread, behind a barrier of those that wrote.
 __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned blocks) {
   unsigned old;
   asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
@@ -52,8 +52,8 @@ using shim::arrive_last;
 
 // ---------------------------------------------------------------- arithmetic
 
-// 2^x to 2 units in the last place; 0 where that is not a normal number. Its inverse, to 2^-22. x /
-// y to 2 units.
+// 2^x to 2 units in the last place, and log2(x) to 2^-22 (of itself outside of 1/2 to 2); 0 and
+// -infinity where 2^x or x are not normal numbers. x / y to 2 units.
 __device__ __forceinline__ float exp_2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -69,7 +69,7 @@ __device__ __forceinline__ float log_2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return log2f(x);
+  return fabsf(x) < 0x1p-126f ? -INFINITY : log2f(x);
 #endif
 }
 __device__ __forceinline__ float quotient(float x, float y) {
@@ -162,10 +162,10 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
       "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
       : "memory");
 }
-// Until at most so many commits of this thread are under way.
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Until at most so many commits of this thread are under way.
 template <int kPending>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,5 +1,4 @@
 // Launcher of gram.cuh, for sm_90a.
-#include <algorithm>
 #include <utility>
 
 #include "cuda/cross.cuh"
@@ -42,7 +41,7 @@ std::string tensor_map(const Problem& p, const Boxes& of, TensorMap& map) {
   if (!encode) return "gram_tile: the driver has no cuTensorMapEncodeTiled";
   const auto type =
       p.dtype == kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  cuuint64_t size[4], stride[4];  // those of the first dimension are not told
+  cuuint64_t size[4], stride[4];  // the first stride is not told
   cuuint32_t box[4], step[4];
   for (int n = 0; n < 4; ++n)
     size[n] = of.size[n], stride[n] = of.stride[n] * 2, box[n] = of.box[n], step[n] = 1;
@@ -112,7 +111,21 @@ std::string by_mode(const Problem& p, const GramMaps& maps, const PanelTile& til
   return sweep(launch_sweep<Scalar, kMirror, false>);
 }
 
+// Left operands in one copy, unless the towers are too far apart in memory.
+void map_left(const Problem& p, GramMaps& maps) {
+  const auto T = reinterpret_cast<uintptr_t>(p.T), A = reinterpret_cast<uintptr_t>(p.A);
+  maps.audio_first = A < T;
+  const auto boxes = maps.audio_first ? groups_of(p, p.A, p.T) : groups_of(p, p.T, p.A);
+  maps.whole = tensor_map(p, boxes, maps.left).empty();
+}
+
 }  // namespace
+
+bool gram_whole(const Problem& p) {
+  GramMaps maps;
+  map_left(p, maps);
+  return maps.whole;
+}
 
 std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                       Stream stream) {
@@ -128,10 +141,7 @@ std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratc
     const std::string error = tensor_map(p, boxes, *map);
     if (!error.empty()) return error;
   }
-  maps.audio_first = p.A < p.T;
-  const auto [first, second] = std::minmax(p.T, p.A);
-  // Towers too far apart in memory have none.
-  maps.whole = p.mode != kNone && tensor_map(p, groups_of(p, first, second), maps.left).empty();
+  if (p.mode != kNone) map_left(p, maps);
   if (p.dtype == kBfloat16) return by_mode<Bfloat16>(p, maps, tile, scratch, stream);
   return by_mode<Float16>(p, maps, tile, scratch, stream);
 }

@@ -162,7 +162,7 @@ struct RowStore {
     return lane / 2 * 4 + lane % 2 * 8;
   }
   // Columns n and n + 1 of this lane: all lanes, in the columns' order.
-  __device__ void put(int n, const float (&w)[2]) {
+  __device__ __forceinline__ void put(int n, const float (&w)[2]) {
     const uint32_t low = narrow<Scalar>(w[0]).bits, high = narrow<Scalar>(w[1]).bits;
     const uint32_t two = low | high << 16;
     if (n % 4 == 0) {
@@ -179,12 +179,13 @@ struct RowStore {
   }
 };
 
-// What a team makes of its products: sweep 1, sweep 2, or with SigLIP both.
+// What a team makes of its products: sweep 1, sweep 2, or with SigLIP both. `positive`: k2 and all
+// factors are.
 template <class Scalar, int kMode, bool kInfonce, bool kWeights>
 __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile& tile,
                                               const PanelScratch& to, const GramPlace& place,
-                                              GramTile& own, const float (&c)[kAccumulators],
-                                              float* memory) {
+                                              bool positive, GramTile& own,
+                                              const float (&c)[kAccumulators], float* memory) {
   const bool diagonal = own.diagonal, statistics = !kWeights || (!kInfonce && to.part_i);
   // Where they are wanted: ahead of that they would take registers.
   const auto slots = [&] { return GramSlots(tile, to, place); };
@@ -216,7 +217,7 @@ __device__ __forceinline__ void gram_epilogue(const Problem& p, const PanelTile&
       warpgroup_barrier();
     }
     own.hidden = again(own.hidden);
-    if (kWeights && kInfonce && plain && p.unit[1] == 0 && own.k2 > 0)
+    if (kWeights && kInfonce && plain && positive)
       plain_weights(own, c, slots().sums_i, scratch, store);
     else if (kWeights)
       gram_weights(own, c, kInfonce, slots().sums_i, scratch, store);
@@ -248,6 +249,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
     more_registers<240>();
     const GramTiles tiles(tile);
     const int steps = int(p.width / kGramDepth);
+    const bool positive = kWeights && kInfonce && p.unit[1] == 0 && logit_scale_2(p) > 0;
     for (int round = 0;; ++round) {
       const int taken = kGramTeams * round + team, n = blockIdx.x + taken * gridDim.x;
       if (n >= tiles.count) break;
@@ -261,10 +263,10 @@ __global__ void __launch_bounds__(kGramThreads, 1)
       mbarrier_wait(at.turn[team], (round + 1 + team) & 1);
       gram_products<Scalar>(c, at, taken * steps, steps, [&] { team_arrives(at.turn[1 - team]); });
       if (maps.audio_first) exchange_towers(c);
-      at.columns[team].keep(column, logit_scale_2(p), kMode, kWeights);
+      at.columns[team].keep(column, logit_scale_2(p), kMode, kInfonce, kWeights);
       warpgroup_barrier();
       GramTile own(p, c, I, J, row, at.columns[team], kMode, tile.i0 == tile.j0);
-      gram_epilogue<Scalar, kMode, kInfonce, kWeights>(p, tile, to, place, own, c,
+      gram_epilogue<Scalar, kMode, kInfonce, kWeights>(p, tile, to, place, positive, own, c,
                                                        at.scratch[team]);
     }
   }

@@ -92,7 +92,7 @@ struct GramColumns {
   Four m_at[kGramColumns], f_at[kGramColumns], top_at[kGramColumns];
 
   // The whole warpgroup, a thread for each column.
-  __device__ void keep(const GramNumbers& own, float k2, int mode, bool weights) {
+  __device__ void keep(const GramNumbers& own, float k2, int mode, bool infonce, bool weights) {
     const int y = threadIdx.x % kWarpgroup;
     const Support& of = own.support;
     const PlainSupport plain(of, k2);
@@ -102,6 +102,7 @@ struct GramColumns {
     const auto& m = own.factors.m;
     const auto& f = own.factors.f;
     m_at[y] = {m[0], m[1], m[2], m[3]}, f_at[y] = {f[0], f[1], f[2], f[3]};
+    if (!infonce) return;
     const auto& top = PlainFactors(own.factors, plain, mode).top;
     top_at[y] = {top[0], top[1], top[2], top[3]};
   }

@@ -11,8 +11,6 @@
 
 #ifdef __CUDACC__
 #include <cuda.h>
-#else
-#include "async.h"
 #endif
 
 namespace supclap::cuda {

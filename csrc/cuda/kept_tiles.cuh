@@ -26,7 +26,7 @@ struct KeptTiles {
   const SinglePlan& plan;
   const SingleScratch& to;
   float* memory;   // all of the block's
-  float* stage;    // what is not kept: operands, then room to reduce columns in
+  float* stage;    // behind the kept tiles: see SingleLayout
   float* factors;  // [2 sides, 2 kDirections, B]
 
   __device__ int64_t padded() const { return int64_t(plan.tiles) * B; }
@@ -110,7 +110,7 @@ struct KeptTiles {
         SUPCLAP_UNROLL
         for (int c = 0; c < kC; ++c) z[u][c] = read(tiles, x + u, Shape::column(c), turned);
       }
-      SUPCLAP_UNROLL
+      SUPCLAP_ROLLED
       for (int first = 0; first < kDirections; first += 2) {
         if (!has_direction(p.mode, first)) continue;
         LogSum sum[kRows][2];

@@ -33,6 +33,7 @@ std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScra
 
 // The first step in one launch, products included (gram.cu, Hopper): `panel` is not read.
 constexpr int64_t kGramShared = 219136;  // bytes of shared memory of a block
+bool gram_whole(const Problem& p);       // whether it copies left operands at once
 std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                       Stream stream);
 

@@ -70,7 +70,8 @@ struct Problem {
   float* omega;       // [N] upstream gradient x weight x row_scale
   float* bounds;      // [3, blocks of row_weights] maxima over rows: omega, -omega, gain
   float* factors;     // [8, N] m of each direction, then omega / (l unit), times alpha for s
-  float* unit;        // [2] a power of 2; 1 where factors have both signs (the tiles' sweeps)
+  float* unit;        // [2] a power of 2, with the omegas' sign if all have the same; of the sweeps
+                      // over tiles: 1 where factors may be negative, else 0
   float* sums;        // [7, N]
   float *dT, *dA;     // [N, width] sums of products, or null: frozen
   // Results.
@@ -116,7 +117,7 @@ struct SinglePlan {
   int pairs;   // tile pairs
   int kept;    // pairs whose tiles a block keeps; 1: for the moment
   int slices;  // of a pair's products, where there are few pairs: blocks share its columns of D
-  int slice;   // so many
+  int slice;   // columns of D in a slice
   int blocks;
   int64_t shared;   // bytes
   int64_t scratch;  // bytes

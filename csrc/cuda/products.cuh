@@ -44,12 +44,13 @@ struct Mover {
       for (int m = 0; m < Piece::size; ++m) held[n].at[m] = narrow<Scalar>(0.0f);
     }
   }
-  // to [kTileRows, pitch], or, transposed, [kTileColumns, pitch].
-  __device__ void store(Scalar* to, int pitch) const {
+  // to [kTileRows, pitch], or, transposed, [kTileColumns, pitch]; so many columns, and the piece
+  // behind them, which completes a fragment.
+  __device__ void store(Scalar* to, int pitch, int columns) const {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
       const int e = threadIdx.x + n * kThreads, row = Mover::row(e), column = Mover::column(e);
-      if (e >= kPieces) continue;
+      if (e >= kPieces || column > columns) continue;
       if (!kTransposed)
         store_vector(to + row * pitch + column, held[n]);
       else

@@ -56,7 +56,7 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
     largest[n] = block_max(largest[n], scratch);
   }
   const auto& [up, down, gain] = largest;
-  // Of the rows' sign, where they have one: what is divided by it is positive.
+  // With the rows' sign, where all have the same: omegas over it are positive.
   const float unit = unit_of(fmaxf(up, down) * gain) * (up == 0 && down > 0 ? -1 : 1);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.unit[0] = unit;

@@ -33,8 +33,7 @@ constexpr int64_t kMostRows = 4096;
 int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // Few pairs are cut into slices, so that about so many blocks multiply; a slice has at least so
-// many bytes of a row, and whole fragments of it. By N and D alone: results do not depend on the
-// device.
+// many bytes of a row, and whole fragments of it. By N and D alone, not by the device.
 constexpr int kShares = 128, kSliceBytes = 256;
 
 void cut(const Problem& p, SinglePlan& plan) {

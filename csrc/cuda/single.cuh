@@ -49,8 +49,8 @@ struct SingleLayout {
   }
 };
 
-// Pair n of a plan. Those on the diagonal, which cost half, are the first and the last: a block
-// that has one more than others has two of these.
+// Pair n of a plan. Those on the diagonal, which cost half, are the first and the last: of the
+// blocks that have one more than others, the first ones have two of these.
 __device__ __forceinline__ void pair_at(int n, const SinglePlan& plan, int& I, int& J) {
   const int first = plan.tiles / 2, last = plan.pairs - plan.tiles + first;
   if (n < first || n >= last) {
@@ -135,16 +135,17 @@ struct Single : KeptTiles<B> {
     __syncthreads();
     SUPCLAP_ROLLED
     for (int64_t k = begin; k < end; k += kDepth) {
+      const int depth = int(end - k < kDepth ? end - k : kDepth);
       SUPCLAP_UNROLL
       for (int n = 0; n < 4; ++n)
-        if (loads(n)) mover[n].store(operand[n], Multiply::kSimilarityPitch);
+        if (loads(n)) mover[n].store(operand[n], Multiply::kSimilarityPitch, depth);
       __syncthreads();
       if (k + kDepth < end) {
         SUPCLAP_UNROLL
         for (int n = 0; n < 4; ++n)
           if (loads(n)) mover[n].load(source[n] + k + kDepth, p.width, count[n], end - k - kDepth);
       }
-      product.similarity(operand, grams(), diagonal, int(end - k < kDepth ? end - k : kDepth));
+      product.similarity(operand, grams(), diagonal, depth);
       __syncthreads();
     }
     SUPCLAP_UNROLL

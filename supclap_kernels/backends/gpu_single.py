@@ -34,17 +34,17 @@ def width_of(D: int, dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int) -> int:
+def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int, side: int) -> int:
     """The largest batch whose tiles fit on the chip of the device `index`, the current one."""
     module = native.cuda()
     p = module.Problem()
     p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
-    return int(module.single_limit(p, SIDE))
+    return int(module.single_limit(p, side))
 
 
 def limit_of(D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
     mode, index = contract.mode(has_radius, options), native.current_device()
-    return limit(D, dtype, mode, options.infonce, index)
+    return limit(D, dtype, mode, options.infonce, index, SIDE)
 
 
 def larger(dtype: torch.dtype, has_radius: bool, options: Options) -> Backend:

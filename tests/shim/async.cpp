@@ -67,23 +67,31 @@ void compute(const Wgmma& one) {
 
 }  // namespace
 
+namespace {
+void act(const Copy& one) {
+  SHIM_TSAN(__tsan_write_range(one.to, 16);)
+  SHIM_TSAN(if (one.there) __tsan_read_range(const_cast<void*>(one.from), 16);)
+  if (one.there)
+    memcpy(one.to, one.from, 16);
+  else
+    memset(one.to, 0, 16);
+}
+}  // namespace
+
 void copy_async(void* to, const void* from, bool there) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     throw std::runtime_error("shim: not 16 aligned bytes");
-  running->current->copies.back().push_back({to, from, there});
+  const Copy one{to, from, there};
+  if (at_once())
+    act(one);
+  else
+    running->current->copies.back().push_back(one);
 }
 void copies_commit() { running->current->copies.emplace_back(); }
 void copies_wait(int pending) {
   auto& groups = running->current->copies;  // the last one is open
   while (int(groups.size()) > pending + 1) {
-    for (const Copy& one : groups.front()) {
-      SHIM_TSAN(__tsan_write_range(one.to, 16);)
-      SHIM_TSAN(if (one.there) __tsan_read_range(const_cast<void*>(one.from), 16);)
-      if (one.there)
-        memcpy(one.to, one.from, 16);
-      else
-        memset(one.to, 0, 16);
-    }
+    for (const Copy& one : groups.front()) act(one);
     groups.erase(groups.begin());
   }
 }

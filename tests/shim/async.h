@@ -1,9 +1,9 @@
 // Stands in for what a GPU does asynchronously, as csrc/cuda/device.cuh and hopper.cuh use it.
 //
 // What is done so happens as late as it may: a wgmma reads its operands when its results are waited
-// for, 16 bytes arrive when their thread waits, and with all but one schedule a box arrives when
-// nothing else can go on. So a kernel that does not wait, or reuses memory too early, computes
-// something else.
+// for, 16 bytes arrive when their thread waits, a box when nothing else can go on; with one
+// schedule bytes and boxes arrive at once. So a kernel that does not wait, or reuses memory too
+// early, computes something else.
 #pragma once
 
 #include "shim.h"

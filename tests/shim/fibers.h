@@ -92,6 +92,8 @@ bool is_removed(Site site);
 void wait(State state, char* tag);
 // ... until ready(); the order of accesses is the caller's.
 void wait_until(std::function<bool()> ready);
+// Whether copies arrive at once.
+bool at_once();
 // At once, or when nothing else can go on, as the running fiber.
 void later(std::function<void()> act);
 Block& own_block();

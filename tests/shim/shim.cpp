@@ -258,8 +258,9 @@ void wait_until(std::function<bool()> ready) {
   to_scheduler();
 }
 
+bool at_once() { return schedule == kAscending; }
 void later(std::function<void()> act) {
-  if (schedule == kAscending) return act();
+  if (at_once()) return act();
   const Unseen unseen;
   running->later.emplace_back(running->current, std::move(act));
 }
