@@ -97,47 +97,33 @@ struct KeptTiles {
     Support others[kC];
     SUPCLAP_UNROLL
     for (int c = 0; c < kC; ++c) others[c] = Support(other, Shape::column(c), p.mode);
-    // Two rows and two directions at once: each is a chain of exchanges between lanes.
-    constexpr int kRows = Shape::kRows < 2 ? 1 : 2;
     SUPCLAP_ROLLED
-    for (int r = 0; r < Shape::kRows; r += kRows) {
+    for (int r = 0; r < Shape::kRows; ++r) {
       const int x = Shape::row() + r;
-      Products z[kRows][kC];
-      Support support[kRows];
+      const Support support(own, x, p.mode);
+      Products z[kC];
       SUPCLAP_UNROLL
-      for (int u = 0; u < kRows; ++u) {
-        support[u] = Support(own, x + u, p.mode);
-        SUPCLAP_UNROLL
-        for (int c = 0; c < kC; ++c) z[u][c] = read(tiles, x + u, Shape::column(c), turned);
-      }
+      for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), turned);
+      // Two directions at once: each is a chain of exchanges between lanes.
       SUPCLAP_ROLLED
       for (int first = 0; first < kDirections; first += 2) {
         if (!has_direction(p.mode, first)) continue;
-        LogSum sum[kRows][2];
+        LogSum sum[2];
         SUPCLAP_UNROLL
-        for (int u = 0; u < kRows; ++u) {
+        for (int n = 0; n < 2; ++n) {
+          float logit[kC];
           SUPCLAP_UNROLL
-          for (int n = 0; n < 2; ++n) {
-            float logit[kC];
-            SUPCLAP_UNROLL
-            for (int c = 0; c < kC; ++c)
-              logit[c] = direction_logit(first + n, p.mode, z[u][c], support[u], others[c], b);
-            sum[u][n] = row_log_sum<Shape>(logit, first + n, kInfonce);
-          }
+          for (int c = 0; c < kC; ++c)
+            logit[c] = direction_logit(first + n, p.mode, z[c], support, others[c], b);
+          sum[n] = row_log_sum<Shape>(logit, first + n, kInfonce);
         }
         SUPCLAP_UNROLL
-        for (int u = 0; u < kRows; ++u) {
-          SUPCLAP_UNROLL
-          for (int n = 0; n < 2; ++n)
-            if (writes) to_slot.put(2 * (first + n), x + u, sum[u][n]);
-        }
+        for (int n = 0; n < 2; ++n)
+          if (writes) to_slot.put(2 * (first + n), x, sum[n]);
       }
       if (!p.stats || turned) continue;
-      SUPCLAP_UNROLL
-      for (int u = 0; u < kRows; ++u) {
-        const LogSum sum = row_similarity<Shape>(z[u], own_tile == other_tile);
-        if (writes) to_slot.put(kSimilarity, x + u, sum);
-      }
+      const LogSum sum = row_similarity<Shape>(z, own_tile == other_tile);
+      if (writes) to_slot.put(kSimilarity, x, sum);
     }
   }
 
