@@ -12,6 +12,7 @@ import supclap_kernels as sk
 from supclap_kernels import native
 from supclap_kernels.testing import (
     Case,
+    Inputs,
     baseline,
     check,
     evaluate,
@@ -94,29 +95,42 @@ def test_without_support_vectors(backend, N, dtype):
         run(Case(N=N, D=192, dtype=DTYPES[dtype], **fields), backend)
 
 
+def accepted(case: Case, inputs: Inputs, backend: str) -> None:
+    """The rule on inputs that are not the case's own."""
+    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
+    result = evaluate(sk.fused_svr_loss, inputs, **case.options, backend=backend)
+    assert not violations(result, exact, base, floors(case, inputs, exact))
+
+
 @by_mode
-@pytest.mark.parametrize("order", [("text", "audio"), ("audio", "text")], ids=str)
+@pytest.mark.parametrize("first, second", [("text", "audio"), ("audio", "text")])
 @pytest.mark.parametrize("N", [640, 630])
-@pytest.mark.parametrize("signs", ["all positive", "all negative", "both"])
-def test_towers_in_either_order_in_memory(backend, options, order, N, signs):
-    """The tiles of the Hopper kernels with whole left operands, and those that take logarithms of
-    their factors."""
-    case = Case(N=N, D=192, weighted=True, dtype=torch.bfloat16, options=options)
+def test_towers_in_either_order_in_memory(backend, options, first, second, N):
+    """The Hopper kernels copy whole left operands of both at once, of N = 630 not the last ones."""
+    case = Case(N=N, D=192, dtype=torch.bfloat16, options=options)
     inputs = make_inputs(case, "cuda")
-    memory = torch.stack([getattr(inputs, tower) for tower in order])
-    inputs = replace(inputs, **dict(zip(order, memory, strict=True)))
+    memory = torch.stack([getattr(inputs, tower) for tower in (first, second)])
+    inputs = replace(inputs, **{first: memory[0], second: memory[1]})
     if hasattr(native.cuda(), "gram_whole"):
         p = native.cuda().Problem()
         p.N, p.width, p.dtype = N, 192, 1
         p.give(T=inputs.text.data_ptr(), A=inputs.audio.data_ptr())
         assert native.cuda().gram_whole(p)
-    if signs == "all negative":
+    accepted(case, inputs, backend)
+
+
+@by_mode
+@pytest.mark.parametrize("negative", ["upstream", "some weights"])
+def test_signs(backend, options, negative):
+    """Where no factor is negative, tiles of the Hopper kernels take their logarithms."""
+    case = Case(N=640, D=192, weighted=True, dtype=torch.bfloat16, options=options)
+    inputs = make_inputs(case, "cuda")
+    if negative == "upstream":
         inputs = replace(inputs, upstream=-inputs.upstream)
-    elif signs == "both":
+    else:
+        assert inputs.weight is not None
         inputs.weight[::3] *= -1
-    exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
-    result = evaluate(sk.fused_svr_loss, inputs, **case.options, backend=backend)
-    assert not violations(result, exact, base, floors(case, inputs, exact))
+    accepted(case, inputs, backend)
 
 
 @pytest.mark.parametrize("gap", [0.1, 1e-2, 1e-3, 0.0])

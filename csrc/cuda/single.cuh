@@ -164,13 +164,11 @@ struct Single : KeptTiles<B> {
     SUPCLAP_ROLLED
     for (int n = 0; n < 2 + grams(); ++n) {
       if (n == 1 && diagonal) continue;
-      const float* from = slice(pair, 0, n);
       SUPCLAP_ROLLED
       for (int e = threadIdx.x; e < B * B; e += kThreads) {
         float sum = 0;
         SUPCLAP_UNROLL_BY(16)
-        for (int which = 0; which < plan.slices; ++which)
-          sum += from[int64_t(which) * (2 + grams()) * (B * B) + e];
+        for (int which = 0; which < plan.slices; ++which) sum += slice(pair, which, n)[e];
         tiles[n * Tiles::kTile + e / B * Tiles::kPitch + e % B] = sum;
       }
     }

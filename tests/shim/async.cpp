@@ -65,9 +65,6 @@ void compute(const Wgmma& one) {
     }
 }
 
-}  // namespace
-
-namespace {
 void act(const Copy& one) {
   SHIM_TSAN(__tsan_write_range(one.to, 16);)
   SHIM_TSAN(if (one.there) __tsan_read_range(const_cast<void*>(one.from), 16);)
@@ -76,6 +73,42 @@ void act(const Copy& one) {
   else
     memset(one.to, 0, 16);
 }
+
+// The box at four coordinates, of 64 columns, one row after the other.
+void copy(void* to, const TensorMap& map, std::array<int64_t, 4> at, Mbarrier& full) {
+  unsigned char* shared = self().shared;
+  const uint32_t start = shared_address(to);
+  if (start % 1024 || map.box[0] != 64) throw std::runtime_error("shim: no swizzled box");
+  const int rows = map.box[1] * map.box[2] * map.box[3];
+  const auto act = [=, map = map, &full] {
+    const auto* from = static_cast<const uint16_t*>(map.start);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const int box[] = {c, r % map.box[1], r / map.box[1] % map.box[2],
+                           r / map.box[1] / map.box[2]};
+        bool inside = true;
+        int64_t element = 0;
+        for (int n = 0; n < 4; ++n) {
+          const int64_t place = at[n] + box[n];
+          inside = inside && place >= 0 && place < map.size[n];
+          element += place * map.stride[n];
+        }
+        const uint16_t value = inside ? from[element] : 0;
+        memcpy(swizzled(shared, start + r * 128 + 2 * c), &value, 2);
+      }
+    SHIM_TSAN(__tsan_write_range(to, rows * 128);)
+    SHIM_TSAN(__tsan_release(tag(full, full.phase));)
+    full.bytes -= rows * 128;
+    complete(full);
+  };
+  std::function<void()> kept;
+  {
+    const Unseen unseen;
+    kept = act;
+  }
+  later(std::move(kept));
+}
+
 }  // namespace
 
 void copy_async(void* to, const void* from, bool there) {
@@ -114,43 +147,6 @@ void mbarrier_wait(Site site, Mbarrier& at, int parity) {
   wait_until([&] { return at.phase != parity; });
   SHIM_TSAN(__tsan_acquire(tag(at, parity));)
 }
-
-namespace {
-// The box at four coordinates, of 64 columns, one row after the other.
-void copy(void* to, const TensorMap& map, std::array<int64_t, 4> at, Mbarrier& full) {
-  unsigned char* shared = self().shared;
-  const uint32_t start = shared_address(to);
-  if (start % 1024 || map.box[0] != 64) throw std::runtime_error("shim: no swizzled box");
-  const int rows = map.box[1] * map.box[2] * map.box[3];
-  const auto act = [=, map = map, &full] {
-    const auto* from = static_cast<const uint16_t*>(map.start);
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < 64; ++c) {
-        const int box[] = {c, r % map.box[1], r / map.box[1] % map.box[2],
-                           r / map.box[1] / map.box[2]};
-        bool inside = true;
-        int64_t element = 0;
-        for (int n = 0; n < 4; ++n) {
-          const int64_t place = at[n] + box[n];
-          inside = inside && place >= 0 && place < map.size[n];
-          element += place * map.stride[n];
-        }
-        const uint16_t value = inside ? from[element] : 0;
-        memcpy(swizzled(shared, start + r * 128 + 2 * c), &value, 2);
-      }
-    SHIM_TSAN(__tsan_write_range(to, rows * 128);)
-    SHIM_TSAN(__tsan_release(tag(full, full.phase));)
-    full.bytes -= rows * 128;
-    complete(full);
-  };
-  std::function<void()> kept;
-  {
-    const Unseen unseen;
-    kept = act;
-  }
-  later(std::move(kept));
-}
-}  // namespace
 
 void copy_box(void* to, const TensorMap& map, int row, int column, Mbarrier& full) {
   copy(to, map, {column, row, 0, 0}, full);
