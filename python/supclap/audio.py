@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .config import UserError, explained
 from .manifest import Clip
 
 # The front end of CED: 16 kHz, 32 ms windows, 10 ms hop, 64 HTK mel bins, decibels.
@@ -27,6 +28,9 @@ N_MELS = 64
 F_MAX = 8_000.0
 TOP_DB = 120.0
 LOUDEST = 1e15  # its power is still a float32
+END = 0.1  # seconds that may be missing at the end: a frame of MP3 is up to 0.072
+UNKNOWN = 2**62  # frames, of a file whose header does not say
+STREAMED = 0x7FFF_0000  # bytes and more: of a header written before the length was known
 
 
 class FrontEnd(Protocol):
@@ -43,12 +47,12 @@ class FrontEnd(Protocol):
         """[S] float32 at `sample_rate` -> [F, M]."""
 
 
-def open_audio(clip: Clip) -> Path | BinaryIO:
-    """What soundfile reads: the clip's file, or its bytes in a tar."""
+def open_audio(clip: Clip) -> bytes | BinaryIO:
+    """What soundfile reads: the name of the clip's file, or its bytes in a tar."""
     if not clip.path.is_file():
         raise UserError("no such file (looked in the manifest's folder and in audio/ beside it)")
     if clip.span is None:
-        return clip.path
+        return os.fsencode(clip.path)  # names that are not UTF-8, too
     start, size = clip.span
     with clip.path.open("rb") as stream:
         stream.seek(start)
@@ -61,11 +65,11 @@ def readable() -> Iterator[None]:
     try:
         yield
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"not readable as audio: {error}") from error
+        raise explained(error) or UserError(f"not readable as audio: {error}") from error
 
 
 def read_wave(
-    source: Path | BinaryIO, max_seconds: float, draw: Callable[[int], int] | None = None
+    source: bytes | BinaryIO, max_seconds: float, draw: Callable[[int], int] | None = None
 ) -> tuple[np.ndarray, int]:
     """At most `max_seconds` of a file, as mono float32 [S], and its sample rate.
 
@@ -88,20 +92,58 @@ def check_samples(wave: np.ndarray) -> None:
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
 
 
-def examine(source: Path | BinaryIO) -> tuple[float, int]:
+def length_of(opened: soundfile.SoundFile) -> float:
+    """Seconds of a file whose end is there: what its header promises can be decoded.
+
+    The library says what it had to put right in a header, and seeks to the end without decoding
+    what is before it.
+    """
+    frames, rate = opened.frames, opened.samplerate
+    if frames >= UNKNOWN:
+        raise UserError("its header does not say how long it is; write it anew with its length")
+    seconds = frames / rate
+    log = opened.extra_info
+    for promised, found in re.findall(r": (\d+) \(should be (\d+)\)", log):
+        missing = int(promised) - int(found)  # bytes
+        if int(promised) < STREAMED and missing * seconds > END * int(found):
+            raise UserError(f"it is cut off: {found} of the {promised} bytes its header promises")
+    broken_page = "lacks an end-of-stream bit" in log and "Junk after the last page" in log
+    if broken_page or "truncated file" in log:
+        raise UserError(f"it is cut off after {seconds:.2f} seconds")
+    last = min(frames, math.ceil(END * rate))
+    try:
+        opened.seek(frames - last)
+        there = not frames or len(opened.read(last)) > 0
+    except (soundfile.SoundFileError, RuntimeError):
+        there = False
+    if not there:
+        raise UserError(f"it is cut off: the end of the {seconds:.2f} seconds is missing")
+    opened.seek(0)
+    return seconds
+
+
+def inspect(source: bytes | BinaryIO) -> float:
+    """Seconds of a file, of which only the header and the end are read."""
+    with readable(), soundfile.SoundFile(source) as opened:
+        return length_of(opened)
+
+
+def examine(source: bytes | BinaryIO) -> tuple[float, int]:
     """Seconds and sample rate, after all of it was decoded, a part at a time."""
     frames = 0
     with readable(), soundfile.SoundFile(source) as opened:
-        rate = opened.samplerate
-        for block in opened.blocks(2**18, dtype="float32", always_2d=True):
-            frames += len(block)
-            check_samples(block)
+        rate, seconds = opened.samplerate, length_of(opened)
+        while len(part := opened.read(2**18, dtype="float32", always_2d=True)):
+            frames += len(part)
+            check_samples(part)
     check_samples(np.zeros((frames, 0), dtype=np.float32))
+    if frames < (seconds - END) * rate:
+        raise UserError(f"it is cut off: {frames / rate:.2f} of {seconds:.2f} seconds are there")
     return frames / rate, rate
 
 
 def load_audio(
-    source: Path | BinaryIO,
+    source: bytes | BinaryIO,
     max_seconds: float,
     rate: int = SAMPLE_RATE,
     draw: Callable[[int], int] | None = None,

@@ -10,7 +10,7 @@ import numpy as np
 
 from .audio import examine, open_audio
 from .config import UserError
-from .manifest import Clip, scan_manifest
+from .manifest import Clip, problems_of, readings
 
 
 def heard(clip: Clip) -> tuple[float, int] | str:
@@ -23,25 +23,33 @@ def heard(clip: Clip) -> tuple[float, int] | str:
 
 def check(manifest: Path) -> tuple[list[str], list[str]]:
     """Lines that describe the manifest, and its problems, each with its line."""
-    clips, problems = scan_manifest(manifest)
+    found = list(readings(manifest))
+    clips = [clip for reading in found for clip in reading.clips.values()]
+    problems = [problem for reading in found for problem in problems_of(reading)]
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(heard, clips))
     seconds, rates = [], Counter[int]()
-    for clip, found in zip(clips, headers, strict=True):
+    for clip, header in zip(clips, headers, strict=True):
         place = f"manifest {manifest}, {clip.place} ({clip.name})"
-        if isinstance(found, str):
-            problems.append(f"{place}: {found}")
+        if isinstance(header, str):
+            problems.append(f"{place}: {header}")
         else:
-            seconds.append(found[0])
-            rates[found[1]] += 1
+            seconds.append(header[0])
+            rates[header[1]] += 1
+        pairs = Counter(
+            zip(clip.captions, clip.languages, strict=True)
+        )  # languages share sentences
         problems += [
             f"{place}: the caption {caption!r} is there {count} times"
-            for caption, count in Counter(clip.captions).items()
+            for (caption, _), count in pairs.items()
             if count > 1
         ]
     counts = [len(clip.captions) for clip in clips]
     languages = Counter(language for clip in clips for language in clip.languages)
     said = [f"{len(clips)} clips, {sum(counts)} captions"]
+    unused = dict.fromkeys(column for reading in found for column in reading.unused)
+    if unused:
+        said.append(f"unused columns: {', '.join(unused)}")
     if clips:
         said.append(f"captions of a clip: {min(counts)} to {max(counts)}")
         said.append("languages: " + ", ".join(f"{k} {n}" for k, n in sorted(languages.items())))

@@ -2,11 +2,13 @@
 
 `state.pt` is written as a whole or not at all, after the lines of the log it stands for; what the
 log has beyond it is dropped on resuming. The order of the pairs and the crops need no state: they
-are drawn from the seed, the epoch and the pair (data.py).
+are drawn from the seed, the epoch and the pair (data.py). A finished run keeps its last state, so
+that it can be extended.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +17,13 @@ from typing import Any
 import torch
 
 from .config import UserError
+from .data import Corpus
 from .files import write_whole
 from .ranks import Ranks
 
 STATE, FINISHED = "state.pt", "finished.json"
+LAST = "finished.pt"
+SHOWN = 3  # clips of each kind that a difference names
 
 
 @dataclass
@@ -36,40 +41,86 @@ def random_state(device: torch.device) -> list[Any]:
     return [torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None]
 
 
+def is_finished(run: Path, epochs: int) -> bool:
+    """Whether a run has ended and so many epochs would extend it; an error if they would not."""
+    try:
+        done = json.loads((run / FINISHED).read_text(encoding="utf-8")).get("epochs")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {run / FINISHED}: {error}") from error
+    begin = f"begin a new run from it: --init {run}"
+    if done is None or not any((run / name).exists() for name in (STATE, LAST)):
+        raise UserError(
+            f"{run} is finished, by a version that kept no state to go on from; {begin}"
+        )
+    if epochs <= done:
+        raise UserError(f"{run} is finished; go on with more than its --epochs {done}, or {begin}")
+    return True
+
+
+def difference(before: list[list[Any]], corpus: Corpus) -> str:
+    """How the clips and captions of a manifest differ from those a run began with; "" if not."""
+    now = corpus.hashes
+    if before == now:
+        return ""
+    old, new = dict(before), dict(now)
+    kinds = {
+        "gone": [clip for clip in old if clip not in new],
+        "new": [clip for clip in new if clip not in old],
+        "with other captions": [clip for clip in old if new.get(clip, old[clip]) != old[clip]],
+    }
+    parts = [
+        f"{len(clips)} {kind} ({', '.join(clips[:SHOWN])}{', ...' * (len(clips) > SHOWN)})"
+        for kind, clips in kinds.items()
+        if clips
+    ]
+    return "; ".join(parts) or "the same clips in another order"
+
+
 def save_state(
     run: Path,
     parts: dict[str, Any],
-    data: str,
+    corpora: dict[str, Corpus],
     progress: Progress,
     ranks: Ranks,
     device: torch.device,
 ) -> None:
-    """`parts`: modules and optimisers by name; `data`: the corpus' fingerprint. Called on every
-    rank; the first one writes."""
+    """`parts`: modules and optimisers by name; `corpora`: by the flags of their manifests. Called
+    on every rank; the first one writes."""
     randoms = ranks.each(random_state(device))
     if ranks.rank == 0:
         whole = {name: part.state_dict() for name, part in parts.items()}
+        whole["pairs"] = {name: corpus.hashes for name, corpus in corpora.items()}
+        data = corpora["data"].fingerprint
         whole |= {"data": data, "progress": asdict(progress), "randoms": randoms}
         write_whole(run / STATE, lambda path: torch.save(whole, path))
 
 
 def load_state(
-    run: Path, parts: dict[str, Any], data: str, ranks: Ranks, device: torch.device
+    run: Path, parts: dict[str, Any], corpora: dict[str, Corpus], ranks: Ranks, device: torch.device
 ) -> Progress:
-    """Bring `parts` and the random numbers back to where `save_state` was called."""
-    path = run / STATE
+    """Bring `parts` and the random numbers back to where `save_state` was called, and a finished
+    run to its end. The corpora, by flag, must be those it began with."""
+    finished = (run / FINISHED).exists() and not (run / STATE).exists()
+    path = run / (LAST if finished else STATE)
     try:
         whole = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(whole[name])
         progress, randoms = Progress(**whole["progress"]), whole["randoms"]
-        same = whole["data"] == data
+        same = whole["data"] == corpora["data"].fingerprint
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name} to go on from") from None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.PickleError) as error:
         raise UserError(f"cannot read the run's state {path}: {error}") from error
-    if not same:
-        raise UserError(f"{run}: the clips or captions of its manifest have changed since")
+    for name, corpus in corpora.items():
+        before = whole.get("pairs", {}).get(name)  # none in a state of an earlier version
+        found = "" if before is None else difference(before, corpus)
+        if found or (name == "data" and not same):
+            which = "its manifest" if name == "data" else f"its manifest of --{name}"
+            more = f": {found}" if found else ""
+            raise UserError(f"{run}: the clips or captions of {which} have changed since{more}")
     if len(randoms) != ranks.count:
         raise UserError(f"{run} was trained by {len(randoms)} processes; resume it with as many")
     cpu, cuda = randoms[ranks.rank]

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
-from .config import MODEL, RECIPES, TRAIN, UserError, build_config, flag, kind_of, read_config
+from .config import (
+    MODEL,
+    MOVABLE,
+    RECIPES,
+    TRAIN,
+    UserError,
+    build_config,
+    explained,
+    flag,
+    kind_of,
+    read_config,
+)
 
 ON_TEST = "NOTE: this checkpoint was selected on a test set"
 SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
@@ -39,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train on a manifest")
     train.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of these flags")
     train.add_argument("--recipe", choices=tuple(RECIPES), help="settings of a published run")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
+    train.add_argument(
+        "--resume", type=Path, metavar="RUN",
+        help="go on with a run; with it go only " + ", ".join(flag(name) for name in MOVABLE),
+    )  # fmt: skip
     add_options(train, TRAIN)
     add_options(train.add_argument_group("model"), MODEL)
 
@@ -110,13 +125,23 @@ def run_train(config: Path | None, recipe: str | None, resume: Path | None, **gi
     if resume is None:
         train(build_config(given, config, recipe))
         return
-    if config is not None or recipe is not None or given:
-        names = [flag(name) for name in given] + ["--config"] * bool(config)
-        names += ["--recipe"] * bool(recipe)
+    names = [flag(name) for name in given if name not in MOVABLE] + ["--config"] * bool(config)
+    names += ["--recipe"] * bool(recipe)
+    if names:
         raise UserError(
             f"--resume goes on with the settings of {resume}/config.json; drop {', '.join(names)}"
         )
-    train(read_config(resume), resume=True)
+    train(replace(read_config(resume), **given), resume=True)
+
+
+def language(option: str, given: str) -> str:
+    """The code of a language given on the command line."""
+    from .languages import language_code
+
+    try:
+        return language_code(given)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def use_of(args: dict[str, Any]) -> Any:
@@ -171,7 +196,7 @@ def run_zeroshot(run: Path, data: Path, json: Path | None, **args: Any) -> None:
 
     if json is not None:
         check_folder_of(json, "--json")
-    template, lang = args.pop("template"), args.pop("lang")
+    template, lang = args.pop("template"), language("--lang", args.pop("lang"))
     found = classify_run(run, data, template, lang, use_of(args))
     tell_skipped(found["skipped"])
     print(f"{data}: {found['clips']} clips, {found['classes']} classes, in %")
@@ -190,7 +215,7 @@ def run_search(run: Path, query: str, audio: Path, top: int, lang: str, **args: 
     from .model import chosen_on_test
     from .search import search
 
-    found, skipped = search(run, query, audio, top, lang, use_of(args))
+    found, skipped = search(run, query, audio, top, language("--lang", lang), use_of(args))
     tell_skipped(skipped)
     print("rank  cosine  file")
     for rank, (score, name) in enumerate(found, 1):
@@ -227,7 +252,8 @@ def run_command(args: argparse.Namespace) -> int:
     elif command == "synth":
         from .synth import synthesise
 
-        synthesise(**options | {"languages": tuple(args.languages)})
+        codes = [language("--languages", given) for given in args.languages]
+        synthesise(**options | {"languages": tuple(dict.fromkeys(codes))})
         print(f"{args.clips} clips with captions are in {args.out}")
     elif command == "reproduce":
         from .reproduce import reproduce
@@ -242,6 +268,9 @@ def run_command(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code. What a user can put right ends without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show does not stop us
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(arguments)
     # Threads that wait must not spin: with other work on the cores a step takes several times
     # as long. OpenMP reads this once, so it is set before PyTorch is imported.
@@ -271,11 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"supclap: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = explained(error)
+        if known is None:
             raise
-        print(
-            "supclap: out of memory; try --micro-batch-size, or a smaller --max-seconds",
-            file=sys.stderr,
-        )
-        return 2
+        print(f"supclap: {known}", file=sys.stderr)
+        return known.exit_code

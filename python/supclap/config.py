@@ -30,6 +30,23 @@ class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
     exit_code = 130
 
 
+def explained(error: BaseException) -> UserError | None:
+    """What a user can be told of an error that any call may end in: no memory, a killed worker."""
+    text = str(error)
+    memory = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    if isinstance(error, MemoryError) or any(one in text for one in memory):
+        return UserError(
+            "out of memory; try a smaller --micro-batch-size, --batch-size or --max-seconds, "
+            "--cache off, or fewer --workers"
+        )
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return UserError(
+            f"a process that decodes audio was killed ({text.strip()}): by hand, or since memory "
+            "ran out; try fewer --workers"
+        )
+    return None
+
+
 def setting(default: Any, text: str, *choices: str) -> Any:
     """A field with its line of --help."""
     return field(default=default, metadata={"help": text, "choices": choices or None})
@@ -92,6 +109,7 @@ class TrainConfig:
 
     data: Path = setting(MISSING, "manifest: CSV, JSON, JSONL or tar; all of it is trained on")
     out: Path = setting(MISSING, "folder of the run: model.safetensors, config.json, log.jsonl")
+    init: Path | None = setting(None, "run to begin from: its model, weights and temperature")
     val: Path | None = setting(None, "manifest for choosing the best epoch; without: the last")
     test: Path | None = setting(None, "manifest for --select-on test")
     select_on: str = setting(
@@ -175,7 +193,7 @@ class TrainConfig:
 
     def settled(self) -> TrainConfig:
         """As a run keeps it: wherever it is resumed from, its files are found."""
-        names = ("data", "out", "val", "test")
+        names = ("data", "out", "val", "test", "init")
         paths = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         cache = self.cache if self.cache in ("memory", "off") else str(Path(self.cache).absolute())
         settled = {name: path.absolute() for name, path in paths.items()}
@@ -187,6 +205,8 @@ class TrainConfig:
         return self.test if self.select_on == "test" else self.val
 
 
+# What a run that goes on may change: where things are, how fast it is, and how long.
+MOVABLE = ("data", "val", "test", "cache", "workers", "device", "threads", "epochs")
 RECIPES: dict[str, dict[str, Any]] = {
     # Batch, epochs, optimiser, temperature and weights are the paper's (section 4.1); that it has
     # no warm-up, decay or clipping is read from its silence.
@@ -248,11 +268,22 @@ def build_config(
     given: dict[str, Any], config: Path | None = None, recipe: str | None = None
 ) -> TrainConfig:
     """From flags, a TOML file and a recipe, the first that has a setting."""
-    found = RECIPES[recipe] if recipe else {}
-    found = found | (read_toml(config) if config else {}) | given
+    explicit = (read_toml(config) if config else {}) | given
+    found = (RECIPES[recipe] if recipe else {}) | explicit
     for name in ("data", "out"):
         if name not in found:
             raise UserError(f"{flag(name)} is needed: {TRAIN[name].metadata['help']}")
+    if "init" in found:
+        before = read_config(found["init"])
+        theirs = asdict(before.model)
+        others = [name for name in theirs if explicit.get(name, theirs[name]) != theirs[name]]
+        others += [name for name in ("tau",) if name in explicit]
+        if others:
+            raise UserError(
+                f"--init takes the model and the temperature of {found['init']} as they are; drop "
+                + ", ".join(map(flag, others))
+            )
+        found = found | theirs
     model = ModelConfig(**{name: found[name] for name in MODEL if name in found})
     return TrainConfig(model=model, **{name: found[name] for name in TRAIN if name in found})
 
@@ -266,7 +297,7 @@ def read_config(run: Path) -> TrainConfig:
     """The settings of a run, wherever it is now; an unknown one is an error."""
     path = run / "config.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         model = found.pop("model")
         unknown = (set(found) - set(TRAIN)) | (set(model) - set(MODEL))
     except FileNotFoundError:

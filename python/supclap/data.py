@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,10 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .audio import FrontEnd, LogMel, load_audio, open_audio, readable
-from .config import UserError
+from .audio import FrontEnd, LogMel, inspect, load_audio, open_audio
+from .config import UserError, explained
 from .files import write_whole
 from .manifest import SHOWN, Clip, read_manifest
+
+CACHE = 2  # changes with what is found wrong with a file
 
 Tokenizer = Callable[[list[str], list[str]], tuple[Tensor, ...]]
 """Captions and their languages -> what the text encoder takes, each [B, ...]."""
@@ -84,11 +89,21 @@ class Corpus:
         except UserError as error:
             raise UserError(f"{self.clips[clip]}: {error}") from error
 
+    @property
+    def said(self) -> list[list[Any]]:
+        """Name, captions and languages of each clip, wherever its file is."""
+        names = [Path(c.name).name if Path(c.name).is_absolute() else c.name for c in self.clips]
+        return [[n, c.captions, c.languages] for n, c in zip(names, self.clips, strict=True)]
+
+    @cached_property
+    def hashes(self) -> list[list[Any]]:
+        """Name of each clip, and a number for what is said of it."""
+        return [[name, zlib.crc32(json.dumps(texts).encode())] for name, *texts in self.said]
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the pairs: a run that goes on must have the same."""
-        said = [[clip.name, clip.captions, clip.languages] for clip in self.clips]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.said).encode()).hexdigest()[:16]
 
     def sample(self, most: int = 1000) -> list[Tensor]:
         """Features of at most so many clips, evenly spread."""
@@ -106,7 +121,7 @@ def decode(
 
 class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
     """Features of a clip (None if they are not to be kept), whether it is longer than them, and
-    what is wrong with it. `whole`: all of it is decoded, not its header alone."""
+    what is wrong with it. `whole`: what is heard of it is decoded, not its header and end alone."""
 
     def __init__(
         self, clips: list[Clip], front_end: FrontEnd, max_seconds: float, keep: bool, whole: bool
@@ -120,14 +135,26 @@ class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
     def __getitem__(self, number: int) -> tuple[Tensor | None, bool, str]:
         clip = self.clips[number]
         try:
-            with readable():
-                header = soundfile.info(open_audio(clip))
-            if not header.frames:
+            seconds = inspect(open_audio(clip))
+            if not seconds:
                 raise UserError("the clip has zero length")
             found = decode(clip, self.front_end, self.max_seconds) if self.whole else None
         except UserError as error:
             return None, False, str(error)
-        return found if self.keep else None, header.duration > self.max_seconds, ""
+        return found if self.keep else None, seconds > self.max_seconds, ""
+
+
+def leave_signals(worker: int) -> None:
+    """In a worker: the parent ends it, no Ctrl-C or SIGTERM that the whole job gets. The parent is
+    in the middle of a step then, and the batch it waits for still comes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
 
 
 class Told(Dataset[Any]):
@@ -159,11 +186,15 @@ def loaded(
         num_workers=min(workers, len(numbers)),
         pin_memory=pin,
         generator=torch.Generator(),
+        worker_init_fn=leave_signals if hasattr(signal, "sigwaitinfo") else None,
     )
-    for item in items:
-        if isinstance(item, str):
-            raise UserError(item)
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, str):
+                raise UserError(item)
+            yield item
+    except RuntimeError as error:
+        raise explained(error) or error from error
 
 
 def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
@@ -173,7 +204,7 @@ def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds
         found = clip.path.stat() if clip.path.is_file() else None
         file = (found.st_size, found.st_mtime_ns) if found else None
         said.append([str(clip.path.resolve()), clip.span, file])
-    whole = json.dumps([front_end.key, max_seconds, said])
+    whole = json.dumps([CACHE, front_end.key, max_seconds, said])
     return folder / f"features-{hashlib.sha256(whole.encode()).hexdigest()[:16]}.safetensors"
 
 

@@ -176,7 +176,7 @@ def carry_out(run: Run, out: Path, preset: Preset) -> None:
     config = settings_of(run, out, preset)
     folder = config.out
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("a") as stream:
+    with (folder / "output.txt").open("a", encoding="utf-8") as stream:
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             if not (folder / FINISHED).exists():
                 start = time.monotonic()
@@ -186,7 +186,11 @@ def carry_out(run: Run, out: Path, preset: Preset) -> None:
                 write_json(folder / "cost.json", {"seconds": seconds, "bytes": peak(config)})
             found = measured(run, config, out, preset)
     path = folder / "cost.json"  # not there if it was killed before it could say
-    cost = json.loads(path.read_text()) if path.exists() else {"seconds": None, "bytes": None}
+    cost = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.exists()
+        else {"seconds": None, "bytes": None}
+    )
     write_json(folder / "result.json", asdict(run) | found | cost)
 
 
@@ -256,7 +260,7 @@ def radius_by_hard(
 def results(out: Path, preset: Preset) -> list[dict[str, Any]]:
     """`result.json` of every run there is, in the plan's order."""
     paths = [out / "runs" / run.folder / "result.json" for run in planned(preset)]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def check_settings(out: Path, name: str) -> None:
@@ -266,7 +270,7 @@ def check_settings(out: Path, name: str) -> None:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     wanted = {"name": name, "sources": digest, **asdict(PRESETS[name])}
     wanted = json.loads(json.dumps(wanted))
-    if path.exists() and json.loads(path.read_text()) != wanted:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != wanted:
         raise UserError(f"{out} holds runs of other settings; name another --out")
     if not path.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and not an earlier reproduction; name another --out")

@@ -10,7 +10,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .config import UserError
+from .config import UserError, explained
+
+
+def umask() -> int:
+    """Permissions that new files do not get; asking for them means setting them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = umask()
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -25,9 +35,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         write(partial)
         with open(partial, "rb") as stream:
             os.fsync(stream.fileno())
+        os.chmod(partial, 0o666 & ~UMASK)  # some libraries write for the owner alone
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
+        known = explained(error)
+        if known is not None:
+            raise known from error
         if isinstance(error, OSError | RuntimeError | SafetensorError):
             raise UserError(f"cannot write {path}: {error}; what was there is as it was") from error
         raise

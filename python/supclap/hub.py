@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import langcodes
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -46,7 +47,7 @@ def fetch(name: str, option: str, weights: bool) -> Path:
 def settings_of(folder: Path, option: str) -> dict[str, Any]:
     """A model's config.json."""
     try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError) as error:
         raise UserError(f"{option} hf:{folder}: cannot read its config.json: {error}") from error
@@ -131,7 +132,7 @@ class PublishedCED(CED):
 
     def keep(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.settings, indent=2))
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
 class Tokenizer:
@@ -147,17 +148,15 @@ class Tokenizer:
         return sorted(token for token in tokens if len(token) == 8 and token[3] == "_")
 
     def code(self, language: str) -> str:
-        """`eng` or `eng_Latn` -> `eng_Latn`; of several scripts the simplified or Latin one."""
+        """The tokenizer's own code for a language: eng -> eng_Latn, zho -> zho_Hans."""
         if language in self.languages:
             return language
-        found = [code for code in self.languages if code.startswith(f"{language}_")]
-        for script in ("Latn", "Hans"):
-            found = [code for code in found if code.endswith(script)] or found
-        if not found:
+        nearest, _ = langcodes.closest_match(language, self.languages, max_distance=3)
+        if nearest not in self.languages:
             raise UserError(
                 f"the text encoder has no language {language!r}; it has {', '.join(self.languages)}"
             )
-        return found[0]
+        return nearest
 
     def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
         """-> ids [B, L], mask [B, L]."""

@@ -2,14 +2,17 @@
 
     CSV    file_name, caption_1, ... caption_k [, lang]     Clotho; rows of one file are joined
            file_name, caption [, lang]                      one caption a row
+           file_name, caption, caption_fr, caption_de_1     several languages
            audiocap_id, youtube_id, start_time, caption     AudioCaps as published
     JSON   {"data": [{"id" | "audio", "caption" | "caption_1", ..., ["lang"]}]}   WavCaps, ML-CLAP
     JSONL  {"audio": ..., "captions": ["..."] | {"eng": ["..."]} [, "lang": "eng"]}
-    tar    KEY.flac beside KEY.json ("captions", "caption" or "text") or KEY.txt; {000..012} in a
-           name stands for all of them
+    tar    KEY.flac beside KEY.json (of JSONL's keys, or "text") or KEY.txt; {000..012} in a name
+           stands for all of them
 
-A clip may have any number of captions. A file is looked for in the manifest's own folder, then in
-`audio/` beside it.
+Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fr_2` and `captions` (languages.py);
+every other column is unused. A clip may have any number of captions. A file is looked for in the
+manifest's own folder, then in `audio/` beside it: under its name as written, then under one that
+looks the same (folders.py).
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from .config import UserError
+from .folders import EXTENSIONS, Folders, is_audio
+from .languages import LANGUAGE, caption_language, language_code
+from .tables import TOO_MANY, clean, csv_rows, read_text
 
-LANGUAGE = "eng"  # of captions that do not say theirs
-EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 SHOWN = 10  # problems of one manifest that an error lists
+FILE_KEYS = ("audio", "file_name", "wav", "path", "id")  # of JSON, the first one counts
+LANGUAGE_KEYS = ("lang", "language")
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,22 @@ class Reading:
     manifest: Path
     clips: dict[Any, Clip] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unused: dict[str, None] = field(default_factory=dict)  # columns, in their order
+    folders: Folders = field(default_factory=Folders)
 
     def find(self, stems: list[str], bare: bool = False) -> tuple[str, Path]:
         """The first of these files there is, else the first of them. `bare`: without extension."""
         names = [
             stem + suffix for stem in stems for suffix in (("", *EXTENSIONS) if bare else [""])
         ]
-        folder = self.manifest.parent
+        own = self.manifest.parent
         for name in names:
-            for path in (folder / name, folder / "audio" / name):
-                if path.is_file():
-                    return name, path
-        return names[0], folder / names[0]
+            for folder in (own, own / "audio"):
+                path = self.folders.locate(folder, name)
+                if path is not None:
+                    return (name if path == folder / name else relative(path, folder)), path
+        name = names[0].strip()
+        return name, own / name
 
     def add(
         self,
@@ -87,21 +97,18 @@ class Reading:
                 old, captions=old.captions + texts, languages=old.languages + languages
             )
 
-
-def clean(text: Any) -> str:
-    """Without blanks at its ends and doubled ones."""
-    return " ".join(str(text or "").split())
-
-
-def csv_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[Any, Any]]]]:
-    """Columns, and rows with their line; what a row has beyond the columns is under None."""
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream, skipinitialspace=True)
-        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        return list(columns), [(reader.line_num, row) for row in reader]
+    def captions_of(self, entry: dict[str, Any]) -> list[tuple[str, str]]:
+        """Captions and their languages of one JSON object; a ValueError says what is wrong."""
+        captions, keys = captions_of(entry)
+        numbered = (key for key in entry if key.startswith("source_lang_"))
+        used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered}
+        self.unused |= dict.fromkeys(key for key in entry if key not in used)
+        return captions
 
 
-TOO_MANY = "more fields than the header has columns; a text with a comma in it needs quotes"
+def relative(path: Path, folder: Path) -> str:
+    """From the folder, if it is below it."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def read_csv(reading: Reading) -> None:
@@ -110,9 +117,11 @@ def read_csv(reading: Reading) -> None:
     if not columns:
         raise UserError(f"manifest {manifest} is empty: it needs the columns file_name, caption_1")
     published = "youtube_id" in columns and "file_name" not in columns
-    needed = ["youtube_id", "caption"] if published else ["file_name"]
-    if not published and "caption" not in columns:
-        needed.append("caption_1")
+    places = ["youtube_id", "start_time", "audiocap_id"] if published else ["file_name"]
+    said_in = [name for name in columns if is_said_in(name, [row[name] for _, row in rows])]
+    needed = [places[0]]
+    if not said_in:
+        needed.append("caption" if published else "caption_1")
     for name in needed:
         if name not in columns:
             raise UserError(
@@ -120,56 +129,80 @@ def read_csv(reading: Reading) -> None:
             )
     if not rows:
         raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
+    used = {*places, *said_in, *LANGUAGE_KEYS}
+    reading.unused |= dict.fromkeys(name for name in columns if name not in used)
 
-    said_in = [name for name in columns if name == "caption" or name.startswith("caption_")]
     for line, row in rows:
         place = f"line {line}"
+        name = row[places[0]] or ""
         if None in row:
-            reading.problems.append(f"{place} ({clean(row[needed[0]])}): {TOO_MANY}")
+            reading.problems.append(f"{place} ({name.strip()}): {TOO_MANY}")
             continue
-        if not clean(row[needed[0]]):
-            reading.problems.append(f"{place}: {needed[0]} is empty")
+        if not name.strip():
+            reading.problems.append(f"{place}: {places[0]} is empty")
             continue
         if published:
-            video, start = clean(row["youtube_id"]), clean(row.get("start_time"))
-            stems = [f"{video}_{start}", video, f"Y{video}", clean(row.get("audiocap_id"))]
+            video, start, number = ((row.get(column) or "").strip() for column in places)
+            stems = [f"{video}_{start}", video, f"Y{video}", number]
             found = reading.find([stem for stem in stems if stem], bare=True)
         else:
-            found = reading.find([row["file_name"].strip()])
-        language = clean(row.get("lang") or row.get("language")) or LANGUAGE
-        captions = [(clean(row[column]), language) for column in said_in]
-        empty = [column for column, (text, _) in zip(said_in, captions, strict=True) if not text]
-        if empty:
-            reading.problems.append(
-                f"{place} ({found[0]}): {empty[0]} is empty; a clip with fewer captions can have "
-                "a row for each caption in a file with caption_1 only"
-            )
-            continue
-        reading.add(place, found, captions)
+            found = reading.find([name])
+        try:
+            reading.add(place, found, captions_in(row, said_in))
+        except ValueError as error:
+            reading.problems.append(f"{place} ({found[0]}): {error}")
 
 
-def captions_of(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Captions and their languages of one JSON object; a ValueError says what is wrong."""
-    language = entry.get("lang", entry.get("language", LANGUAGE))
-    given = next((entry[key] for key in ("captions", "caption", "text") if key in entry), None)
-    if given is None:
-        numbers = sorted(int(key[8:]) for key in entry if re.fullmatch(r"caption_\d+", key))
-        pairs = [(entry[f"caption_{n}"], entry.get(f"source_lang_{n}", language)) for n in numbers]
-    elif isinstance(given, dict):
-        pairs = [(text, one) for one, texts in given.items() for text in listed(texts)]
-    else:
-        texts = listed(given)
-        languages = language if isinstance(language, list) else [language] * len(texts)
-        if len(languages) != len(texts):
-            raise ValueError(f"{len(texts)} captions and {len(languages)} languages")
-        pairs = list(zip(texts, languages, strict=True))
+def is_said_in(column: str, texts: list[str | None]) -> bool:
+    """Whether a column holds captions: by its name, and numbers are in no language."""
+    language = caption_language(column)
+    if not language or not texts:
+        return language is not None
+    return any(letter.isalpha() for text in texts for letter in text or "")
+
+
+def captions_in(row: dict[Any, Any], said_in: list[str]) -> list[tuple[str, str]]:
+    """Captions and their languages of one row; a ValueError says what is wrong."""
+    given = clean(row.get("lang") or row.get("language"))
+    language = language_code(given) if given else LANGUAGE
+    found = [(clean(row[column]), caption_language(column) or language) for column in said_in]
+    empty = [column for column, (text, _) in zip(said_in, found, strict=True) if not text]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} is empty; a clip with fewer captions can have a row for each caption in a "
+            "file with caption_1 only"
+        )
+    return found
+
+
+def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Captions and their languages of one JSON object, and the keys that hold them; a ValueError
+    says what is wrong."""
+    columns = [key for key in entry if caption_language(key) is not None] or ["text"]
+    columns = [key for key in (["captions"] if "captions" in entry else columns) if key in entry]
+    if not columns:
+        raise ValueError("no caption: it needs captions, caption or caption_1")
+    pairs: list[tuple[Any, Any]] = []
+    for key in columns:
+        value, numbered = entry[key], f"source_lang_{key.removeprefix('caption_')}"
+        if isinstance(value, dict):
+            pairs += [(text, one) for one, texts in value.items() for text in listed(texts)]
+        else:
+            own = caption_language(key) or entry.get(numbered)
+            pairs += [(text, own) for text in listed(value)]
+    shared = next((entry[key] for key in LANGUAGE_KEYS if entry.get(key)), LANGUAGE)
+    silent = sum(own is None for _, own in pairs)
+    if isinstance(shared, list) and len(shared) != silent:
+        raise ValueError(f"{silent} captions and {len(shared)} languages")
+    others = iter(shared if isinstance(shared, list) else [shared] * silent)
+    pairs = [(text, next(others) if own is None else own) for text, own in pairs]
     if not pairs:
         raise ValueError("no caption: it needs captions, caption or caption_1")
     if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise ValueError("captions must be a string, a list of them, or lists by language")
     if not all(clean(text) for text, _ in pairs):
         raise ValueError("a caption is empty")
-    return [(clean(text), one) for text, one in pairs]
+    return [(clean(text), language_code(one)) for text, one in pairs], columns
 
 
 def listed(value: Any) -> list[Any]:
@@ -183,9 +216,8 @@ def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
         if not isinstance(entry, dict):
             reading.problems.append(f"{place}: an object was expected, found {str(entry)[:40]!r}")
             continue
-        keys = ("audio", "file_name", "wav", "path", "id")
-        named = {key: str(entry[key]).strip() for key in keys if entry.get(key) is not None}
-        named = {key: name for key, name in named.items() if name}
+        named = {key: str(entry[key]) for key in FILE_KEYS if entry.get(key) is not None}
+        named = {key: name for key, name in named.items() if name.strip()}
         if named.get("audio") == "wav_path":  # WavCaps as published: a word that stands for a path
             del named["audio"]
             named.pop("file_name", None)  # a title there
@@ -194,17 +226,15 @@ def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
             reading.problems.append(f"{place}: no file: it needs audio, file_name or id")
             continue
         try:
-            captions = captions_of(entry)
+            captions = reading.captions_of(entry)
+            stems = [name, str(Path(name).with_suffix(""))] if is_audio(name) else [name]
+            reading.add(place, reading.find(stems, bare=True), captions)
         except ValueError as error:
             reading.problems.append(f"{place} ({name}): {error}")
-            continue
-        audio = Path(name).suffix.lower() in EXTENSIONS
-        stems = [name, str(Path(name).with_suffix(""))] if audio else [name]
-        reading.add(place, reading.find(stems, bare=True), captions)
 
 
 def read_json(reading: Reading) -> None:
-    whole = json.loads(reading.manifest.read_text(encoding="utf-8-sig"))
+    whole = json.loads(read_text(reading.manifest))
     data = whole.get("data") if isinstance(whole, dict) else whole
     if not isinstance(data, list):
         raise UserError(f'manifest {reading.manifest} needs a list, or one under "data"')
@@ -213,7 +243,7 @@ def read_json(reading: Reading) -> None:
 
 def read_jsonl(reading: Reading) -> None:
     def entries() -> Iterator[tuple[str, Any]]:
-        text = reading.manifest.read_text(encoding="utf-8-sig")
+        text = read_text(reading.manifest)
         for n, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
@@ -244,10 +274,10 @@ def read_tar(reading: Reading) -> None:
                     entry = json.load(tar.extractfile(parts["json"]))  # type: ignore[arg-type]
                     if not isinstance(entry, dict):
                         raise ValueError("its .json holds no object")
-                    captions = captions_of(entry)
+                    captions = reading.captions_of(entry)
                 elif "txt" in parts:
                     text = tar.extractfile(parts["txt"]).read().decode()  # type: ignore[union-attr]
-                    captions = captions_of({"caption": text})
+                    captions = reading.captions_of({"caption": text})
                 else:
                     raise ValueError("no captions: neither .json nor .txt")
             except ValueError as error:
@@ -272,10 +302,8 @@ def expand(manifest: Path) -> list[Path]:
     return [Path(f"{start}{number:0{len(first)}d}{end}") for number in numbers]
 
 
-def scan_manifest(manifest: Path) -> tuple[list[Clip], list[str]]:
-    """All clips that can be used and what is wrong with the others."""
-    clips: list[Clip] = []
-    problems: list[str] = []
+def readings(manifest: Path) -> Iterator[Reading]:
+    """What each file of a manifest holds."""
     for path in expand(manifest):
         reader = READERS.get(path.suffix.lower(), read_csv)
         reading = Reading(path)
@@ -287,9 +315,19 @@ def scan_manifest(manifest: Path) -> tuple[list[Clip], list[str]]:
             raise UserError(f"cannot read the manifest {path}: {error}") from error
         if not reading.clips and not reading.problems:
             raise UserError(f"manifest {path} is empty: it has no clip")
-        clips += reading.clips.values()
-        problems += [f"manifest {path}, {problem}" for problem in reading.problems]
-    return clips, problems
+        yield reading
+
+
+def problems_of(reading: Reading) -> list[str]:
+    """What is wrong, each with its manifest and its line."""
+    return [f"manifest {reading.manifest}, {problem}" for problem in reading.problems]
+
+
+def scan_manifest(manifest: Path) -> tuple[list[Clip], list[str]]:
+    """All clips that can be used and what is wrong with the others."""
+    found = list(readings(manifest))
+    clips = [clip for reading in found for clip in reading.clips.values()]
+    return clips, [problem for reading in found for problem in problems_of(reading)]
 
 
 def read_manifest(manifest: Path) -> list[Clip]:

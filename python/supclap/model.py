@@ -137,7 +137,14 @@ def save_model(
 def load_model(run: Path) -> SupclapModel:
     """The model of a run, ready to embed."""
     config = read_config(run)
-    model, path = SupclapModel(config.model, config.tau, run), run / "model.safetensors"
+    model = SupclapModel(config.model, config.tau, run)
+    load_weights(run, model)
+    return model.eval()
+
+
+def load_weights(run: Path, model: SupclapModel, criterion: nn.Module | None = None) -> None:
+    """Those of a run's checkpoint; the criterion's as well, if it has such a radius."""
+    path = run / "model.safetensors"
     try:
         state = load_file(path)
         model.load_state_dict({k: t for k, t in state.items() if not k.startswith(CRITERION)})
@@ -145,7 +152,11 @@ def load_model(run: Path) -> SupclapModel:
         raise UserError(f"{run} has no {path.name}: it ended before its first checkpoint") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-    return model.eval()
+    if criterion is not None:
+        theirs = {k.removeprefix(CRITERION): t for k, t in state.items() if k.startswith(CRITERION)}
+        ours = {name: tensor.numel() for name, tensor in criterion.state_dict().items()}
+        if ours == {name: tensor.numel() for name, tensor in theirs.items()}:
+            criterion.load_state_dict(theirs)
 
 
 def chosen_on_test(run: Path) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,14 +17,34 @@ from torch import Tensor
 
 from .config import UserError
 
+ECHO = 1.0  # seconds in which one Ctrl-C may arrive twice
 PATIENCE = timedelta(hours=2)  # while the first rank validates, the others wait
+
+
+def world_size() -> int:
+    """How many processes torchrun started: 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if text == "1":
+        return 1
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    numbers = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")]
+    if missing or not all(number.isdecimal() for number in numbers) or not int(text):
+        said = f"without {', '.join(missing)}" if missing else "with numbers that are none"
+        raise UserError(
+            f"WORLD_SIZE={text} is set {said}: start several processes with torchrun, or unset "
+            "WORLD_SIZE for one"
+        )
+    if int(numbers[1]) >= int(text):
+        raise UserError(f"RANK={numbers[1]} is none of WORLD_SIZE={text} processes, counted from 0")
+    return int(text)
 
 
 class Ranks:
     """The processes of this run: one, or those that torchrun started."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count, self.rank, self.group = int(os.environ.get("WORLD_SIZE", "1")), 0, None
+        self.count, self.rank, self.group = world_size(), 0, None
         if self.count > 1:
             if not dist.is_initialized():
                 backend = "nccl" if device.type == "cuda" else "gloo"
@@ -92,15 +113,23 @@ def set_threads(count: int | None) -> None:
 
 @contextlib.contextmanager
 def stop_asked() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step ends before the run does; a second one ends it."""
-    asked = threading.Event()
+    """Set by Ctrl-C or SIGTERM, so that a step ends before the run does; a second Ctrl-C ends it.
+
+    A batch system sends SIGTERM to every process of a job, and torchrun passes on what it gets: the
+    same wish, heard twice.
+    """
+    asked, since = threading.Event(), time.monotonic()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def handle(number: int, frame: Any) -> None:
-        if asked.is_set():
+        nonlocal since
+        again = asked.is_set() and time.monotonic() - since > ECHO
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not asked.is_set():
+            since = time.monotonic()
         asked.set()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -53,9 +53,9 @@ def work(run: Run, out: Path, preset: Preset) -> None:
     try:
         carry_out(run, out, preset)
     except BaseException as error:
-        with (folder / "output.txt").open("a") as stream:
+        with (folder / "output.txt").open("a", encoding="utf-8") as stream:
             traceback.print_exc(file=stream)
-        (folder / ERROR).write_text(f"{type(error).__name__}: {error}")
+        (folder / ERROR).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         sys.exit(1)
 
 
@@ -105,7 +105,7 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
 
     check_settings(out, preset)
     start, spent = time.monotonic(), out / "seconds.json"
-    before = json.loads(spent.read_text()) if spent.exists() else 0.0
+    before = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else 0.0
     with alone(out):
         try:
             make_corpora(out, plan)
@@ -120,7 +120,7 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
         finally:
             write_json(spent, before + time.monotonic() - start)
     found = Findings(out, plan)
-    seconds = json.loads(spent.read_text())
+    seconds = json.loads(spent.read_text(encoding="utf-8"))
     write_json(out / "results.json", {"preset": preset, "seconds": seconds} | found.as_json())
     names = draw_all(found, out)
     report = out / "report.md"
@@ -178,5 +178,5 @@ def what_happened(process: Any, run: Run, out: Path) -> str:
     """To a run that left no result."""
     said = out / "runs" / run.folder / ERROR
     if said.exists():
-        return said.read_text()
+        return said.read_text(encoding="utf-8")
     return f"its process ended with {process.exitcode} (a signal if negative: out of memory?)"

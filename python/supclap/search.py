@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from .config import UserError
 from .evaluate import USE, Use, embed_audio, embed_corpus, embed_text
 from .files import check_folder_of, write_whole
-from .manifest import EXTENSIONS, LANGUAGE, Clip, read_manifest
+from .folders import EXTENSIONS, is_audio
+from .languages import LANGUAGE
+from .manifest import Clip, read_manifest
 from .model import chosen_on_test, load_model
 
 
@@ -52,7 +54,7 @@ def search(
         raise UserError(f"--top must be at least 1, got {top}")
     if not query.strip():
         raise UserError("the query is empty")
-    paths = sorted(path for path in audio.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    paths = sorted(path for path in audio.rglob("*") if is_audio(path.name))
     if not paths:
         raise UserError(f"--audio {audio}: it holds no audio ({', '.join(EXTENSIONS)})")
     model = load_model(run).to(use.device)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .config import UserError, check_seed
 from .files import write_text
-from .manifest import LANGUAGE
+from .languages import LANGUAGE
 from .phrases import CAPTIONS, CODES, describe, words_of
 
 RATE = 16_000

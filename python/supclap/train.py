@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss, cached_step
 
-from .checkpoint import FINISHED, STATE, Progress, load_state, save_state
+from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state, save_state
 from .config import Interrupted, TrainConfig, UserError, config_text
 from .data import Batch, Corpus, Epoch, steps_of
 from .diagnose import Diagnosis
@@ -34,7 +34,7 @@ from .evaluate import Metrics, Use, evaluate_corpus
 from .files import write_json, write_text
 from .logs import Logs
 from .manifest import read_manifest
-from .model import SupclapModel, save_model
+from .model import SupclapModel, load_weights, save_model
 from .ranks import Ranks, choose_device, set_threads, stop_asked
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -172,8 +172,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     ranks, run = Ranks(device), config.out
     first = ranks.rank == 0  # who writes
     say = print if first else lambda *_: None
-    if resume and (run / FINISHED).exists():
-        raise UserError(f"{run} is finished")
+    extended = ranks.any(resume and is_finished(run, config.epochs))
     held = any((run / name).exists() for name in (STATE, FINISHED, "model.safetensors"))
     if first and not resume and held and not config.overwrite:
         raise UserError(
@@ -182,7 +181,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         )
 
     torch.manual_seed(config.seed)
-    model = SupclapModel(config.model, config.tau, run if resume else None)
+    model = SupclapModel(config.model, config.tau, run if resume else config.init)
     corpus = read(config, config.data, model, say)
     chosen_on = config.selection
     held_out = read(config, chosen_on, model, say) if chosen_on and first else None
@@ -195,11 +194,17 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         )
     if size < ranks.count:
         raise UserError(f"a batch of {size} pairs is too small for {ranks.count} processes")
-    if hasattr(model.audio.encoder, "set_statistics") and not resume:
+    if config.loss == "infonce" and (size == 1 or (config.ids and len(corpus.clips) == 1)):
+        say("NOTE: no pair of a batch has a negative: the contrastive loss is 0 and trains nothing")
+    if held_out is not None and len(held_out.clips) == 1:
+        say(f"NOTE: {chosen_on} has one clip, which every model finds: the first epoch is kept")
+    if hasattr(model.audio.encoder, "set_statistics") and not resume and config.init is None:
         model.audio.encoder.set_statistics(corpus.sample)
     model.audio.bf16 = model.text.bf16 = config.precision == "bf16"
     model.to(device)
     criterion = build_loss(config, size, ranks.group).to(device)
+    if config.init is not None and not resume:
+        load_weights(config.init, model, criterion)
     optimizer = build_optimizer(config, model, criterion)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     whole = isinstance(criterion.radius, DynamicRadius) and criterion.radius.batch_size is not None
@@ -218,7 +223,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         logs.sync()
         if first and (held_out is None or at.best < 0):
             keep_model(f"step {at.step}")
-        save_state(run, parts, corpus.fingerprint, at, ranks, device)
+        save_state(run, parts, corpora, at, ranks, device)
 
     def validate() -> None:
         if held_out is None or not first:
@@ -234,12 +239,15 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             keep_model(f"{when} (mean R@1 on {where} {recall:.3f})")
 
     torch.manual_seed(config.seed + ranks.rank)  # the ranks' dropout differs
+    corpora = {"data": corpus} | ({config.select_on: held_out} if held_out is not None else {})
     if resume:
-        at = load_state(run, parts, corpus.fingerprint, ranks, device)
+        at = load_state(run, parts, corpora, ranks, device)
+        if config.epochs < at.epoch - (0 if at.batch else 1):
+            raise UserError(f"{run} has {at.epoch - 1} epochs already; --epochs must not be fewer")
     elif first:
         run.mkdir(parents=True, exist_ok=True)
         logs_of = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
-        for name in (STATE, FINISHED, "model.safetensors", *logs_of):
+        for name in (STATE, FINISHED, LAST, "model.safetensors", *logs_of):
             (run / name).unlink(missing_ok=True)
         write_text(run / "config.json", config_text(config.settled()))
         model.keep_encoders(run)
@@ -253,8 +261,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     logs = Logs(config, at.step, first)
     bar = tqdm(total=total, initial=at.step, desc="training", mininterval=0.5, disable=not first)
     with bar, contextlib.closing(logs), stop_asked() as asked:
-        if not resume:
+        if not resume or extended:
             checkpoint()
+        if first and resume:
+            write_text(run / "config.json", config_text(config.settled()))
+            for name in (FINISHED, LAST):
+                (run / name).unlink(missing_ok=True)
         while at.epoch <= config.epochs:
             model.train()
             for name in ("audio", "text"):
@@ -315,8 +327,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 )
 
     if first:
-        write_json(run / FINISHED, {"step": at.step, "model": at.saved})
-        (run / STATE).unlink()
+        done = {"step": at.step, "epochs": config.epochs, "model": at.saved}
+        write_json(run / FINISHED, done)
+        (run / STATE).replace(run / LAST)
     ranks.close()
     say(f"{at.saved} is in {run}")
     return run

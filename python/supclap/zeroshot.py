@@ -16,8 +16,11 @@ from torch import Tensor
 
 from .config import UserError
 from .evaluate import USE, Use, embed_audio, embed_text
-from .manifest import LANGUAGE, TOO_MANY, Clip, csv_rows
+from .folders import Folders
+from .languages import LANGUAGE
+from .manifest import Clip
 from .model import chosen_on_test, load_model
+from .tables import TOO_MANY, clean, csv_rows
 
 TEMPLATE = "This is a sound of {label}"
 RULE = (
@@ -52,18 +55,22 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
             raise UserError(f"{table} has no column {name!r}; it has {', '.join(columns)}")
     if not rows:
         raise UserError(f"{table} has a header and no clip")
-    clips, labels, folds = [], [], []
+    base, places = (data, [pattern]) if pattern else (table.parent, ["{name}", "audio/{name}"])
+    clips, labels, folds, folders = [], [], [], Folders()
     for line, row in rows:
-        name, label = (str(row[key] or "").strip() for key in (file_column, label_column))
-        fold = str(row.get("fold") or "").strip()
+        written = row[file_column] or ""
+        name = written.strip()
+        try:
+            label, fold = clean(row[label_column]), clean(row.get("fold"))
+        except ValueError as error:
+            raise UserError(f"{table}, line {line} ({name}): {error}") from None
         if None in row:
             raise UserError(f"{table}, line {line} ({name}): {TOO_MANY}")
         if not name or not label:
             missing = file_column if not name else label_column
             raise UserError(f"{table}, line {line}: {missing} is empty")
-        path = data / pattern.format(name=name, fold=fold) if pattern else table.parent / name
-        if not pattern and not path.is_file() and (table.parent / "audio" / name).is_file():
-            path = table.parent / "audio" / name
+        tried = [folders.locate(base, place.format(name=written, fold=fold)) for place in places]
+        path = next((path for path in tried if path), base / places[0].format(name=name, fold=fold))
         clips.append(Clip(name, path, (), (), f"line {line}"))
         labels.append(label.replace("_", " "))
         folds.append(fold)

@@ -1,0 +1,74 @@
+"""Languages in one form, whatever a table or a command line calls them."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import langcodes
+from langcodes import Language, LanguageTagError
+
+LANGUAGE = "eng"  # of captions that do not say theirs
+SPEAKERS = 100_000  # fewer, and three letters behind `caption_` are rather a word than a language
+WORDS = frozenset("id min new nr per run ts".split())  # ... and so are these
+CAPTION = re.compile(
+    r"caption(?:_(?P<language>[a-z]{2,}(?:[_-][a-z]{4})?(?:[_-](?P<place>[a-z]{2}))?))?(?:_\d+)?",
+    re.IGNORECASE,
+)
+
+
+def tag_of(given: str) -> Language:
+    """What a code or a name means; a LookupError without a meaning."""
+    try:
+        tag = Language.get(given)
+    except LanguageTagError:
+        tag = langcodes.find(given)
+        if given.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
+            raise LookupError(given) from None  # a word for it in some other language
+    if not tag.is_valid() or tag.language in (None, "mul", "und", "zxx"):
+        raise LookupError(given)
+    return Language.get(langcodes.standardize_tag(tag, macro=True))
+
+
+@cache
+def language_code(given: str) -> str:
+    """The ISO 639-3 code of a language given by code or by name, with the script if that is not the
+    usual one: en, en-US, English, eng_Latn -> eng; zh-TW -> zho_Hant.
+
+    A ValueError says that there is no such language.
+    """
+    try:
+        tag = tag_of(given.strip())
+        alone = Language.make(language=tag.language)
+        code, script = alone.to_alpha3(), tag.maximize().script
+    except LookupError:
+        raise ValueError(
+            f"{given!r} is no language; give a code such as eng or en, or an English name"
+        ) from None
+    return code if script == alone.maximize().script else f"{code}_{script}"
+
+
+@cache
+def caption_language(column: str) -> str | None:
+    """The language of a column of captions, "" for one that does not say it, None for a column of
+    something else.
+
+    Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fra_2`, `caption_French`,
+    `caption_zho_Hant`. A language without a two-letter code and with few speakers needs its script:
+    `caption_raw` and `caption_len` are hardly in Rawang and Lenca. `caption_id` numbers the
+    captions: Indonesian is `caption_ind`.
+    """
+    match = CAPTION.fullmatch(column)
+    if match is None or not column.startswith("caption"):
+        return None
+    given, place = match["language"], match["place"] or ""
+    if given is None:
+        return ""
+    if given.lower() in WORDS or place.lower() in WORDS | {"no"}:
+        return None
+    try:
+        tag, code = tag_of(given), language_code(given)
+    except (LookupError, ValueError):
+        return None
+    known = len(tag.language or "") == 2 or "_" in given or "-" in given
+    return code if known or tag.speaking_population() >= SPEAKERS else None
