@@ -30,6 +30,7 @@ TOP_DB = 120.0
 LOUDEST = 1e15  # its power is still a float32
 END = 0.1  # seconds that may be missing at the end: a frame of MP3 is up to 0.072
 UNKNOWN = 2**62  # frames, of a file whose header does not say
+CUT = re.compile(r"^(?:Ogg ?: Junk after the last page|Seems to be a truncated file)\.", re.M)
 STREAMED = 0x7FFF_0000  # bytes and more: of a header written before the length was known
 
 
@@ -107,8 +108,7 @@ def length_of(opened: soundfile.SoundFile) -> float:
         missing = int(promised) - int(found)  # bytes
         if int(promised) < STREAMED and missing * seconds > END * int(found):
             raise UserError(f"it is cut off: {found} of the {promised} bytes its header promises")
-    broken_page = "lacks an end-of-stream bit" in log and "Junk after the last page" in log
-    if broken_page or "truncated file" in log:
+    if CUT.search(log):
         raise UserError(f"it is cut off after {seconds:.2f} seconds")
     last = min(frames, math.ceil(END * rate))
     try:

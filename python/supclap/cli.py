@@ -297,11 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        print(f"supclap: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        known = explained(error)
+    except (OSError, RuntimeError, MemoryError) as error:
+        known = explained(error) or (UserError(str(error)) if isinstance(error, OSError) else None)
         if known is None:
             raise
         print(f"supclap: {known}", file=sys.stderr)
