@@ -96,7 +96,7 @@ def choose(
             return (
                 "cpu",
                 "the panel engine with C++ epilogues: measured faster than eager PyTorch, but for the "
-                "plain losses of small batches",
+                "plain losses of fewer than 512 pairs",
             )
         if device == "cpu":
             return "reference", f"fallback: {cpu}"
