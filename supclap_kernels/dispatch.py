@@ -95,8 +95,8 @@ def choose(
         if device == "cpu" and cpu == "ok":
             return (
                 "cpu",
-                "the panel engine with C++ epilogues: measured faster than eager PyTorch, but for the "
-                "plain losses of fewer than 512 pairs",
+                "the panel engine with C++ epilogues: measured faster than eager PyTorch, but for "
+                "the plain losses of fewer than 512 pairs",
             )
         if device == "cpu":
             return "reference", f"fallback: {cpu}"

@@ -62,7 +62,7 @@ def test_only_columns_of_captions_are_captions(tmp_path, capsys, format):
         "caption_French": "fra", "caption_eng_Latn": "eng", "caption_zho_Hant_1": "zho_Hant",
         "caption_pt_BR": "por", "caption_yue": "yue", "caption_ind": "ind",
         "caption_id": None, "caption_en_id": None, "caption_source": None, "caption_raw": None,
-        "caption_url": None, "caption_lang": None, "caption_male": None, "caption_1_fr": None,
+        "caption_url": None, "caption_lang": None, "caption_second": None, "caption_1_fr": None,
         "caption_": None, "captions_fr": None, "caption_gpt4": None, "caption_en_raw": None,
     }.items(),
 )  # fmt: skip
@@ -179,10 +179,19 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
         "en": "eng", "eng": "eng", "en-US": "eng", "English": "eng", "eng_Latn": "eng",
         "Deutsch": "deu", "ger": "deu", "zh": "zho", "cmn": "zho", "zho_Hans": "zho",
         "zh-TW": "zho_Hant", "iw": "heb", "pt_BR": "por", "arb_Arab": "ara", "arz": "arz",
+        "sr@latin": "srp_Latn", "ca@valencia": "cat", "en_US.UTF-8": "eng",
     }.items(),
 )  # fmt: skip
 def test_a_language_has_one_form(given, code):
     assert language_code(given) == code == language_code(code)
+
+
+@pytest.mark.parametrize(
+    "given", ["xx", "jp", "und", "mul", "zxx", "", "second", "Englsh", "x" * 9]
+)
+def test_what_is_no_language(given):
+    with pytest.raises(ValueError, match="is no language"):
+        language_code(given)
 
 
 def test_languages_of_a_table_have_one_form(tmp_path):

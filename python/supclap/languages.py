@@ -11,6 +11,7 @@ from langcodes import Language, LanguageTagError
 LANGUAGE = "eng"  # of captions that do not say theirs
 SPEAKERS = 100_000  # fewer, and three letters behind `caption_` are rather a word than a language
 WORDS = frozenset("id min new nr per run ts".split())  # ... and so are these
+SCRIPTS = {"cyrillic": "_Cyrl", "devanagari": "_Deva", "latin": "_Latn"}  # of POSIX locales
 CAPTION = re.compile(
     r"caption(?:_(?P<language>[a-z]{2,}(?:[_-][a-z]{4})?(?:[_-](?P<place>[a-z]{2}))?))?(?:_\d+)?",
     re.IGNORECASE,
@@ -18,9 +19,11 @@ CAPTION = re.compile(
 
 
 def tag_of(given: str) -> Language:
-    """What a code or a name means; a LookupError without a meaning."""
+    """What a code, a name, or the name of a POSIX locale means; a LookupError without a meaning."""
+    given, _, modifier = given.strip().partition("@")
+    code = given.partition(".")[0] + SCRIPTS.get(modifier, "")
     try:
-        tag = Language.get(given)
+        tag = Language.get(code)
     except LanguageTagError:
         tag = langcodes.find(given)
         if given.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
@@ -38,7 +41,7 @@ def language_code(given: str) -> str:
     A ValueError says that there is no such language.
     """
     try:
-        tag = tag_of(given.strip())
+        tag = tag_of(given)
         alone = Language.make(language=tag.language)
         code, script = alone.to_alpha3(), tag.maximize().script
     except LookupError:
