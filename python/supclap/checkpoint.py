@@ -112,7 +112,9 @@ def load_state(
         same = whole["data"] == corpora["data"].fingerprint
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name} to go on from") from None
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.PickleError) as error:
+    except (
+        OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError,
+    ) as error:  # fmt: skip
         raise UserError(f"cannot read the run's state {path}: {error}") from error
     for name, corpus in corpora.items():
         before = whole.get("pairs", {}).get(name)  # none in a state of an earlier version

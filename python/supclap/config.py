@@ -30,6 +30,12 @@ class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
     exit_code = 130
 
 
+KILLED = (
+    "a process that decodes audio was killed ({}): by hand, or since memory ran out; try fewer "
+    "--workers"
+)
+
+
 def explained(error: BaseException) -> UserError | None:
     """What a user can be told of an error that any call may end in: no memory, a killed worker."""
     text = str(error)
@@ -40,10 +46,7 @@ def explained(error: BaseException) -> UserError | None:
             "--cache off, or fewer --workers"
         )
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return UserError(
-            f"a process that decodes audio was killed ({text.strip()}): by hand, or since memory "
-            "ran out; try fewer --workers"
-        )
+        return UserError(KILLED.format(text.strip()))
     return None
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .audio import FrontEnd, LogMel, inspect, load_audio, open_audio
-from .config import UserError, explained
+from .config import KILLED, UserError, explained
 from .files import write_whole
 from .manifest import SHOWN, Clip, read_manifest
 
@@ -195,6 +195,8 @@ def loaded(
             yield item
     except RuntimeError as error:
         raise explained(error) or error from error
+    except (ConnectionError, EOFError) as error:  # it was killed while it sent a batch
+        raise UserError(KILLED.format(str(error) or "it hung up")) from error
 
 
 def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
