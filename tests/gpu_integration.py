@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hidden_pairs import faults, wrong_statistics
 from integration_cases import OPTION_SETS, fused
 from surroundings import changed, kernels, with_gradients
 from torch import Tensor
@@ -159,6 +160,10 @@ def test_pytorchs_settings_do_not_matter(backend):
         "normalize": Case(N=40, D=16, options={"normalize": True, "reduction": "none"}),
     }
     assert not changed(kernels([backend], cases))
+
+
+def test_hidden_pairs(backend):
+    assert not faults(backend, torch.float32, (1, 9)) + wrong_statistics(backend)
 
 
 def test_siglip_without_a_bias_under_other_settings(backend):

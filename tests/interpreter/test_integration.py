@@ -8,6 +8,7 @@ import torch
 from gpu_integration import (  # noqa: F401 - tests
     test_a_frozen_tower_costs_the_others_nothing,
     test_a_large_upstream_gradient_reaches_half_precision,
+    test_hidden_pairs,
     test_nan_and_infinity_are_not_hidden,
     test_one_column_expanded,
     test_one_pair_costs_nothing,
