@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import collectives, dispatch, ops
 from .backends.contract import Inputs
+from .groups import GroupHandle, looked_up
 from .options import CHOICES, Options, check_choices
 from .radius import DynamicRadius, StaticRadius
 from .reference import accumulator_dtype, svr_loss_reference
@@ -67,11 +68,12 @@ def fused_svr_loss(
         ids: (N,) int64; different rows with equal ids are not negatives of each other.
         weight: (N,) weight of row i's terms in every direction; no gradient.
         reduction: "mean" (sum / N), "sum", or "none" ((N,): row i's own terms).
-        group: torch.distributed process group: the batch is all ranks' rows, one rank's after the
-            other's, and every rank returns the loss of it ("none": of its own rows). On every rank
-            the gradient of its own rows is the derivative of the sum over ranks of what they
-            return, that of a 0-d tensor the same divided by the number of ranks: averaged over
-            ranks, as DistributedDataParallel does, both are the gradient of the loss.
+        group: torch.distributed process group, or "world", the default one: the batch is all
+            ranks' rows, one rank's after the other's, and every rank returns the loss of it
+            ("none": of its own rows). On every rank the gradient of its own rows is the derivative
+            of the sum over ranks of what they return, that of a 0-d tensor the same divided by the
+            number of ranks: averaged over ranks, as DistributedDataParallel does, both are the
+            gradient of the loss.
         exchange: "gather": the rows of others are here at once, and kept for backward; "ring": they
             come one rank after the other, in backward again, O(n D) memory.
         workspace: bytes the engine may use for similarities: kept for backward if they fit, else
@@ -92,6 +94,7 @@ def fused_svr_loss(
         objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace, backend,
         bool(return_stats),
     )  # fmt: skip
+    group = looked_up(group)
     across = group is not None and ranks(group) > 1
     with collectives.together(group) if across else contextlib.nullcontext():
         check_choices(exchange=exchange)
@@ -280,6 +283,9 @@ class SVRLoss(nn.Module):
         radius: StaticRadius(), DynamicRadius(...), or None for the plain loss.
         objective, ..., return_stats: every option of `fused_svr_loss` but ids and weight, which are
             the batch's.
+        group: None, a process group, or "world": the default one, which may be initialised later
+            than the module is built. Copies in this process share the group; a module that is
+            pickled forgets any but the default one, and says so until its `group` is set again.
     """
 
     def __init__(
@@ -314,16 +320,26 @@ class SVRLoss(nn.Module):
             "normalize": normalize,
             "renormalize": renormalize,
             "reduction": reduction,
-            "group": group,
             "exchange": exchange,
             "workspace": workspace,
             "backend": backend,
             "return_stats": return_stats,
         }
         check_choices(**{name: self.options[name] for name in CHOICES})
+        self.handle = GroupHandle(group)
+
+    @property
+    def group(self) -> Any:
+        """The process group as it is now, or None; can be set to what `SVRLoss` takes."""
+        return self.handle.get()
+
+    @group.setter
+    def group(self, group: Any) -> None:
+        self.handle = GroupHandle(group)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        every = {**self.options, "group": self.handle}
+        return ", ".join(f"{name}={value!r}" for name, value in every.items())
 
     def forward(
         self,
@@ -335,18 +351,19 @@ class SVRLoss(nn.Module):
         weight: Tensor | None = None,
     ) -> Any:
         """The loss (or loss and SVRStats) of audio, text (N, D)."""
-        radius = None
+        radius, group = None, self.group
         if self.radius is not None:
             check_embeddings(audio, text)
             rows = (audio, text)
             if self.options["normalize"] and not isinstance(self.radius, StaticRadius):
                 rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
-            shared = isinstance(self.radius, DynamicRadius) and self.options["group"] is not None
-            over = {"group": self.options["group"]} if shared else {}
+            shared = isinstance(self.radius, DynamicRadius) and group is not None
+            over = {"group": group} if shared else {}
             radius = self.radius(*rows, logit_scale, **over)
         return fused_svr_loss(
-            audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, **self.options
-        )
+            audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, group=group,
+            **self.options,
+        )  # fmt: skip
 
 
 __all__ = ["DynamicRadius", "SVRLoss", "StaticRadius", "fused_svr_loss"]

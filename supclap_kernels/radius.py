@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .groups import looked_up
+
 TOP_NEGATIVES = 16
 CHUNK_BYTES = 64 * 2**20
 """Similarities of one chunk of rows; above it they are recomputed in backward instead of kept."""
@@ -110,7 +112,7 @@ class DynamicRadius(nn.Module):
         scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
         if self.detach_similarity:
             audio, text, scale = audio.detach(), text.detach(), scale.detach()
-        first = 0
+        first, group = 0, looked_up(group)
         if group is not None and group.size() > 1:
             from .collectives import whole_batch
 

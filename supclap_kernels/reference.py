@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .groups import looked_up
 from .options import check_choices
 from .stats import SVRStats
 
@@ -109,6 +110,7 @@ def svr_loss_reference(
     With a `group`, every rank computes the loss of all rows.
     """
     check_choices(objective=objective, bilateral=bilateral, reduction=reduction)
+    group = looked_up(group)
     if group is not None and group.size() > 1:
         from .collectives import over_group
 

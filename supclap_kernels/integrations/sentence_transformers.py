@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..groups import WORLD, is_initialized
 from .contrast import Contrast
 
 
@@ -23,7 +24,9 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         scale: what cosines are multiplied with, 1 / temperature.
         radius: a module such as StaticRadius(), or None. Support vectors move the positives, the
             second column, towards their anchors.
-        gather_across_devices: negatives from every rank of the default process group.
+        gather_across_devices: negatives from every rank of the default process group, which is
+            looked up at each call; where there is none, this process' own. A `group` among the
+            options says the same of another group.
         **options: of `SVRLoss`.
     """
 
@@ -37,13 +40,9 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        rank, size = 0, 1
-        if gather_across_devices:
-            from torch import distributed as dist
-
-            rank, size = dist.get_rank(), dist.get_world_size()
         self.model, self.scale = model, scale
-        self.contrast = Contrast(radius, False, rank, size, **{"normalize": True, **options})
+        self.gathers = gather_across_devices and "group" not in options
+        self.contrast = Contrast(radius, False, 0, 1, **{"normalize": True, **options})
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
@@ -51,8 +50,15 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         rows = [self.model(features)["sentence_embedding"] for features in sentence_features]
         if len(rows) != 2:
             raise ValueError(f"pairs (anchor, positive) are needed, got {len(rows)} columns")
+        if self.gathers:
+            self.contrast.criterion.group = WORLD if is_initialized() else None
         return self.contrast(rows[0], rows[1], self.scale)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the trainer writes into a model card."""
-        return {"scale": self.scale, **self.contrast.criterion.options}
+        return {
+            "scale": self.scale,
+            "gather_across_devices": self.gathers,
+            "group": self.contrast.criterion.handle.name,
+            **self.contrast.criterion.options,
+        }

@@ -1,0 +1,143 @@
+"""What the ranks do in tests/test_groups.py."""
+
+import copy
+import datetime
+import io
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from corners import Columns, pair
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import supclap_kernels as sk
+from supclap_kernels.integrations import laion_clap, open_clip, sentence_transformers
+
+SECONDS = datetime.timedelta(seconds=60)
+
+
+def adapters(rank: int, world: int) -> dict[str, nn.Module]:
+    """Every module that takes ranks' rows together."""
+    sentences = sentence_transformers.MultipleNegativesSymmetricRankingLoss
+    over: dict[str, Any] = {"rank": rank, "world_size": world}
+    return {
+        "SVRLoss": sk.SVRLoss(sk.StaticRadius(), group="world"),
+        "SVRLoss dynamic": sk.SVRLoss(sk.DynamicRadius(features="summary"), group="world"),
+        "open_clip": open_clip.ClipLoss(**over),
+        "open_clip local": open_clip.ClipLoss(True, **over),
+        "SigLIP": open_clip.SigLipLoss(**over),
+        "laion_clap": laion_clap.ClipLoss(**over),
+        "sentence_transformers": sentences(Columns(), gather_across_devices=True),
+    }
+
+
+def value(module: Any, rank: int) -> Tensor:
+    """Of this rank's rows, three of each."""
+    audio, text = (nn.functional.normalize(x, dim=1)[3 * rank : 3 * rank + 3] for x in pair(9))
+    if hasattr(module, "model"):
+        found: Tensor = module([{"x": audio}, {"x": text}])
+    else:
+        found = module(audio, text, 9.0)
+    return found.detach()
+
+
+def built_early(rank: int, world: int, store: str) -> list[str]:
+    """Modules that are older than the process group: which of them give something else."""
+    dist.destroy_process_group()
+    early = adapters(rank, world)
+    alone = value(early["sentence_transformers"], rank)  # as the library: its own rows
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=SECONDS
+    )
+    late = adapters(rank, world)
+    assert not torch.equal(alone, value(late["sentence_transformers"], rank))
+    return [
+        name for name in late if not torch.equal(*(value(x[name], rank) for x in (early, late)))
+    ]
+
+
+def saved(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    found: nn.Module = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    return found
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "AveragedModel": lambda module: AveragedModel(module).module,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": saved,
+}
+
+
+def copied(rank: int, world: int) -> list[str]:
+    """Modules with the default group: which copies give something else, or show an address."""
+    found = []
+    every = adapters(rank, world)
+    every["SVRLoss, the group itself"] = sk.SVRLoss(group=dist.group.WORLD)
+    for name, module in every.items():
+        wanted = value(module, rank)
+        found += [
+            f"{name} {way}"
+            for way, copied in COPIES.items()
+            if not torch.equal(value(copied(module), rank), wanted)
+        ]
+        found += [f"{name} {module}"] * (
+            "object at" in repr(module) or "'world'" not in repr(module)
+        )
+    card = every["sentence_transformers"].get_config_dict()
+    assert json.loads(json.dumps(card))["group"] == "world"
+    return found
+
+
+def subgroup(rank: int, world: int) -> tuple[list[str], bytes]:
+    """Copies of a module with a group of some ranks; and the module as it is pickled."""
+    group = dist.new_group([0, 2])
+    if rank == 1:
+        return [], b""
+    module, found = sk.SVRLoss(sk.StaticRadius(), group=group), []
+    wanted = value(module, rank)
+    assert "group='ranks 0, 2'" in repr(module) and module.group is group
+    for way, copied in COPIES.items():
+        other: Any = copied(module)
+        try:
+            same = torch.equal(value(other, rank), wanted)
+        except ValueError as error:
+            assert way in ("pickle", "torch.save") and "was not saved with it" in str(error)
+            assert "group='not saved'" in repr(other)
+            other = COPIES["deepcopy"](other)
+            other.group = group
+            same = torch.equal(value(other, rank), wanted)
+        found += [] if same else [way]
+    pickled = pickle.dumps(module)
+    dist.destroy_process_group()
+    assert "group='has ended'" in repr(module)
+    return found, pickled
+
+
+def misfits(rank: int, world: int) -> str:
+    """Another number of ranks than the group has, found when the group is."""
+    dist_rank = {"rank": rank, "world_size": world + 1}
+    try:
+        open_clip.ClipLoss(**dist_rank)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def misfits_later(rank: int, world: int, store: str) -> str:
+    dist.destroy_process_group()
+    loss = open_clip.ClipLoss(rank=rank, world_size=world + 1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=SECONDS
+    )
+    try:
+        value(loss, rank)
+    except ValueError as error:
+        return str(error)
+    return ""
