@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from corners import Columns, pair
+from cases import model, parts
+from corners import Columns, error, pair
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -141,3 +142,35 @@ def misfits_later(rank: int, world: int, store: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def sharded_with_loss(rank: int, world: int, kind: str, wrapped: str) -> list[float]:
+    """FSDP2 around a model with its loss: the largest error of each gradient, after two steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    audio, text = pair(22, 12)
+    alone, own = model(kind, None), model(kind, dist.group.WORLD)
+    for one in (alone, own):
+        del one.scale, one.bias  # numbers of the test's model, which cannot be sharded
+        one.scale, one.bias = 10.0, torch.zeros(())
+        one.text = nn.Linear(12, 8)
+        nn.init.eye_(one.text.weight)
+        nn.init.zeros_(one.text.bias)
+    mesh = init_device_mesh("cpu", (world,))
+    parts_of = {"model": [], "loss": [own.loss], "radius": [own.loss.radius]}
+    for module in (*parts_of[wrapped], own):
+        fully_shard(module, mesh=mesh)
+    part = parts(22, world)[rank]
+    errors: list[float] = []
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.01) for one in (alone, own)]
+    for _ in range(2):
+        alone(audio, text).backward()
+        own(audio[part], text[part]).backward()
+        for x, y in zip(own.parameters(), alone.parameters(), strict=True):
+            assert y.grad is not None
+            errors.append(error(x.grad.full_tensor(), y.grad))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return errors
