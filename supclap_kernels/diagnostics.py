@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .options import check_choices
 from .reference import (
     accumulator_dtype,
@@ -45,6 +46,7 @@ class ForceDecomposition(NamedTuple):
     """
 
 
+@without_autocast
 def force_decomposition(
     audio: Tensor,
     text: Tensor,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import collectives, dispatch, ops
+from .autocast import autocast_off
 from .backends.contract import Inputs
 from .groups import GroupHandle, looked_up
 from .options import CHOICES, Options, check_choices
@@ -356,7 +357,8 @@ class SVRLoss(nn.Module):
             check_embeddings(audio, text)
             rows = (audio, text)
             if self.options["normalize"] and not isinstance(self.radius, StaticRadius):
-                rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
+                with autocast_off(audio):
+                    rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
             shared = isinstance(self.radius, DynamicRadius) and group is not None
             over = {"group": group} if shared else {}
             radius = self.radius(*rows, logit_scale, **over)

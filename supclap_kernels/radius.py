@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .autocast import autocast_off
 from .groups import looked_up
 
 TOP_NEGATIVES = 16
@@ -124,7 +125,7 @@ class DynamicRadius(nn.Module):
 
         Under autocast the network alone is lowered, as any network is.
         """
-        with torch.autocast(text.device.type, enabled=False):
+        with autocast_off(text):
             s = self.features_of(text, audio, scale, first)
         return self.network(s.to(next(self.network.parameters()).dtype))[:, 0]
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .groups import looked_up
 from .options import check_choices
 from .stats import SVRStats
@@ -80,6 +81,7 @@ def direction_pairs(
     return pairs
 
 
+@without_autocast
 def svr_loss_reference(
     audio: Tensor,
     text: Tensor,

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import supclap_kernels as sk
 from supclap_kernels import gradients, testing
+from supclap_kernels.autocast import autocast_off
 from supclap_kernels.integrations import laion_clap, open_clip, sentence_transformers, transformers
 from supclap_kernels.options import Options
 from supclap_kernels.testing import DIFFERENTIABLE, Case, make_inputs
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "another default device": lambda: default_device("meta"),
     "float64 by default": lambda: default_dtype(torch.float64),
     "float16 by default": lambda: default_dtype(torch.float16),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
 
 
@@ -85,7 +87,8 @@ def step(loss: Callable[..., Any], case: Case, **options: Any) -> Any:
             **case.options, **options,
         )  # fmt: skip
         value = found[0] if isinstance(found, tuple) else found
-        value.backward(inputs.upstream.to(value.dtype))
+        with autocast_off(value):  # as PyTorch wants backward to be run
+            value.backward(inputs.upstream.to(value.dtype))
         return found, [leaves[name].grad for name in names]
 
     return call
@@ -99,7 +102,9 @@ def with_gradients(function: Callable[..., Any], *rows: Tensor, parameters: Any 
         leaves = [x.detach().clone().requires_grad_() for x in rows]
         found = function(*leaves)
         value = found[0] if isinstance(found, tuple) else found
-        return found, torch.autograd.grad(value, [*leaves, *parameters], allow_unused=True)
+        with autocast_off(value):
+            wanted = [*leaves, *parameters]
+            return found, torch.autograd.grad(value, wanted, allow_unused=True)
 
     return call
 

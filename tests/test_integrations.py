@@ -19,6 +19,7 @@ from supclap_kernels.integrations import laion_clap, open_clip, sentence_transfo
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 import cases
+import modules
 from ranks import run
 
 N, D = 19, 12
@@ -135,9 +136,31 @@ def test_laion_clap(kappa):
     assert same(laion_clap.ClipLoss(**options)(*given), library.ClipLoss(**options)(*given), given)
 
 
+def test_laion_clap_under_autocast():
+    """What is computed here keeps its precision, the weights as well."""
+    given = [x.detach() for x in features(4)]
+    loss = laion_clap.ClipLoss(mlp_loss=True, weight_loss_kappa=1.0)
+    wanted = loss(given[0], given[1], 14.0, 9.0, given[2], given[3])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(given[0], given[1], 14.0, 9.0, given[2], given[3]), wanted)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_laion_clap_weighted_over_ranks(local, dtype):
+    """Values and averaged gradients of its formula, in which each direction has its own weights."""
+    for errors in run(3, modules.weighted_over_ranks, local, dtype):
+        assert max(errors) < (3e-6 if dtype == torch.float32 else 1e-2), errors
+
+
 def test_laion_clap_says_what_it_cannot_do():
-    with pytest.raises(ValueError, match="weight_loss_kappa needs mlp_loss"):
+    with pytest.raises(ValueError, match="weight_loss_kappa in one process needs mlp_loss=True"):
         laion_clap.ClipLoss(weight_loss_kappa=1.0)
+    over = {"weight_loss_kappa": 1.0, "rank": 0, "world_size": 2}
+    with pytest.raises(ValueError, match="weight_loss_kappa over ranks needs mlp_loss=False"):
+        laion_clap.ClipLoss(mlp_loss=True, **over)
+    with pytest.raises(ValueError, match="weight_loss_kappa over ranks .* radius=None"):
+        laion_clap.ClipLoss(radius=sk.StaticRadius(), **over)
     with pytest.raises(ValueError, match="use_horovod"):
         laion_clap.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="needs logit_scale_t"):

@@ -55,6 +55,12 @@ class Contrast(nn.Module):
                 f"which this is rank {given[0]} of {given[1]}"
             )
 
+    def agree_on_ranks(self) -> None:
+        """Raises on every rank where one does not count as the group does."""
+        if self.world_size > 1:
+            with together(self.criterion.group):
+                self.check_ranks()
+
     def forward(
         self,
         audio: Tensor,
@@ -63,9 +69,7 @@ class Contrast(nn.Module):
         bias: float | Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        if self.world_size > 1:
-            with together(self.criterion.group):
-                self.check_ranks()
+        self.agree_on_ranks()
         loss = self.criterion(audio, text, number(scale), number(bias), weight=weight)
         return self.share * (loss.mean() if self.local else loss)
 

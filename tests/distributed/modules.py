@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import supclap_kernels as sk
+from supclap_kernels.collectives import mean_over_ranks
 from supclap_kernels.integrations import laion_clap, open_clip, sentence_transformers
 
 SECONDS = datetime.timedelta(seconds=60)
@@ -174,3 +175,40 @@ def sharded_with_loss(rank: int, world: int, kind: str, wrapped: str) -> list[fl
             optimizer.step()
             optimizer.zero_grad()
     return errors
+
+
+def weighted_formula(
+    audio: Tensor, text: Tensor, scale: Tensor, kappa: float, rows: slice
+) -> Tensor:
+    """laion_clap's weighted loss of some rows against all."""
+    logits = scale * audio @ text.t()
+    labels = torch.arange(len(audio))
+    likeness = [((x @ x.t()).sum(dim=1) / (kappa * len(x))).exp().detach() for x in (audio, text)]
+    terms = [
+        nn.functional.cross_entropy(L[rows], labels[rows], weight=weight)
+        for L, weight in ((logits, likeness[1]), (logits.t(), likeness[0]))
+    ]
+    return (terms[0] + terms[1]) / 2
+
+
+def weighted_over_ranks(rank: int, world: int, local: bool, dtype: torch.dtype) -> list[float]:
+    """laion_clap's weight_loss_kappa without mlp_loss: errors of the value and every gradient."""
+    rows = [nn.functional.normalize(x, dim=1).to(dtype) for x in pair(12)]
+    part = slice(4 * rank, 4 * rank + 4)
+    own = [x[part].clone().requires_grad_() for x in rows]
+    every = [x.float().requires_grad_() for x in rows]
+    scales = [torch.tensor(9.0, requires_grad=True) for _ in range(2)]
+    loss = laion_clap.ClipLoss(local, rank=rank, world_size=world, weight_loss_kappa=0.7)
+    found = loss(*own, scales[0])
+    shares = [slice(4 * n, 4 * n + 4) for n in range(world)] if local else [slice(None)]
+    values = [weighted_formula(*every, scales[1], 0.7, share) for share in shares]
+    wanted = values[rank] if local else values[0]
+    found.backward()
+    torch.stack(values).mean().backward()
+    errors = [error(found.detach(), wanted.detach())]
+    for x, whole in zip(own, every, strict=True):
+        assert x.grad is not None and whole.grad is not None and x.grad.dtype == dtype
+        errors.append(error(x.grad.float() / world, whole.grad[part]))
+    ours, alone = (x.grad for x in scales)
+    assert ours is not None and alone is not None
+    return [*errors, error(mean_over_ranks(ours, dist.group.WORLD), alone)]
