@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import collectives, dispatch, ops
-from .autocast import autocast_off
 from .backends.contract import Inputs
 from .groups import GroupHandle, looked_up
-from .options import CHOICES, Options, check_choices
-from .radius import DynamicRadius, StaticRadius
+from .options import CHOICES, Options, check_choices, plain
+from .radius import DynamicRadius, StaticRadius, radius_of
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
 
@@ -121,17 +119,17 @@ def checked_options(options: Options) -> Options:
         objective=options.objective, bilateral=options.bilateral, reduction=options.reduction,
         backend=options.backend,
     )  # fmt: skip
-    for name in ("alpha", "beta"):
-        value = getattr(options, name)
-        if isinstance(value, Tensor) or not isinstance(value, int | float):
+    alpha, beta = plain(options.alpha), plain(options.beta)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, int | float):
             raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    workspace = options.workspace
+    workspace = plain(options.workspace)
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
     if workspace < 0:
         raise ValueError(f"workspace must not be negative, got {workspace} bytes")
     return options._replace(
-        alpha=float(options.alpha), beta=float(options.beta),
+        alpha=float(alpha), beta=float(beta), workspace=workspace,
         normalize=bool(options.normalize), renormalize=bool(options.renormalize),
     )  # fmt: skip
 
@@ -244,6 +242,7 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
                 f"{name} must be on {audio.device} like the embeddings, got {value.device}"
             )
         return value
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(
         value, int | float | torch.SymFloat | torch.SymInt
     ):
@@ -253,6 +252,11 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
 
 def as_radius(radius: float | Tensor, N: int, audio: Tensor) -> Tensor:
     """0-d or (N,)."""
+    if isinstance(radius, nn.Module):
+        raise TypeError(
+            f"radius is a module ({type(radius).__name__}): pass it to SVRLoss(radius=...), or "
+            "here what it returns, radius=module(audio, text, logit_scale)"
+        )
     if isinstance(radius, Tensor) and radius.ndim > 0:
         if radius.shape != (N,):
             raise ValueError(
@@ -355,13 +359,8 @@ class SVRLoss(nn.Module):
         radius, group = None, self.group
         if self.radius is not None:
             check_embeddings(audio, text)
-            rows = (audio, text)
-            if self.options["normalize"] and not isinstance(self.radius, StaticRadius):
-                with autocast_off(audio):
-                    rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
-            shared = isinstance(self.radius, DynamicRadius) and group is not None
-            over = {"group": group} if shared else {}
-            radius = self.radius(*rows, logit_scale, **over)
+            given = (audio, text, logit_scale, self.options["normalize"], group)
+            radius = radius_of(self.radius, *given)
         return fused_svr_loss(
             audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, group=group,
             **self.options,

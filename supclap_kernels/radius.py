@@ -170,6 +170,25 @@ class DynamicRadius(nn.Module):
         return torch.cat(parts)
 
 
+def radius_of(
+    module: nn.Module,
+    audio: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    normalize: bool,
+    group: Any,
+) -> Tensor:
+    """What a radius module says of these rows, normalised if the loss normalises them."""
+    rows = (audio, text)
+    if normalize and not isinstance(module, StaticRadius):
+        with autocast_off(audio):
+            rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
+    shared = isinstance(module, DynamicRadius) and group is not None
+    over = {"group": group} if shared else {}
+    radius: Tensor = module(*rows, logit_scale, **over)
+    return radius
+
+
 def summary(s: Tensor) -> Tensor:
     """(n, 20) from rows [positive, negatives]: see DynamicRadius."""
     positive, negatives = s[:, :1], s[:, 1:]

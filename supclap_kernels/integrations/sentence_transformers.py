@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..groups import WORLD, is_initialized
+from ..options import plain
 from .contrast import Contrast
 
 
@@ -21,7 +22,9 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
 
     Args:
         model: a SentenceTransformer: features -> {"sentence_embedding": (N, D)}.
-        scale: what cosines are multiplied with, 1 / temperature.
+        scale: what similarities are multiplied with, 1 / temperature.
+        similarity_fct: cosine (the default) or dot product: the library's `cos_sim` or `dot_score`,
+            or one of their names. They say `normalize`.
         radius: a module such as StaticRadius(), or None. Support vectors move the positives, the
             second column, towards their anchors.
         gather_across_devices: negatives from every rank of the default process group, which is
@@ -34,15 +37,17 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         self,
         model: nn.Module,
         scale: float = 20.0,
+        similarity_fct: Any = None,
+        gather_across_devices: bool = False,
         *,
         radius: nn.Module | None = None,
-        gather_across_devices: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.model, self.scale = model, scale
+        self.model, self.scale = model, plain(scale)
+        options["normalize"] = is_cosine(similarity_fct, options.get("normalize"))
         self.gathers = gather_across_devices and "group" not in options
-        self.contrast = Contrast(radius, False, 0, 1, **{"normalize": True, **options})
+        self.contrast = Contrast(radius, False, 0, 1, **options)
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
@@ -56,9 +61,35 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the trainer writes into a model card."""
+        criterion = self.contrast.criterion
         return {
             "scale": self.scale,
+            "similarity_fct": "cos_sim" if criterion.options["normalize"] else "dot_score",
             "gather_across_devices": self.gathers,
-            "group": self.contrast.criterion.handle.name,
-            **self.contrast.criterion.options,
+            "group": criterion.handle.name,
+            **{name: plain(value) for name, value in criterion.options.items()},
         }
+
+
+COSINE, DOT = ("cos_sim", "pytorch_cos_sim", "cosine"), ("dot_score", "dot", "dot_product")
+
+
+def is_cosine(similarity: Any, normalize: bool | None) -> bool:
+    """Which of the library's two similarities of inner products is meant; ValueError for others."""
+    if similarity is None:
+        return normalize is None or bool(normalize)
+    name = getattr(similarity, "value", similarity)  # of its enumeration
+    if (getattr(similarity, "__module__", None) or "").startswith("sentence_transformers."):
+        name = getattr(similarity, "__name__", name)
+    if name in COSINE or name in DOT:
+        if normalize is not None and bool(normalize) != (name in COSINE):
+            raise ValueError(
+                f"normalize={normalize} and similarity_fct={name} contradict each other: cosine "
+                "normalizes, the dot product does not; pass one of them"
+            )
+        return name in COSINE
+    raise ValueError(
+        "similarity_fct must be cos_sim ('cosine') or dot_score ('dot') of sentence_transformers, "
+        f"got {similarity!r}: the kernels compare rows by inner products; for another similarity "
+        "use the library's own loss"
+    )
