@@ -1,13 +1,14 @@
 """Batches larger than memory: a contrastive step with the activations of one chunk at a time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Encoder = Callable[..., Tensor]
+Encoder = Callable[..., Any]
+GetRep = Callable[[Any], Tensor] | None
 
 
 def cached_step(
@@ -16,6 +17,7 @@ def cached_step(
     loss: Callable[..., Tensor],
     chunk_size: int | Sequence[int],
     scaler: Any = None,
+    get_rep: GetRep | Sequence[GetRep] = None,
 ) -> Tensor:
     """Forward and backward of a batch, encoded chunk by chunk (GradCache, arXiv 2101.06983).
 
@@ -29,19 +31,23 @@ def cached_step(
     Args:
         encoders: one for each input, tensors or modules to embeddings (n, D). One wrapped in
             DistributedDataParallel reduces its gradients once, with its last chunk.
-        batch: for each encoder its input, of N rows: a tensor, a tuple of positional or a dict of
-            keyword arguments. Their tensors are cut along the first dimension; the rest passes.
+        batch: for each encoder its input, of N rows: a tensor, a tuple or list of positional
+            arguments, or a mapping (a dict, a tokenizer's batch) of keyword arguments. Tensors in
+            it, at any depth of tuples, lists and mappings, are cut along the first dimension; the
+            rest passes, and so do tensors without dimensions.
         loss: embeddings (N, D), in the encoders' order, to a scalar, such as
             `lambda audio, text: criterion(audio, text, scale)`.
         chunk_size: rows encoded at a time; or one for each encoder.
         scaler: a torch.amp.GradScaler, which then scales the loss before backward.
+        get_rep: the embeddings (n, D) in what an encoder returns, where that is no tensor, such as
+            `lambda output: output.pooler_output`; or one for each encoder (None: it is a tensor).
 
     Returns:
         The loss, detached and unscaled.
 
     Raises:
         ValueError: as many encoders as inputs are needed, a chunk size of at least 1, and tensors
-            of one length.
+            of one length. TypeError: an encoder returned no tensor.
     """
     sizes = [chunk_size] * len(encoders) if isinstance(chunk_size, int) else list(chunk_size)
     if not len(encoders) == len(batch) == len(sizes):
@@ -49,31 +55,41 @@ def cached_step(
             f"one input and one chunk size for each encoder: got {len(encoders)} encoders, "
             f"{len(batch)} inputs, {len(sizes)} chunk sizes"
         )
+    readers = list(get_rep) if isinstance(get_rep, Sequence) else [get_rep] * len(encoders)
+    if len(readers) != len(encoders):
+        raise ValueError(
+            f"one get_rep, or one for each encoder: got {len(encoders)} encoders, {len(readers)} "
+            "get_rep"
+        )
     if min(sizes) < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    pieces = [list(chunks(given, size)) for given, size in zip(batch, sizes, strict=True)]
+    pieces = [
+        list(chunks(n, given, size))
+        for n, (given, size) in enumerate(zip(batch, sizes, strict=True))
+    ]
+    towers = [Tower(n, *pair) for n, pair in enumerate(zip(encoders, readers, strict=True))]
     states: list[list[RandomState]] = []
     leaves: list[Tensor] = []
-    for encoder, parts in zip(encoders, pieces, strict=True):
+    for tower, parts in zip(towers, pieces, strict=True):
         states.append([])
         outputs = []
         for part in parts:
             states[-1].append(RandomState(part))
             with torch.no_grad():
-                outputs.append(called(encoder, part))
-        leaves.append(torch.cat(outputs).requires_grad_(is_trained(encoder)))
+                outputs.append(tower(part))
+        leaves.append(torch.cat(outputs).requires_grad_(is_trained(tower.encoder)))
     value = loss(*leaves)
     (value if scaler is None else scaler.scale(value)).backward()
-    for encoder, parts, before, leaf in zip(encoders, pieces, states, leaves, strict=True):
+    for tower, parts, before, leaf in zip(towers, pieces, states, leaves, strict=True):
         if leaf.grad is None:
             continue
-        start = 0
+        encoder, start = tower.encoder, 0
         for n, (part, state) in enumerate(zip(parts, before, strict=True)):
             last = n == len(parts) - 1
             waits = not last and hasattr(encoder, "no_sync")
             with encoder.no_sync() if waits else contextlib.nullcontext():  # type: ignore[attr-defined]
                 with state.again():
-                    output = called(encoder, part)
+                    output = tower(part)
                 if output.requires_grad:
                     output.backward(leaf.grad[start : start + len(output)])
             start += len(output)
@@ -84,34 +100,64 @@ def is_trained(encoder: Encoder) -> bool:
     return not isinstance(encoder, nn.Module) or any(p.requires_grad for p in encoder.parameters())
 
 
-def called(encoder: Encoder, part: Any) -> Tensor:
-    if isinstance(part, dict):
-        return encoder(**part)
-    return encoder(*part) if isinstance(part, tuple) else encoder(part)
+class Tower(NamedTuple):
+    """An encoder, and how its embeddings are read from what it returns."""
+
+    number: int
+    encoder: Encoder
+    get_rep: GetRep
+
+    def __call__(self, part: Any) -> Tensor:
+        if isinstance(part, Mapping):
+            output = self.encoder(**part)
+        else:
+            output = self.encoder(*part) if isinstance(part, tuple | list) else self.encoder(part)
+        rows = output if self.get_rep is None else self.get_rep(output)
+        if not isinstance(rows, Tensor):
+            what = "" if self.get_rep is None else "get_rep of "
+            raise TypeError(
+                f"{what}encoder {self.number} ({type(self.encoder).__name__}) returned "
+                f"{type(rows).__name__}, but embeddings (n, D) are needed: pass get_rep=lambda "
+                "output: ..., which takes them from what the encoder returns"
+            )
+        return rows
 
 
-def tensors_of(given: Any) -> list[Tensor]:
-    values = given.values() if isinstance(given, dict) else given
-    found = [given] if isinstance(given, Tensor) else list(values)
-    return [x for x in found if isinstance(x, Tensor)]
+def tensors_of(given: Any) -> Iterator[Tensor]:
+    """Those with rows, at any depth."""
+    if isinstance(given, Tensor):
+        if given.ndim:
+            yield given
+    elif isinstance(given, Mapping | tuple | list):
+        for value in given.values() if isinstance(given, Mapping) else given:
+            yield from tensors_of(value)
 
 
-def chunks(given: Any, size: int) -> Iterator[Any]:
-    """An encoder's input, `size` rows at a time."""
+def cut(given: Any, rows: slice) -> Any:
+    """The same with some rows of its tensors."""
+    if isinstance(given, Tensor):
+        return given[rows] if given.ndim else given
+    if isinstance(given, Mapping):
+        return {name: cut(value, rows) for name, value in given.items()}
+    if isinstance(given, tuple | list):
+        values = [cut(value, rows) for value in given]
+        named = isinstance(given, tuple) and hasattr(given, "_fields")
+        return type(given)(*values) if named else type(given)(values)
+    return given
+
+
+def chunks(number: int, given: Any, size: int) -> Iterator[Any]:
+    """The input of an encoder, `size` rows at a time."""
     lengths = {len(x) for x in tensors_of(given)}
+    if not lengths:
+        raise ValueError(f"input {number} holds no tensors with rows, got {type(given).__name__}")
     if len(lengths) != 1:
         raise ValueError(
             f"an encoder's tensors must have one length, the batch; got {sorted(lengths)}"
         )
     (N,) = lengths
     for start in range(0, N, size):
-        cut = lambda x: x[start : start + size] if isinstance(x, Tensor) else x  # noqa: B023, E731
-        if isinstance(given, dict):
-            yield {name: cut(x) for name, x in given.items()}
-        elif isinstance(given, Tensor):
-            yield cut(given)
-        else:
-            yield tuple(cut(x) for x in given)
+        yield cut(given, slice(start, start + size))
 
 
 class RandomState:

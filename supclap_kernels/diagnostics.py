@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import check_choices
+from .autocast import without_autocast
+from .options import check_choices, plain
 from .reference import (
     accumulator_dtype,
     direction_pairs,
@@ -45,6 +46,7 @@ class ForceDecomposition(NamedTuple):
     """
 
 
+@without_autocast
 def force_decomposition(
     audio: Tensor,
     text: Tensor,
@@ -67,7 +69,7 @@ def force_decomposition(
     Arguments as in `fused_svr_loss`; with `normalize`, forces act on the normalised rows.
     """
     check_choices(objective=objective, bilateral=bilateral)
-    dtype = accumulator_dtype(audio.dtype)
+    alpha, beta, dtype = plain(alpha), plain(beta), accumulator_dtype(audio.dtype)
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     infonce, N = objective == "infonce", len(text)
     A, T = audio.detach().to(dtype), text.detach().to(dtype)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .reference import accumulator_dtype, gap_and_direction, kept_pairs
 
 FAR_C = 2.0
@@ -77,6 +78,7 @@ def row_direction(L: Tensor, keep: Tensor, infonce: bool) -> tuple[Tensor, Tenso
     return (-F.logsigmoid(-z) * keep).sum(dim=1), sign * z.sigmoid() * keep
 
 
+@without_autocast
 def loss_and_gradients(
     audio: Tensor,
     text: Tensor,

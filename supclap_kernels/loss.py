@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import collectives, dispatch, ops
 from .backends.contract import Inputs
-from .options import CHOICES, Options, check_choices
-from .radius import DynamicRadius, StaticRadius
+from .groups import GroupHandle, looked_up
+from .options import CHOICES, Options, check_choices, plain
+from .radius import DynamicRadius, StaticRadius, radius_of
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
 
@@ -67,11 +67,12 @@ def fused_svr_loss(
         ids: (N,) int64; different rows with equal ids are not negatives of each other.
         weight: (N,) weight of row i's terms in every direction; no gradient.
         reduction: "mean" (sum / N), "sum", or "none" ((N,): row i's own terms).
-        group: torch.distributed process group: the batch is all ranks' rows, one rank's after the
-            other's, and every rank returns the loss of it ("none": of its own rows). On every rank
-            the gradient of its own rows is the derivative of the sum over ranks of what they
-            return, that of a 0-d tensor the same divided by the number of ranks: averaged over
-            ranks, as DistributedDataParallel does, both are the gradient of the loss.
+        group: torch.distributed process group, or "world", the default one: the batch is all
+            ranks' rows, one rank's after the other's, and every rank returns the loss of it
+            ("none": of its own rows). On every rank the gradient of its own rows is the derivative
+            of the sum over ranks of what they return, that of a 0-d tensor the same divided by the
+            number of ranks: averaged over ranks, as DistributedDataParallel does, both are the
+            gradient of the loss.
         exchange: "gather": the rows of others are here at once, and kept for backward; "ring": they
             come one rank after the other, in backward again, O(n D) memory.
         workspace: bytes the engine may use for similarities: kept for backward if they fit, else
@@ -92,6 +93,7 @@ def fused_svr_loss(
         objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace, backend,
         bool(return_stats),
     )  # fmt: skip
+    group = looked_up(group)
     across = group is not None and ranks(group) > 1
     with collectives.together(group) if across else contextlib.nullcontext():
         check_choices(exchange=exchange)
@@ -117,17 +119,17 @@ def checked_options(options: Options) -> Options:
         objective=options.objective, bilateral=options.bilateral, reduction=options.reduction,
         backend=options.backend,
     )  # fmt: skip
-    for name in ("alpha", "beta"):
-        value = getattr(options, name)
-        if isinstance(value, Tensor) or not isinstance(value, int | float):
+    alpha, beta = plain(options.alpha), plain(options.beta)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, int | float):
             raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    workspace = options.workspace
+    workspace = plain(options.workspace)
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
     if workspace < 0:
         raise ValueError(f"workspace must not be negative, got {workspace} bytes")
     return options._replace(
-        alpha=float(options.alpha), beta=float(options.beta),
+        alpha=float(alpha), beta=float(beta), workspace=workspace,
         normalize=bool(options.normalize), renormalize=bool(options.renormalize),
     )  # fmt: skip
 
@@ -240,6 +242,7 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
                 f"{name} must be on {audio.device} like the embeddings, got {value.device}"
             )
         return value
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(
         value, int | float | torch.SymFloat | torch.SymInt
     ):
@@ -249,6 +252,11 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
 
 def as_radius(radius: float | Tensor, N: int, audio: Tensor) -> Tensor:
     """0-d or (N,)."""
+    if isinstance(radius, nn.Module):
+        raise TypeError(
+            f"radius is a module ({type(radius).__name__}): pass it to SVRLoss(radius=...), or "
+            "here what it returns, radius=module(audio, text, logit_scale)"
+        )
     if isinstance(radius, Tensor) and radius.ndim > 0:
         if radius.shape != (N,):
             raise ValueError(
@@ -280,6 +288,9 @@ class SVRLoss(nn.Module):
         radius: StaticRadius(), DynamicRadius(...), or None for the plain loss.
         objective, ..., return_stats: every option of `fused_svr_loss` but ids and weight, which are
             the batch's.
+        group: None, a process group, or "world": the default one, which may be initialised later
+            than the module is built. Copies in this process share the group; a module that is
+            pickled forgets any but the default one, and says so until its `group` is set again.
     """
 
     def __init__(
@@ -314,16 +325,26 @@ class SVRLoss(nn.Module):
             "normalize": normalize,
             "renormalize": renormalize,
             "reduction": reduction,
-            "group": group,
             "exchange": exchange,
             "workspace": workspace,
             "backend": backend,
             "return_stats": return_stats,
         }
         check_choices(**{name: self.options[name] for name in CHOICES})
+        self.handle = GroupHandle(group)
+
+    @property
+    def group(self) -> Any:
+        """The process group as it is now, or None; can be set to what `SVRLoss` takes."""
+        return self.handle.get()
+
+    @group.setter
+    def group(self, group: Any) -> None:
+        self.handle = GroupHandle(group)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        every = {**self.options, "group": self.handle}
+        return ", ".join(f"{name}={value!r}" for name, value in every.items())
 
     def forward(
         self,
@@ -335,18 +356,15 @@ class SVRLoss(nn.Module):
         weight: Tensor | None = None,
     ) -> Any:
         """The loss (or loss and SVRStats) of audio, text (N, D)."""
-        radius = None
+        radius, group = None, self.group
         if self.radius is not None:
             check_embeddings(audio, text)
-            rows = (audio, text)
-            if self.options["normalize"] and not isinstance(self.radius, StaticRadius):
-                rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
-            shared = isinstance(self.radius, DynamicRadius) and self.options["group"] is not None
-            over = {"group": self.options["group"]} if shared else {}
-            radius = self.radius(*rows, logit_scale, **over)
+            given = (audio, text, logit_scale, self.options["normalize"], group)
+            radius = radius_of(self.radius, *given)
         return fused_svr_loss(
-            audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, **self.options
-        )
+            audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, group=group,
+            **self.options,
+        )  # fmt: skip
 
 
 __all__ = ["DynamicRadius", "SVRLoss", "StaticRadius", "fused_svr_loss"]

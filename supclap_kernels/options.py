@@ -1,6 +1,7 @@
 """The options of one call, as the operators and the backends pass them on."""
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 CHOICES = {
     "objective": ("infonce", "siglip"),
@@ -17,6 +18,17 @@ def check_choices(**given: str) -> None:
         if value not in CHOICES[name]:
             listed = ", ".join(repr(choice) for choice in CHOICES[name])
             raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
+
+def plain(value: Any) -> Any:
+    """Numbers of other libraries (numpy's, arrays without dimensions, fractions) as Python's; all
+    else as it is."""
+    if isinstance(value, int | float):
+        return value
+    if hasattr(value, "__array_interface__") and value.ndim == 0:
+        value = value.item()
+    is_other_real = isinstance(value, numbers.Real) and not isinstance(value, int | float)
+    return float(value) if is_other_real else value
 
 
 class Options(NamedTuple):

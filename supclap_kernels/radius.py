@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .autocast import autocast_off
+from .groups import looked_up
+
 TOP_NEGATIVES = 16
 CHUNK_BYTES = 64 * 2**20
 """Similarities of one chunk of rows; above it they are recomputed in backward instead of kept."""
@@ -15,17 +18,49 @@ CHUNK_BYTES = 64 * 2**20
 class StaticRadius(nn.Module):
     """StaticSVR: the same learnable radius for every pair.
 
+    The parameter has shape (1,), since one without dimensions cannot be sharded; what is handed out
+    is 0-d. Checkpoints of either shape load.
+
     Args:
         init: initial radius (0.1 is this library's choice, the paper gives none).
     """
 
     def __init__(self, init: float = 0.1) -> None:
         super().__init__()
-        self.radius = nn.Parameter(torch.tensor(float(init)))
+        self.init = float(init)
+        self.radius = nn.Parameter(torch.full((1,), self.init))
+
+    def reset_parameters(self) -> None:
+        """Back to the initial radius."""
+        nn.init.constant_(self.radius, self.init)
 
     def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """The 0-d parameter."""
-        return self.radius
+        """The parameter, 0-d."""
+        R = self.radius.view(())
+        # Where `fully_shard` shards this module by itself, it makes it one of a class of its own,
+        # and takes the parameter's memory back after forward.
+        return R if type(self) is StaticRadius else R.clone()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        stored = state_dict.get(prefix + "radius")
+        if isinstance(stored, Tensor) and stored.ndim == 0:
+            state_dict[prefix + "radius"] = stored.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class LastLayer(nn.Linear):
+    """Starts at one value, whatever comes in."""
+
+    def __init__(self, width: int, start: float) -> None:
+        self.start = start  # what is built next resets itself
+        super().__init__(width, 1)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
 
 
 class DynamicRadius(nn.Module):
@@ -70,11 +105,14 @@ class DynamicRadius(nn.Module):
         self.detach_similarity = detach_similarity
         width = batch_size if features == "similarities" else TOP_NEGATIVES + 4
         assert width is not None
-        first, last = nn.Linear(width, hidden[0]), nn.Linear(hidden[1], 1)
+        first, last = nn.Linear(width, hidden[0]), LastLayer(hidden[1], init)
         middle = nn.Linear(hidden[0], hidden[1])
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, init)
         self.network = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
+
+    def reset_parameters(self) -> None:
+        """Random weights as of a new module, and every radius at the initial one."""
+        for layer in (0, 4, 2):  # in the order in which they are built
+            self.network[layer].reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return (
@@ -87,7 +125,7 @@ class DynamicRadius(nn.Module):
 
         Under autocast the network alone is lowered, as any network is.
         """
-        with torch.autocast(text.device.type, enabled=False):
+        with autocast_off(text):
             s = self.features_of(text, audio, scale, first)
         return self.network(s.to(next(self.network.parameters()).dtype))[:, 0]
 
@@ -110,7 +148,7 @@ class DynamicRadius(nn.Module):
         scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
         if self.detach_similarity:
             audio, text, scale = audio.detach(), text.detach(), scale.detach()
-        first = 0
+        first, group = 0, looked_up(group)
         if group is not None and group.size() > 1:
             from .collectives import whole_batch
 
@@ -130,6 +168,25 @@ class DynamicRadius(nn.Module):
             for i in range(0, n, size)
         ]
         return torch.cat(parts)
+
+
+def radius_of(
+    module: nn.Module,
+    audio: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    normalize: bool,
+    group: Any,
+) -> Tensor:
+    """What a radius module says of these rows, normalised if the loss normalises them."""
+    rows = (audio, text)
+    if normalize and not isinstance(module, StaticRadius):
+        with autocast_off(audio):
+            rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
+    shared = isinstance(module, DynamicRadius) and group is not None
+    over = {"group": group} if shared else {}
+    radius: Tensor = module(*rows, logit_scale, **over)
+    return radius
 
 
 def summary(s: Tensor) -> Tensor:

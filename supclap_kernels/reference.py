@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import check_choices
+from .autocast import without_autocast
+from .groups import looked_up
+from .options import check_choices, plain
 from .stats import SVRStats
 
 EPS = 1e-4
@@ -79,6 +81,7 @@ def direction_pairs(
     return pairs
 
 
+@without_autocast
 def svr_loss_reference(
     audio: Tensor,
     text: Tensor,
@@ -109,6 +112,7 @@ def svr_loss_reference(
     With a `group`, every rank computes the loss of all rows.
     """
     check_choices(objective=objective, bilateral=bilateral, reduction=reduction)
+    group = looked_up(group)
     if group is not None and group.size() > 1:
         from .collectives import over_group
 
@@ -117,7 +121,7 @@ def svr_loss_reference(
             objective=objective, bilateral=bilateral, alpha=alpha, beta=beta, normalize=normalize,
             renormalize=renormalize, reduction=reduction, return_stats=return_stats,
         )  # fmt: skip
-    dtype = accumulator_dtype(audio.dtype)
+    alpha, beta, dtype = plain(alpha), plain(beta), accumulator_dtype(audio.dtype)
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     T, A = text.to(dtype), audio.to(dtype)
     N = len(T)

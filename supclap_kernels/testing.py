@@ -94,38 +94,43 @@ def laid_out(X: Tensor, layout: str) -> Tensor:
     return X.contiguous()
 
 
+def equal_ids(N: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, max(1, N // 2), (N,), generator=generator, device="cpu")
+
+
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Embeddings in a cone, as trained encoders give them: the softmax is neither flat nor
     saturated.
     """
-    generator = torch.Generator().manual_seed(case.seed)
-    normal: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    generator = torch.Generator("cpu").manual_seed(case.seed)
+    normal: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    single: dict[str, Any] = {"dtype": accumulator_dtype(case.dtype), "device": "cpu"}
     N, D = case.N, case.D
     cone = F.normalize(torch.randn(1, D, **normal), dim=1)
     T = F.normalize(1.5 * cone + F.normalize(torch.randn(N, D, **normal), dim=1), dim=1)
     # Every other pair has the gap asked for, the rest a large one.
-    width = torch.where(torch.arange(N) % 2 == 0, case.gap, max(case.gap, 0.6))[:, None]
+    width = torch.full((N, 1), max(case.gap, 0.6), dtype=torch.float32, device="cpu")
+    width[::2] = case.gap
     A = F.normalize(T + width * F.normalize(torch.randn(N, D, **normal), dim=1), dim=1)
     if case.options.get("normalize"):
         T, A = 1.7 * T, 0.6 * A
     siglip = case.options.get("objective") == "siglip"
-    number = accumulator_dtype(case.dtype)
     radius = None
     if case.radius == "scalar":
-        radius = torch.tensor(0.15, dtype=number)
+        radius = torch.tensor(0.15, **single)
     if case.radius == "row":
-        radius = (0.2 + 0.4 * torch.randn(N, **normal)).to(number)
+        radius = (0.2 + 0.4 * torch.randn(N, **normal)).to(**single)
     per_row = case.options.get("reduction") == "none"
-    upstream = torch.rand(N, **normal) + 0.5 if per_row else torch.tensor(1.3, dtype=torch.float64)
+    upstream = torch.rand(N, **normal) + 0.5 if per_row else torch.tensor(1.3, **single)
     inputs = Inputs(
         laid_out(A.to(case.dtype), case.layout),
         laid_out(T.to(case.dtype), case.layout),
         radius,
-        torch.tensor(case.scale, dtype=number),
-        torch.tensor(-8.0, dtype=number) if siglip else None,
-        torch.randint(0, max(1, N // 2), (N,), generator=generator) if case.duplicates else None,
-        (torch.rand(N, **normal) + 0.5).to(number) if case.weighted else None,
-        upstream.to(number),
+        torch.tensor(case.scale, **single),
+        torch.tensor(-8.0, **single) if siglip else None,
+        equal_ids(N, generator) if case.duplicates else None,
+        (torch.rand(N, **normal) + 0.5).to(**single) if case.weighted else None,
+        upstream.to(**single),
     )
     moved = {name: value.to(device) for name, value in vars(inputs).items() if value is not None}
     return replace(inputs, **moved)

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hidden_pairs import faults, wrong_statistics
 from integration_cases import OPTION_SETS, fused
+from surroundings import changed, kernels, with_gradients
 from torch import Tensor
 
 import supclap_kernels as sk
@@ -148,12 +150,25 @@ def test_a_large_upstream_gradient_reaches_half_precision(backend):
         assert float((large[name] == 0).float().mean()) <= float((plain[name] == 0).float().mean())
 
 
-def test_pytorchs_default_dtype_does_not_matter(backend):
-    inputs = make_inputs(Case(N=40, D=16, radius="row"))
-    wanted = fused(Case(), inputs, backend=backend)
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = fused(Case(), inputs, backend=backend)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(x, found[name]) for name, x in wanted.items())
+def test_pytorchs_settings_do_not_matter(backend):
+    siglip = {"objective": "siglip", "renormalize": True}
+    cases = {
+        "rows": Case(N=40, D=16, radius="row", gap=0.01),
+        "siglip": Case(N=24, D=16, dtype=torch.bfloat16, duplicates=True, options=siglip),
+        "plain siglip": Case(N=24, D=16, radius="none", options={"objective": "siglip"}),
+        "shared": Case(N=40, D=24, dtype=torch.float16, options={"bilateral": "shared"}),
+        "normalize": Case(N=40, D=16, options={"normalize": True, "reduction": "none"}),
+    }
+    assert not changed(kernels([backend], cases))
+
+
+def test_hidden_pairs(backend):
+    assert not faults(backend, torch.float32, (1, 9)) + wrong_statistics(backend)
+
+
+def test_siglip_without_a_bias_under_other_settings(backend):
+    """The kernels' own zero."""
+    inputs = make_inputs(Case(N=40, D=16))
+    siglip = {"objective": "siglip", "backend": backend}
+    loss = lambda a, t: sk.fused_svr_loss(a, t, 0.1, 14.0, **siglip)  # noqa: E731
+    assert not changed({"siglip": with_gradients(loss, inputs.audio, inputs.text)})

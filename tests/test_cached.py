@@ -1,7 +1,9 @@
 """cached_step: the gradients of the whole batch, from chunks."""
 
-from collections.abc import Callable
-from typing import Any
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -147,3 +149,82 @@ def test_what_does_not_fit(changed, words):
     given = {"batch": batch, "chunk_size": 8, **changed}
     with pytest.raises(ValueError, match=words):
         sk.cached_step(towers, loss=lambda a, t: criterion(a, t, scale), **given)
+
+
+class Output(dict):
+    """A ModelOutput: a dict with attributes."""
+
+    @property
+    def embeds(self) -> Tensor:
+        found: Tensor = self["embeds"]
+        return found
+
+
+class Nested(Tower):
+    """Takes its rows inside something, and returns them inside an Output."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        values = [*given, *named.values()]
+        while not isinstance(values[0], Tensor):
+            first = values[0]
+            values = [*first.values()] if isinstance(first, Mapping) else [*first]
+        return Output(embeds=super().forward(values[0]))
+
+
+class Pair(NamedTuple):
+    rows: Tensor
+    name: str
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: UserDict(input_ids=x, extra=None),
+        lambda x: MappingProxyType({"input_ids": x}),
+        lambda x: ({"input_ids": x, "more": [x, "words"]},),
+        lambda x: {"inputs": UserDict(input_ids=x)},
+        lambda x: [[x, x]],
+        lambda x: {"inputs": Pair(x, "a"), "step": torch.tensor(3)},
+        lambda x: x,
+    ],
+    ids=["mapping", "read only", "tuple of dict", "nested", "lists", "named tuple", "tensor"],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_inputs_and_outputs_inside_others(wrap, several):
+    towers, batch, criterion, scale = setting(dropout=0.3)
+    loss = lambda audio, text: criterion(audio, text, scale)  # noqa: E731
+    torch.manual_seed(1)
+    value = sk.cached_step(towers, batch, loss, 8)
+    wanted = gradients(*towers, criterion, scale=scale)
+    nested = [Nested(12, 0.3), Nested(10, 0.3)]
+    for new, old in zip(nested, towers, strict=True):
+        new.load_state_dict(old.state_dict())
+    scale.grad = None
+    criterion.zero_grad()
+    get_rep: Any = lambda output: output.embeds  # noqa: E731
+    get_rep = [get_rep, lambda output: output["embeds"]] if several else get_rep
+    torch.manual_seed(1)
+    found = sk.cached_step(nested, [wrap(x) for x in batch], loss, 8, get_rep=get_rep)
+    assert torch.equal(found, value)
+    assert all(map(torch.equal, gradients(*nested, criterion, scale=scale), wanted))
+
+
+def test_a_tokenizers_batch():
+    tokens = pytest.importorskip("transformers").BatchEncoding
+    towers, batch, criterion, scale = setting()
+    loss = lambda audio, text: criterion(audio, text, scale)  # noqa: E731
+    value = sk.cached_step(towers, batch, loss, 8)
+    assert torch.equal(sk.cached_step(towers, [tokens({"x": x}) for x in batch], loss, 8), value)
+
+
+def test_an_encoder_that_returns_no_tensor():
+    towers, batch, criterion, scale = setting()
+    nested = [towers[0], Nested(10, 0.0)]
+    with pytest.raises(TypeError, match="encoder 1 .* returned Output, .* get_rep=lambda output"):
+        sk.cached_step(nested, batch, lambda a, t: criterion(a, t, scale), 8)
+    with pytest.raises(TypeError, match="get_rep .* encoder 0 .* returned str"):
+        sk.cached_step(towers, batch, lambda a, t: a.sum(), 8, get_rep=lambda output: "rows")
+    with pytest.raises(ValueError, match="2 encoders, 1 get_rep"):
+        sk.cached_step(towers, batch, lambda a, t: a.sum(), 8, get_rep=[None])
+    with pytest.raises(ValueError, match="input 0 holds no tensors"):
+        sk.cached_step(towers, [{"x": "words"}, batch[1]], lambda a, t: a.sum(), 8)

@@ -186,6 +186,12 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         TypeError,
         ["alpha must be a Python number", "Tensor"],
     ),
+    (
+        "radius module",
+        {"radius": torch.nn.Identity()},
+        TypeError,
+        ["radius is a module", "Identity", "SVRLoss(radius=...)", "(audio, text, logit_scale)"],
+    ),
     ("alpha text", {"alpha": "1"}, TypeError, ["alpha must be a Python number", "str"]),
     (
         "beta tensor",

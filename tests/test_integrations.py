@@ -1,5 +1,6 @@
 """The adapters against the formulas they replace, and against the libraries where these are."""
 
+import enum
 import importlib.util
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from supclap_kernels.integrations import laion_clap, open_clip, sentence_transfo
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 import cases
+import modules
 from ranks import run
 
 N, D = 19, 12
@@ -92,6 +94,16 @@ def test_against_open_clip():
     assert same(open_clip.SigLipLoss()(*given), library.SigLipLoss()(*given), list(given))
 
 
+def test_open_clips_chunks_change_nothing():
+    """Its SigLipLoss takes the size of a chunk, and the memory alone depends on it."""
+    given = (*(x.detach() for x in features()), torch.tensor(10.0), torch.tensor(-4.0))
+    wanted = open_clip.SigLipLoss()(*given)
+    for size in (None, 0, 512):
+        assert torch.equal(open_clip.SigLipLoss(chunk_size=size)(*given), wanted)
+    with pytest.raises(ValueError, match="chunk_size must be .* got -1"):
+        open_clip.SigLipLoss(chunk_size=-1)
+
+
 def test_support_vectors_are_half_of_the_loss():
     """The scale of the average of two directions, for L_svr as well."""
     audio, text = features()
@@ -135,9 +147,31 @@ def test_laion_clap(kappa):
     assert same(laion_clap.ClipLoss(**options)(*given), library.ClipLoss(**options)(*given), given)
 
 
+def test_laion_clap_under_autocast():
+    """What is computed here keeps its precision, the weights as well."""
+    given = [x.detach() for x in features(4)]
+    loss = laion_clap.ClipLoss(mlp_loss=True, weight_loss_kappa=1.0)
+    wanted = loss(given[0], given[1], 14.0, 9.0, given[2], given[3])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(given[0], given[1], 14.0, 9.0, given[2], given[3]), wanted)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_laion_clap_weighted_over_ranks(local, dtype):
+    """Values and averaged gradients of its formula, in which each direction has its own weights."""
+    for errors in run(3, modules.weighted_over_ranks, local, dtype):
+        assert max(errors) < (3e-6 if dtype == torch.float32 else 1e-2), errors
+
+
 def test_laion_clap_says_what_it_cannot_do():
-    with pytest.raises(ValueError, match="weight_loss_kappa needs mlp_loss"):
+    with pytest.raises(ValueError, match="weight_loss_kappa in one process needs mlp_loss=True"):
         laion_clap.ClipLoss(weight_loss_kappa=1.0)
+    over = {"weight_loss_kappa": 1.0, "rank": 0, "world_size": 2}
+    with pytest.raises(ValueError, match="weight_loss_kappa over ranks needs mlp_loss=False"):
+        laion_clap.ClipLoss(mlp_loss=True, **over)
+    with pytest.raises(ValueError, match="weight_loss_kappa over ranks .* radius=None"):
+        laion_clap.ClipLoss(radius=sk.StaticRadius(), **over)
     with pytest.raises(ValueError, match="use_horovod"):
         laion_clap.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="needs logit_scale_t"):
@@ -156,6 +190,24 @@ def test_transformers():
     loss, stats = transformers.clap_loss(outputs, 14.0, radius=0.1, return_stats=True)
     whole = sk.fused_svr_loss(audio, text, 0.1, 14.0)
     assert same(loss, whole / 2, [audio, text]) and stats.radius > 0
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "radius",
+    [sk.StaticRadius(0.2), sk.DynamicRadius(features="summary")],
+    ids=["static", "dynamic"],
+)
+def test_transformers_with_a_radius_module(radius, normalize):
+    """Called as SVRLoss calls it."""
+    audio, text = features()
+    audio, text = (
+        (length * x.detach()).requires_grad_() for length, x in ((1.5, audio), (0.7, text))
+    )
+    outputs = SimpleNamespace(audio_embeds=audio, text_embeds=text)
+    ours = transformers.clap_loss(outputs, 14.0, radius=radius, normalize=normalize)
+    whole = sk.SVRLoss(radius, normalize=normalize)(audio, text, 14.0)
+    assert same(ours, whole / 2, [audio, text, *radius.parameters()])
 
 
 def test_transformers_model():
@@ -244,6 +296,51 @@ def test_against_sentence_transformers():
     theirs = losses.MultipleNegativesSymmetricRankingLoss(model, scale=15.0)
     leaves = list(model.parameters())
     assert same(ours(given), theirs(given, torch.zeros(0)), leaves)
+
+
+class Kind(str, enum.Enum):
+    """As sentence-transformers names its similarities."""
+
+    COSINE = "cosine"
+    DOT = "dot"
+
+
+@pytest.mark.parametrize(
+    "fct, normalize",
+    [
+        (None, True),
+        ("cosine", True),
+        ("dot", False),
+        ("dot_product", False),
+        (Kind.COSINE, True),
+        (Kind.DOT, False),
+        ("cos_sim", True),
+        ("dot_score", False),
+    ],
+)
+def test_similarities_of_sentence_transformers(fct, normalize):
+    model, given = Columns(), columns()
+    loss = sentence_transformers.MultipleNegativesSymmetricRankingLoss(model, 3.0, fct)
+    rows = [model(x)["sentence_embedding"] for x in given]
+    wanted = sk.fused_svr_loss(*rows, None, 3.0, normalize=normalize) / 2
+    assert same(loss(given), wanted, list(model.parameters()))
+    assert loss.get_config_dict()["similarity_fct"] == ("cos_sim" if normalize else "dot_score")
+
+
+def test_similarity_functions_of_the_library():
+    util = pytest.importorskip("sentence_transformers.util")
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    model, given = Columns(), columns()
+    ours = sentence_transformers.MultipleNegativesSymmetricRankingLoss
+    for fct in (util.cos_sim, util.dot_score, util.pytorch_cos_sim):
+        theirs = losses.MultipleNegativesSymmetricRankingLoss(model, 2.0, fct)
+        wanted = theirs(given, torch.zeros(0))
+        assert same(ours(model, 2.0, fct)(given), wanted, list(model.parameters()))
+    for fct in (util.euclidean_sim, "manhattan", lambda a, b: a @ b.t()):
+        with pytest.raises(ValueError, match="similarity_fct must be cos_sim .* or dot_score"):
+            ours(model, 2.0, fct)
+    with pytest.raises(ValueError, match="normalize=False .* similarity_fct"):
+        ours(model, 2.0, util.cos_sim, normalize=False)
 
 
 def test_no_adapter_imports_its_library():

@@ -174,7 +174,7 @@ def test_copies_of_the_module(name):
 
 def test_state_dict_names():
     static = sk.SVRLoss(radius=sk.StaticRadius(0.2)).state_dict()
-    assert list(static) == ["radius.radius"] and static["radius.radius"].shape == ()
+    assert list(static) == ["radius.radius"] and static["radius.radius"].shape == (1,)
     dynamic = sk.SVRLoss(radius=sk.DynamicRadius(9)).state_dict()
     layers = [f"radius.network.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
     assert list(dynamic) == layers

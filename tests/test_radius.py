@@ -69,7 +69,7 @@ def test_static_radius_is_its_parameter():
     assert torch.equal(R.detach(), torch.tensor(0.3))
     assert torch.equal(sk.StaticRadius()(audio, text, 9.0).detach(), torch.tensor(0.1))
     (3.0 * R).backward()
-    assert torch.equal(module.radius.grad, torch.tensor(3.0))
+    assert torch.equal(module.radius.grad, torch.tensor([3.0]))
     assert [name for name, _ in module.named_parameters()] == ["radius"]
 
 

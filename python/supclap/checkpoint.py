@@ -97,6 +97,14 @@ def save_state(
         write_whole(run / STATE, lambda path: torch.save(whole, path))
 
 
+def give_dimensions(optimizer: torch.optim.Optimizer) -> None:
+    """Moments of a parameter that had no dimensions when they were saved get its shape of today."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].ndim == 0:
+                state[name] = state[name].reshape(parameter.shape)
+
+
 def load_state(
     run: Path, parts: dict[str, Any], corpora: dict[str, Corpus], ranks: Ranks, device: torch.device
 ) -> Progress:
@@ -108,6 +116,8 @@ def load_state(
         whole = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(whole[name])
+            if isinstance(part, torch.optim.Optimizer):
+                give_dimensions(part)
         progress, randoms = Progress(**whole["progress"]), whole["randoms"]
         same = whole["data"] == corpora["data"].fingerprint
     except FileNotFoundError:

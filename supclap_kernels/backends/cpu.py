@@ -56,9 +56,9 @@ class CpuCall:
         # All that is (., N): the statistics and the rows' geometry, which backward gets from
         # forward; factors and omega; running and sums.
         new = torch.zeros if options.gradient_in_forward else torch.empty  # sweep 2 reads it first
-        self.state = new(STATE_ROWS, N, dtype=dtype) if state is None else state
-        self.factors = torch.empty(2 * directions + 1, N, dtype=dtype)
-        self.wide = torch.empty(2 * directions + sums, N, dtype=torch.float64)
+        self.state = new(STATE_ROWS, N, dtype=dtype, device="cpu") if state is None else state
+        self.factors = self.new_empty(2 * directions + 1, N)
+        self.wide = self.new_empty(2 * directions + sums, N, dtype=torch.float64)
         self.R, self.w = self.vector(inputs.radius), self.vector(inputs.weight)
         self.code = None
         if inputs.ids is not None:
@@ -146,8 +146,8 @@ class CpuCall:
         self.native.weights(self.problem, *tile[:4], panel.data_ptr(), out.data_ptr())
 
     # The stages.
-    def new_empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
+    def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="cpu")
 
     def scratch(self) -> Tensor:
         return self.new_empty(self.layout.scratch_elements)
@@ -162,8 +162,8 @@ class CpuCall:
             self.far.statistics(self.log_sums, self.native.MASKED)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
-        loss = torch.empty(self.N if self.problem.per_row else (), dtype=self.dtype)
-        terms = torch.empty(6, self.N, dtype=torch.float64) if self.options.stats else None
+        loss = self.new_empty(self.N) if self.problem.per_row else self.new_empty()
+        terms = self.new_empty(6, self.N, dtype=torch.float64) if self.options.stats else None
         self.native.finish_statistics(self.problem, loss.data_ptr(), native.address(terms))
         return loss, terms
 
@@ -179,11 +179,11 @@ class CpuCall:
     def accumulators(self, needs: tuple[bool, ...], out: Towers = (None, None)) -> Towers:
         """The gradients' own place."""
         dA, dT = out
-        shape = (self.N, self.D)
+        shape: dict[str, Any] = {"size": (self.N, self.D), "dtype": self.dtype, "device": "cpu"}
         if needs[0] and dA is None:
-            dA = torch.zeros(shape, dtype=self.dtype)
+            dA = torch.zeros(**shape)
         if needs[1] and dT is None:
-            dT = torch.zeros(shape, dtype=self.dtype)
+            dT = torch.zeros(**shape)
         return dA, dT
 
     def sweep_gradients(
@@ -208,7 +208,7 @@ class CpuCall:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """In place."""
         dR = None if self.R is None else torch.empty_like(self.R)
-        scalars = torch.empty(2, dtype=self.dtype)
+        scalars = self.new_empty(2)
         pointers = (native.address(x) for x in (dT, dA, dR, scalars))
         self.native.finish_gradients(self.problem, *pointers)
         if self.options.normalize:

@@ -53,7 +53,7 @@ class FarRows:
         # Rows at a time: what the workspace holds, but enough to pay for raising the embeddings.
         self.size = max(CHUNK_ROWS, options.workspace // (CHUNK_COPIES * 8 * len(T)))
         self.index, self.code, self.k, self.b = index, code, k, b if not options.infonce else 0.0
-        self.second = torch.arange(len(T)) >= split if split else None
+        self.second = torch.arange(len(T), device=T.device) >= split if split else None
         self.infonce, self.shared, self.renormalize = options.infonce, shared, options.renormalize
         t, a = T[index].double(), A[index].double()
         self.step = a - t

@@ -107,7 +107,7 @@ class GpuCall:
         self.mode = contract.mode(has_radius, options)
         self.bias = inputs.bias
         if self.bias is None and not self.infonce:
-            self.bias = torch.zeros((), device=self.device)
+            self.bias = self.new_zeros()
         self.row_scale = 1.0 / N if options.reduction == "mean" else 1.0
         self.per_row_radius = inputs.radius is not None and inputs.radius.ndim == 1
         self.grams = grams(has_radius, options)

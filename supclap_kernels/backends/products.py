@@ -86,7 +86,7 @@ class Bfloat16Products:
         rows, depth = W.shape
         transposed = not W.is_contiguous()
         stored = W.t() if transposed else W
-        rounded = torch.empty(rows, depth + depth % 2, dtype=torch.bfloat16)
+        rounded = W.new_empty(rows, depth + depth % 2, dtype=torch.bfloat16)
         arguments = (stored.data_ptr(), *stored.shape, transposed)
         self.module.bf16_convert(*arguments, rounded.data_ptr(), self.threads)
         packed, first = self.pack(y, J, transposed=False)
@@ -105,7 +105,7 @@ class Bfloat16Products:
 def accumulates_in_place(device: torch.device) -> bool:
     """Whether the library adds products of bfloat16 to float32 without a copy: older versions of
     PyTorch want a summand in the factors' dtype."""
-    out = torch.zeros(16, 16, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     X = out.to(torch.bfloat16)
     try:
         torch.addmm(out, X, X, out_dtype=torch.float32, out=out)

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..collectives import together
+from ..groups import WORLD, is_initialized
 from ..loss import SVRLoss
 
 
@@ -16,7 +17,8 @@ class Contrast(nn.Module):
         radius: a module such as StaticRadius(), or None for the library's own loss.
         local_loss: with several ranks, the value is that of this rank's rows; else everybody's. The
             gradient is that of the loss over all rows either way, once it is averaged over ranks.
-        rank, world_size: as the trainer counts; several ranks need an initialised process group.
+        rank, world_size: as the trainer counts; several ranks are the default process group,
+            initialised before the first call, or the one given as `group`.
         **options: of `SVRLoss`.
     """
 
@@ -32,19 +34,32 @@ class Contrast(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod: only torch.distributed process groups are supported")
-        self.world_size, self.local = world_size, local_loss and world_size > 1
+        self.rank, self.world_size = rank, world_size
+        self.local = local_loss and world_size > 1
         if world_size > 1:
-            options.setdefault("group", dist.group.WORLD)
-            given = options["group"].rank(), options["group"].size()
-            if given != (rank, world_size):
-                raise ValueError(
-                    f"rank={rank}, world_size={world_size} do not fit the process group, in which "
-                    f"this is rank {given[0]} of {given[1]}"
-                )
+            options.setdefault("group", WORLD)
         if "reduction" in options:
             raise TypeError("reduction is the library's own: the mean")
         self.criterion = SVRLoss(radius, reduction="none" if self.local else "mean", **options)
         self.share = 0.5 if self.criterion.options["objective"] == "infonce" else 1.0
+        if world_size > 1 and is_initialized():
+            self.check_ranks()
+
+    def check_ranks(self) -> None:
+        """What the trainer counts is what the process group has."""
+        group = self.criterion.group
+        given = (0, 1) if group is None else (group.rank(), group.size())
+        if given != (self.rank, self.world_size):
+            raise ValueError(
+                f"rank={self.rank}, world_size={self.world_size} do not fit the process group, in "
+                f"which this is rank {given[0]} of {given[1]}"
+            )
+
+    def agree_on_ranks(self) -> None:
+        """Raises on every rank where one does not count as the group does."""
+        if self.world_size > 1:
+            with together(self.criterion.group):
+                self.check_ranks()
 
     def forward(
         self,
@@ -54,6 +69,7 @@ class Contrast(nn.Module):
         bias: float | Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        self.agree_on_ranks()
         loss = self.criterion(audio, text, number(scale), number(bias), weight=weight)
         return self.share * (loss.mean() if self.local else loss)
 

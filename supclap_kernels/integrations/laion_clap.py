@@ -7,9 +7,14 @@ Gather modes: see open_clip.py; gradients are the true ones here, too.
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contrast import Contrast
+from ..autocast import autocast_off, without_autocast
+from ..collectives import over_group
+from ..reference import accumulator_dtype, infonce_rows, kept_pairs
+from .contrast import Contrast, number
 
 
 class ClipLoss(nn.Module):
@@ -20,9 +25,10 @@ class ClipLoss(nn.Module):
         local_loss, gather_with_grad, cache_labels, rank, world_size: laion_clap's.
         mlp_loss: four cross entropies instead of two.
         weight_loss_kappa: if not 0, rows are weighted by exp(mean similarity to the batch / kappa),
-            those of the audios in the first pair and of the texts in the second. With mlp_loss and
-            one rank only: else the original weighs the two directions of a pair differently, or
-            (one rank, no mlp_loss) fails.
+            those of the audios in the first pair and of the texts in the second. With mlp_loss in
+            one process; without it over several ranks, where audios are weighted by their texts and
+            texts by their audios: then without a radius, in O(N^2) memory as the original. It fails
+            in the other two cases.
         radius: a module such as StaticRadius(), or None; one radius for both pairs.
         **options: of `SVRLoss`.
     """
@@ -42,10 +48,15 @@ class ClipLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if weight_loss_kappa and (not mlp_loss or world_size > 1):
+        if weight_loss_kappa and world_size == 1 and not mlp_loss:
             raise ValueError(
-                "weight_loss_kappa needs mlp_loss=True and world_size=1: else the two directions "
-                "of a pair of towers would be weighted differently"
+                "weight_loss_kappa in one process needs mlp_loss=True: laion_clap has no such loss "
+                "without it"
+            )
+        if weight_loss_kappa and world_size > 1 and (mlp_loss or radius is not None):
+            raise ValueError(
+                "weight_loss_kappa over ranks needs mlp_loss=False, since laion_clap has no such "
+                "loss with it, and radius=None; or pass weight_loss_kappa=0"
             )
         self.mlp_loss, self.kappa = mlp_loss, weight_loss_kappa
         self.contrast = Contrast(radius, local_loss, rank, world_size, use_horovod, **options)
@@ -61,6 +72,8 @@ class ClipLoss(nn.Module):
     ) -> Tensor:
         """Features (N, D) of this rank; scales already exponentiated. logit_scale_t and the
         features through the MLPs belong to mlp_loss."""
+        if self.kappa and not self.mlp_loss:
+            return self.weighted_over_ranks(audio_features, text_features, logit_scale_a)
         if not self.mlp_loss:
             return self.contrast(audio_features, text_features, logit_scale_a)
         if logit_scale_t is None or audio_features_mlp is None or text_features_mlp is None:
@@ -74,6 +87,37 @@ class ClipLoss(nn.Module):
     def pair(self, audio: Tensor, text: Tensor, scale: float | Tensor, weighing: Tensor) -> Tensor:
         if not self.kappa:
             return self.contrast(audio, text, scale)
-        X = weighing.detach().float()
-        weight = (X @ X.sum(dim=0) / (self.kappa * len(X))).exp()
+        with autocast_off(weighing):
+            weight = likeness(weighing.detach().float(), self.kappa)
         return self.contrast(audio, text, scale, weight=weight / weight.mean())
+
+    def weighted_over_ranks(self, audio: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
+        self.contrast.agree_on_ranks()
+        criterion = self.contrast.criterion
+        sums = over_group(
+            weighted_rows, criterion.group, audio, text, None, number(scale), None, None, None,
+            reduction="none" if self.contrast.local else "sum", return_stats=False,
+            normalize=criterion.options["normalize"], kappa=float(self.kappa),
+        ).sum(dim=0)  # fmt: skip
+        return 0.5 * (sums[:2] / sums[2:]).sum()
+
+
+def likeness(X: Tensor, kappa: float) -> Tensor:
+    """(N,): exp(mean similarity of a row to all rows / kappa)."""
+    return (X @ X.sum(dim=0) / (kappa * len(X))).exp()
+
+
+@without_autocast
+def weighted_rows(
+    audio: Tensor, text: Tensor, radius: None, scale: float | Tensor, bias: None, *,
+    kappa: float, normalize: bool, **_: Any,
+) -> Tensor:  # fmt: skip
+    """(N, 4): weighted cross entropies of the audios and of the texts, and both weights."""
+    dtype = accumulator_dtype(audio.dtype)
+    A, T = audio.to(dtype), text.to(dtype)
+    by_text, by_audio = likeness(T.detach(), kappa), likeness(A.detach(), kappa)
+    if normalize:
+        A, T = F.normalize(A, dim=1), F.normalize(T, dim=1)
+    logits, keep = scale * A @ T.t(), kept_pairs(len(A), None, A.device)
+    of_audios, of_texts = infonce_rows(logits, keep), infonce_rows(logits.t(), keep)
+    return torch.stack((by_text * of_audios, by_audio * of_texts, by_text, by_audio), dim=1)

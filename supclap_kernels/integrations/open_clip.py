@@ -1,4 +1,4 @@
-"""`open_clip.ClipLoss` and `open_clip.SigLipLoss` in their calls (open_clip 3.3).
+"""`open_clip.ClipLoss` and `open_clip.SigLipLoss` in their calls (open_clip 3.3 and 4.0).
 
     from supclap_kernels.integrations.open_clip import ClipLoss
     loss = ClipLoss(radius=sk.StaticRadius())        # instead of open_clip.ClipLoss()
@@ -63,7 +63,8 @@ class SigLipLoss(nn.Module):
     """The sigmoid loss, over N; with a radius, and that of the support vectors.
 
     Several ranks: the value is that of this rank's images with all texts. `dist_impl` says how
-    open_clip's ranks exchange rows; here that is `exchange`.
+    open_clip's ranks exchange rows; here that is `exchange`. `chunk_size` is how many of them it
+    compares at a time, which changes its memory only; here that is `workspace`.
     """
 
     def __init__(
@@ -72,11 +73,14 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int | None = None,
         *,
         radius: nn.Module | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        if chunk_size is not None and chunk_size < 0:
+            raise ValueError(f"chunk_size must be a number of rows, 0 or None; got {chunk_size}")
         self.contrast = Contrast(radius, True, rank, world_size, objective="siglip", **options)
         # This rank's images are the rows then; a radius needs the texts there.
         self.by_image = self.contrast.local and radius is None

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..groups import WORLD, is_initialized
+from ..options import plain
 from .contrast import Contrast
 
 
@@ -20,10 +22,14 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
 
     Args:
         model: a SentenceTransformer: features -> {"sentence_embedding": (N, D)}.
-        scale: what cosines are multiplied with, 1 / temperature.
+        scale: what similarities are multiplied with, 1 / temperature.
+        similarity_fct: cosine (the default) or dot product: the library's `cos_sim` or `dot_score`,
+            or one of their names. They say `normalize`.
         radius: a module such as StaticRadius(), or None. Support vectors move the positives, the
             second column, towards their anchors.
-        gather_across_devices: negatives from every rank of the default process group.
+        gather_across_devices: negatives from every rank of the default process group, which is
+            looked up at each call; where there is none, this process' own. A `group` among the
+            options says the same of another group.
         **options: of `SVRLoss`.
     """
 
@@ -31,19 +37,17 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         self,
         model: nn.Module,
         scale: float = 20.0,
+        similarity_fct: Any = None,
+        gather_across_devices: bool = False,
         *,
         radius: nn.Module | None = None,
-        gather_across_devices: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
-        rank, size = 0, 1
-        if gather_across_devices:
-            from torch import distributed as dist
-
-            rank, size = dist.get_rank(), dist.get_world_size()
-        self.model, self.scale = model, scale
-        self.contrast = Contrast(radius, False, rank, size, **{"normalize": True, **options})
+        self.model, self.scale = model, plain(scale)
+        options["normalize"] = is_cosine(similarity_fct, options.get("normalize"))
+        self.gathers = gather_across_devices and "group" not in options
+        self.contrast = Contrast(radius, False, 0, 1, **options)
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
@@ -51,8 +55,41 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         rows = [self.model(features)["sentence_embedding"] for features in sentence_features]
         if len(rows) != 2:
             raise ValueError(f"pairs (anchor, positive) are needed, got {len(rows)} columns")
+        if self.gathers:
+            self.contrast.criterion.group = WORLD if is_initialized() else None
         return self.contrast(rows[0], rows[1], self.scale)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the trainer writes into a model card."""
-        return {"scale": self.scale, **self.contrast.criterion.options}
+        criterion = self.contrast.criterion
+        return {
+            "scale": self.scale,
+            "similarity_fct": "cos_sim" if criterion.options["normalize"] else "dot_score",
+            "gather_across_devices": self.gathers,
+            "group": criterion.handle.name,
+            **{name: plain(value) for name, value in criterion.options.items()},
+        }
+
+
+COSINE, DOT = ("cos_sim", "pytorch_cos_sim", "cosine"), ("dot_score", "dot", "dot_product")
+
+
+def is_cosine(similarity: Any, normalize: bool | None) -> bool:
+    """Which of the library's two similarities of inner products is meant; ValueError for others."""
+    if similarity is None:
+        return normalize is None or bool(normalize)
+    name = getattr(similarity, "value", similarity)  # of its enumeration
+    if (getattr(similarity, "__module__", None) or "").startswith("sentence_transformers."):
+        name = getattr(similarity, "__name__", name)
+    if name in COSINE or name in DOT:
+        if normalize is not None and bool(normalize) != (name in COSINE):
+            raise ValueError(
+                f"normalize={normalize} and similarity_fct={name} contradict each other: cosine "
+                "normalizes, the dot product does not; pass one of them"
+            )
+        return name in COSINE
+    raise ValueError(
+        "similarity_fct must be cos_sim ('cosine') or dot_score ('dot') of sentence_transformers, "
+        f"got {similarity!r}: the kernels compare rows by inner products; for another similarity "
+        "use the library's own loss"
+    )

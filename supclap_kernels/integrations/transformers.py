@@ -10,9 +10,11 @@ the symmetric loss of CLAP: texts against audios and audios against texts, avera
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..loss import fused_svr_loss
+from ..groups import looked_up
+from ..loss import check_embeddings, fused_svr_loss
+from ..radius import radius_of
 from .contrast import number
 
 
@@ -21,14 +23,20 @@ def clap_loss(outputs: Any, logit_scale: float | Tensor, **options: Any) -> Any:
     Args:
         outputs: a ClapOutput, or anything with `audio_embeds` and `text_embeds`, (N, D) each.
         logit_scale: exponentiated.
-        **options: of `fused_svr_loss`: radius, bilateral, group, return_stats, ... Support vectors'
-            terms are averaged over directions like the others.
+        **options: of `fused_svr_loss`: radius (a module such as StaticRadius() as well), bilateral,
+            group, return_stats, ... Support vectors' terms are averaged over directions like the
+            others.
 
     Returns:
         The loss; with return_stats=True (loss, SVRStats).
     """
-    rows = outputs.audio_embeds, outputs.text_embeds
-    found = fused_svr_loss(*rows, logit_scale=number(logit_scale), **options)
+    rows, scale = (outputs.audio_embeds, outputs.text_embeds), number(logit_scale)
+    radius = options.get("radius")
+    if isinstance(radius, nn.Module):
+        check_embeddings(*rows)
+        given = bool(options.get("normalize")), looked_up(options.get("group"))
+        options["radius"] = radius_of(radius, *rows, scale, *given)
+    found = fused_svr_loss(*rows, logit_scale=scale, **options)
     share = 0.5 if options.get("objective", "infonce") == "infonce" else 1.0
     if options.get("return_stats"):
         return share * found[0], found[1]

@@ -49,9 +49,13 @@ def whole(x: Tensor, group: Any) -> Tensor:
 
 
 def evaluate(case: Case, group: Any, backend: str, **more: Any) -> Outputs:
+    return evaluate_rows(make_inputs(case), case, group, backend, **more)
+
+
+def evaluate_rows(batch: Inputs, case: Case, group: Any, backend: str, **more: Any) -> Outputs:
     """Loss and gradients of all ranks' rows, and those of numbers times the number of ranks."""
     world, rank = group.size(), group.rank()
-    inputs = own_rows(make_inputs(case), parts(case.N, world)[rank])
+    inputs = own_rows(batch, parts(case.N, world)[rank])
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
     arguments = (leaves.get(name) for name in DIFFERENTIABLE)
     loss = sk.fused_svr_loss(
@@ -67,8 +71,11 @@ def evaluate(case: Case, group: Any, backend: str, **more: Any) -> Outputs:
 
 
 def expected(case: Case, world: int) -> Inputs:
+    return summed(make_inputs(case), case, world)
+
+
+def summed(inputs: Inputs, case: Case, world: int) -> Inputs:
     """Inputs whose single process has these gradients: the sum of what the ranks return."""
-    inputs = make_inputs(case)
     if case.options.get("reduction") != "none":
         return replace(inputs, upstream=inputs.upstream * world)
     return inputs

@@ -5,12 +5,14 @@ import torch
 from gpu_integration import (  # noqa: F401 - tests
     test_a_frozen_tower_costs_the_others_nothing,
     test_a_large_upstream_gradient_reaches_half_precision,
+    test_hidden_pairs,
     test_nan_and_infinity_are_not_hidden,
     test_one_column_expanded,
     test_one_pair_costs_nothing,
     test_opcheck,
-    test_pytorchs_default_dtype_does_not_matter,
+    test_pytorchs_settings_do_not_matter,
     test_scales,
+    test_siglip_without_a_bias_under_other_settings,
     test_stats_are_those_of_the_specification,
     test_vectors_of_any_stride,
 )
