@@ -17,6 +17,7 @@ from .options import CHOICES, Options, check_choices
 from .radius import DynamicRadius, StaticRadius
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
+from .watch import watch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WORKSPACE = 256 * 2**20
@@ -253,6 +254,8 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
 
 def as_radius(radius: float | Tensor, N: int, audio: Tensor) -> Tensor:
     """0-d or (N,)."""
+    if type(radius) is nn.Parameter:  # a module's is watched by the module
+        watch(radius)
     if isinstance(radius, Tensor) and radius.ndim > 0:
         if radius.shape != (N,):
             raise ValueError(
