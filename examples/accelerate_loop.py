@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from toy import Towers, batch, command_line
 from torch import nn
 
 from supclap_kernels import StaticRadius, SVRLoss, attach_radius  # SVR
+
+from toy import Towers, batch, command_line
 
 
 def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:

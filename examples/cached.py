@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from toy import Towers, batch, command_line
 from torch import Tensor, nn
 
 from supclap_kernels import DynamicRadius, SVRLoss, attach_radius, cached_step  # SVR
+
+from toy import Towers, batch, command_line
 
 
 def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -30,7 +31,7 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch
 
     def loss(audio: Tensor, text: Tensor) -> Tensor:
         rows = F.normalize(audio, dim=1), F.normalize(text, dim=1)
-        return criterion(*rows, model.log_scale.exp())  # SVR
+        return criterion(*rows, model.log_scale.exp().sum())  # SVR
 
     for step in range(start, steps):
         optimizer.zero_grad()

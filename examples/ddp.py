@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from toy import Towers, batch, command_line
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from supclap_kernels import DynamicRadius, SVRLoss, attach_radius  # SVR
+
+from toy import Towers, batch, command_line
 
 
 def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:

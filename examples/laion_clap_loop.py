@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from toy import BATCH, command_line
 from torch import nn
+
+from toy import BATCH, command_line
 
 package = find_spec("laion_clap")
 assert package is not None and package.submodule_search_locations, "pip install laion_clap"

@@ -2,8 +2,8 @@
 
     python examples/lightning_module.py --out runs/lightning && ... --resume
 
-Changed lines are marked SVR. The loss is a child of the module, so the radius is one of its
-parameters already; attached to the towers it is in their own checkpoints as well.
+Changed lines are marked SVR. A radius anywhere in the module is trained; attached to the model it
+is in the model's own checkpoints as well.
 """
 
 from pathlib import Path
@@ -11,20 +11,24 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from toy import Towers, batch, command_line
 from torch import Tensor, nn
 
 from supclap_kernels import StaticRadius, SVRLoss, attach_radius  # SVR
+
+from toy import Towers, batch, command_line
 
 
 class Contrastive(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = Towers()
-        self.criterion = SVRLoss(attach_radius(self.model, StaticRadius()))  # SVR
+        self.radius = attach_radius(self.model, StaticRadius())  # SVR
+
+    def setup(self, stage: str) -> None:
+        across = "world" if self.trainer.world_size > 1 else None
+        self.criterion = SVRLoss(self.radius, group=across)  # SVR
 
     def training_step(self, pairs: tuple[Tensor, Tensor], index: int) -> Tensor:
-        # Over several devices: self.criterion.options["group"] = torch.distributed.group.WORLD
         return self.criterion(*self.model(*pairs))  # SVR
 
     def train_dataloader(self) -> Any:

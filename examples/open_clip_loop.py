@@ -13,11 +13,12 @@ from open_clip import CLIP
 from open_clip_train.data import DataInfo
 from open_clip_train.params import parse_args
 from open_clip_train.train import train_one_epoch
-from toy import BATCH, command_line
 from torch import nn
 
 from supclap_kernels import StaticRadius, attach_radius  # SVR
 from supclap_kernels.integrations.open_clip import ClipLoss  # SVR
+
+from toy import BATCH, command_line
 
 
 class Loader:

@@ -7,6 +7,7 @@ to be loaded; after `detach_radius(model)` it is a plain one. To go on from such
 SentenceTransformer(folder, trust_remote_code=True) and attach_radius, which finds the value.
 """
 
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import BATCH, command_line
 from torch import nn
 
 from supclap_kernels import StaticRadius, attach_radius, detach_radius  # SVR
 from supclap_kernels.integrations.sentence_transformers import (  # SVR
     MultipleNegativesSymmetricRankingLoss,
 )
+
+from toy import BATCH, command_line
 
 
 def encoder() -> SentenceTransformer:
@@ -45,10 +47,11 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = encoder()
     radius = attach_radius(model, StaticRadius())  # SVR: before the trainer
+    backend = "gloo" if "RANK" in os.environ else None  # under torchrun, on CPUs
     args = Arguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, save_steps=steps,
         learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True,
-        disable_tqdm=True, logging_strategy="no",
+        disable_tqdm=True, logging_strategy="no", ddp_backend=backend,
     )  # fmt: skip
     loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius)  # SVR
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs(), loss=loss)

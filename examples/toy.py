@@ -18,11 +18,11 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.audio, self.text = nn.Linear(24, 16), nn.Linear(20, 16)
-        self.log_scale = nn.Parameter(torch.tensor(2.5))
+        self.log_scale = nn.Parameter(torch.full((1,), 2.5))
 
     def forward(self, audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = F.normalize(self.audio(audio), dim=1), F.normalize(self.text(text), dim=1)
-        return *rows, self.log_scale.exp()
+        return *rows, self.log_scale.exp().sum()
 
 
 def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
@@ -42,4 +42,4 @@ def command_line(train: Callable[[Path, int, bool], tuple[nn.Module, Any]]) -> N
     given.out.mkdir(parents=True, exist_ok=True)
     model, _ = train(given.out, given.steps, given.resume)
     values = {n: p for n, p in model.named_parameters() if "supclap_radius" in n}
-    print({name: p.flatten()[0].item() for name, p in values.items()})
+    print({name: p.detach().flatten()[:1] for name, p in values.items()})

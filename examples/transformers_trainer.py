@@ -5,16 +5,18 @@
 Changed lines are marked SVR.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from toy import BATCH, command_line
 from torch import Tensor, nn
 from transformers import ClapConfig, ClapModel, Trainer, TrainingArguments
 
 from supclap_kernels import StaticRadius, attach_radius  # SVR
 from supclap_kernels.integrations.transformers import clap_loss  # SVR
+
+from toy import BATCH, command_line
 
 
 class SVRTrainer(Trainer):
@@ -62,10 +64,11 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = clap()
     attach_radius(model, StaticRadius())  # SVR: before the Trainer
+    backend = "gloo" if "RANK" in os.environ else None  # under torchrun, on CPUs
     args = TrainingArguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, save_steps=steps,
         learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True,
-        disable_tqdm=True, remove_unused_columns=False, logging_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, logging_strategy="no", ddp_backend=backend,
     )  # fmt: skip
     trainer = SVRTrainer(model=model, args=args, train_dataset=Pairs())
     trainer.train(resume_from_checkpoint=resume)

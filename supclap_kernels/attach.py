@@ -1,8 +1,11 @@
 """Hangs a radius on the model it is trained with, so that the model's trainer finds it."""
 
+from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 NAME = "supclap_radius"
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
@@ -27,8 +30,8 @@ def attach_radius(model: nn.Module, radius: Radius) -> Radius:
     (or with `strict=False`), and so is a model for inference from one that has it; or the model is
     saved after `detach_radius(model)`.
 
-    DDP with find_unused_parameters=True takes what its forward does not use for unused, and raises
-    at the radius, which the loss uses: leave it out, or add static_graph=True.
+    DDP with find_unused_parameters=True, as some trainers set it, takes what its forward does not
+    use for unused; a hook tells it that the loss uses the radius.
 
     Args:
         model: any module. In an nn.Sequential the radius hangs in a part that hands on what it
@@ -47,7 +50,7 @@ def attach_radius(model: nn.Module, radius: Radius) -> Radius:
     found = attached(bare)
     if isinstance(found, SavedRadius):
         radius.load_state_dict(found.state_dict())
-        delattr(bare, NAME)
+        detach_radius(bare)
     elif found is not None:
         if kind(found) != kind(radius):
             raise ValueError(
@@ -64,6 +67,7 @@ def attach_radius(model: nn.Module, radius: Radius) -> Radius:
     if device is not None and device.type != "meta":
         radius.to(device)
     bare.add_module(NAME, holder(bare, radius))
+    bare.register_forward_hook(shown_to_ddp)
     return radius
 
 
@@ -77,7 +81,45 @@ def detach_radius(model: nn.Module) -> nn.Module | None:
     radius = attached(bare)
     if radius is not None:
         delattr(bare, NAME)
+        for key, hook in list(bare._forward_hooks.items()):
+            if hook is shown_to_ddp:
+                del bare._forward_hooks[key]
     return radius
+
+
+def shown_to_ddp(model: nn.Module, given: Any, output: Any) -> Any:
+    """Forward hook: in a DDP that looks for unused parameters, outputs that depend on the radius,
+    with a gradient of nothing. Their values are the same; elsewhere they are not touched."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None or not wrapper.find_unused_parameters or wrapper.static_graph:
+        return None
+    trained = [p for p in attached(model).parameters() if p.requires_grad]
+    return dependent(output, trained) if trained and torch.is_grad_enabled() else None
+
+
+def dependent(output: Any, parameters: list[nn.Parameter]) -> Any:
+    if isinstance(output, Tensor):
+        return Dependent.apply(output, *parameters) if output.requires_grad else output
+    if isinstance(output, MutableMapping):
+        for name, value in list(output.items()):
+            output[name] = dependent(value, parameters)
+    elif isinstance(output, tuple | list):
+        items = [dependent(value, parameters) for value in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return output
+
+
+class Dependent(torch.autograd.Function):
+    """A tensor, with an edge of the graph to each parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], *[None] * ctx.count
 
 
 class HandsOn(nn.Module):
@@ -142,7 +184,8 @@ def attached(model: nn.Module) -> Any:
 
 
 def described(radius: nn.Module) -> str:
-    return f"{type(radius).__name__}({radius.extra_repr()})"
+    # `fully_shard` makes a module one of a class of its own.
+    return f"{type(radius).__name__.removeprefix('FSDP')}({radius.extra_repr()})"
 
 
 def kind(radius: nn.Module) -> Any:

@@ -3,13 +3,16 @@
 import copy
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten
 
 import supclap_kernels as sk
+from supclap_kernels.attach import dependent
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
@@ -112,23 +115,56 @@ def test_on_the_meta_device():
 # ------------------------------------------------------------------------------------- two ranks
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("across", [False, True])
-def test_copies_stay_equal_under_ddp(kind, across):
+SETTINGS = {
+    "own rows, static": ("static", False, {}),
+    "own rows": ("dynamic", False, {}),
+    "all rows, static": ("static", True, {}),
+    "all rows": ("dynamic", True, {"gradient_as_bucket_view": True}),
+    # It searches what forward returns, and it is the loss that uses the radius.
+    "unused looked for": ("dynamic", False, {"find_unused_parameters": True}),
+    "static graph": ("dynamic", False, {"find_unused_parameters": True, "static_graph": True}),
+}
+
+
+def run_trained(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
+    return {
+        name: attached.trained(rank, world, kind, across, **wrapping)
+        for name, (kind, across, wrapping) in SETTINGS.items()
+    }
+
+
+def test_copies_stay_equal_under_ddp():
     """With each rank's own loss as well; and with the loss of all rows as in one process."""
-    wrapping = {"gradient_as_bucket_view": True} if across else {"static_graph": True}
-    copies = run(2, run_trained, kind, across, wrapping)
-    assert all(torch.equal(x, y) for x, y in zip(*copies, strict=True))
-    start = list(attached.radius_of(kind).parameters())
-    assert not all(torch.equal(x, y) for x, y in zip(copies[0], start, strict=True))
-    if across:
-        alone = attached.trained(0, 1, kind, False)
-        for x, y in zip(copies[0], alone, strict=True):
-            assert float((x - y).abs().max()) <= 1e-5 * float(1e-2 + y.abs().max())
+    copies = run(2, run_trained)
+    for name, (kind, across, _) in SETTINGS.items():
+        assert all(torch.equal(x, y) for x, y in zip(*(c[name] for c in copies), strict=True))
+        start = attached.radius_of(kind).parameters()
+        assert not all(torch.equal(x, y) for x, y in zip(copies[0][name], start, strict=True))
+        if across:
+            alone = attached.trained(0, 1, kind, False)
+            for x, y in zip(copies[0][name], alone, strict=True):
+                assert float((x - y).abs().max()) <= 1e-5 * float(1e-2 + y.abs().max())
+        if "graph" in name or "unused" in name:
+            pairs = zip(copies[0][name], copies[0]["own rows"], strict=True)
+            assert all(torch.equal(x, y) for x, y in pairs)
 
 
-def run_trained(rank: int, world: int, kind: str, across: bool, wrapping: dict) -> list:
-    return attached.trained(rank, world, kind, across, **wrapping)
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: int
+
+
+def test_outputs_of_any_form_depend_on_the_radius():
+    R = nn.Parameter(torch.tensor(0.1))
+    x = torch.ones(3, requires_grad=True)
+    for output in (x, (x, 1), [x, None], {"x": x, "n": "a"}, Pair(x, 2), {"deep": ({"x": x},)}):
+        found = dependent(output, [R])
+        assert type(found) is type(output)
+        (leaf,) = [t for t in tree_flatten(found)[0] if isinstance(t, torch.Tensor)]
+        assert torch.equal(leaf, x)
+        gradients = torch.autograd.grad(leaf.sum(), (x, R), allow_unused=True)
+        assert torch.equal(gradients[0], torch.ones(3)) and gradients[1] is None
+    assert dependent(x.detach(), [R]).grad_fn is None
 
 
 def test_too_late_for_a_wrapped_model():
