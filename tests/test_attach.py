@@ -178,3 +178,49 @@ def attach_late(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was raised"
+
+
+# -------------------------------------------------------------------------- sentence-transformers
+
+
+def sentence_model() -> nn.Module:
+    library = pytest.importorskip("sentence_transformers")
+    parts = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    words = tokenizers.models.WordLevel({"?": 0, "dog": 1, "rain": 2}, unk_token="?")
+    embedding = parts.StaticEmbedding(tokenizers.Tokenizer(words), embedding_dim=4)
+    return library.SentenceTransformer(modules=[embedding], device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_sentence_transformer_saves_and_resumes_it(kind, safe, tmp_path):
+    model = sentence_model()
+    plain = model.encode(["dog", "rain"], convert_to_tensor=True)
+    radius = sk.attach_radius(model, attached.radius_of(kind))
+    assert torch.equal(model.encode(["dog", "rain"], convert_to_tensor=True), plain)
+    with torch.no_grad():
+        for p in radius.parameters():
+            p.add_(0.25)
+    model.save_pretrained(str(tmp_path / "checkpoint"), safe_serialization=safe)
+    # As its trainer resumes: into a model that was made and attached anew.
+    other = sentence_model()
+    theirs = sk.attach_radius(other, attached.radius_of(kind))
+    classes = {f"{type(m).__module__}.{type(m).__name__}": type(m) for m in other}
+    where = str(tmp_path / "checkpoint")
+    loaded = type(other)._load_with_module_classes(where, classes, trust_remote_code=False)
+    other.load_state_dict(loaded.state_dict())
+    # And by hand, from the folder.
+    third = type(other)(where, trust_remote_code=True, device="cpu")
+    thirds = sk.attach_radius(third, attached.radius_of(kind))
+    for found in (theirs, thirds):
+        assert type(found) is type(radius)
+        pairs = zip(found.parameters(), radius.parameters(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+    assert sk.attach_radius(third, attached.radius_of(kind)) is thirds
+    # Without it the folder is a plain one.
+    assert sk.detach_radius(model) is radius
+    model.save_pretrained(str(tmp_path / "final"))
+    final = type(other)(str(tmp_path / "final"), device="cpu")
+    assert torch.equal(final.encode(["dog", "rain"], convert_to_tensor=True), plain)
