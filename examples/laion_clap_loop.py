@@ -2,8 +2,7 @@
 
     python examples/laion_clap_loop.py --out runs/laion && ... --resume
 
-Changed lines are marked SVR; the rest is what laion_clap/training/main.py does. Under torchrun it
-wraps the model with find_unused_parameters=True: pass it `--ddp-static-graph`.
+Changed lines are marked SVR; the rest is what laion_clap/training/main.py does.
 """
 
 import functools

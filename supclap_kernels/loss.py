@@ -284,7 +284,8 @@ class SVRLoss(nn.Module):
     """`fused_svr_loss` as a module that owns its radius.
 
     Args:
-        radius: StaticRadius(), DynamicRadius(...), or None for the plain loss.
+        radius: StaticRadius(), DynamicRadius(...), or None for the plain loss. See `attach_radius`
+            where an optimizer gets the parameters of a model only.
         objective, ..., return_stats: every option of `fused_svr_loss` but ids and weight, which are
             the batch's.
         group: None, a process group, or "world": the default one, which may be initialised later
