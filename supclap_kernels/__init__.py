@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .attach import attach_radius, detach_radius
 from .cached import cached_step
 from .diagnostics import ForceDecomposition, force_decomposition
 from .dispatch import available_backends, explain
@@ -22,8 +23,10 @@ __all__ = [
     "SVRLoss",
     "SVRStats",
     "StaticRadius",
+    "attach_radius",
     "available_backends",
     "cached_step",
+    "detach_radius",
     "explain",
     "force_decomposition",
     "fused_svr_loss",

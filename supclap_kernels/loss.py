@@ -15,6 +15,7 @@ from .options import CHOICES, Options, check_choices, plain
 from .radius import DynamicRadius, StaticRadius, radius_of
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
+from .watch import watch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WORKSPACE = 256 * 2**20
@@ -257,6 +258,8 @@ def as_radius(radius: float | Tensor, N: int, audio: Tensor) -> Tensor:
             f"radius is a module ({type(radius).__name__}): pass it to SVRLoss(radius=...), or "
             "here what it returns, radius=module(audio, text, logit_scale)"
         )
+    if type(radius) is nn.Parameter:  # a module's is watched by the module
+        watch(radius)
     if isinstance(radius, Tensor) and radius.ndim > 0:
         if radius.shape != (N,):
             raise ValueError(
@@ -285,7 +288,8 @@ class SVRLoss(nn.Module):
     """`fused_svr_loss` as a module that owns its radius.
 
     Args:
-        radius: StaticRadius(), DynamicRadius(...), or None for the plain loss.
+        radius: StaticRadius(), DynamicRadius(...), or None for the plain loss. See `attach_radius`
+            where an optimizer gets the parameters of a model only.
         objective, ..., return_stats: every option of `fused_svr_loss` but ids and weight, which are
             the batch's.
         group: None, a process group, or "world": the default one, which may be initialised later

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .autocast import autocast_off
 from .groups import looked_up
+from .watch import watch
 
 TOP_NEGATIVES = 16
 CHUNK_BYTES = 64 * 2**20
@@ -36,6 +37,8 @@ class StaticRadius(nn.Module):
 
     def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """The parameter, 0-d."""
+        if self.training:
+            watch(self.radius)
         R = self.radius.view(())
         # Where `fully_shard` shards this module by itself, it makes it one of a class of its own,
         # and takes the parameter's memory back after forward.
@@ -145,6 +148,8 @@ class DynamicRadius(nn.Module):
         self, audio: Tensor, text: Tensor, logit_scale: float | Tensor, group: Any = None
     ) -> Tensor:
         """R (N,) for audio, text (N, D); with a process group the negatives are every rank's."""
+        if self.training:
+            watch(next(self.network.parameters()))
         scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
         if self.detach_similarity:
             audio, text, scale = audio.detach(), text.detach(), scale.detach()

@@ -2,4 +2,7 @@
 
 None of these modules imports the library it serves. Each takes the support vectors' options as well
 (`radius`, `bilateral`, `alpha`, ...); without a radius the value is the library's own.
+
+Trainers that give their optimizer the model alone train the radius once it hangs on the model:
+`attach_radius(model, StaticRadius())` (`examples/` has a script for each trainer).
 """

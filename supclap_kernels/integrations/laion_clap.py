@@ -1,6 +1,10 @@
 """`laion_clap.clap_module.loss.ClipLoss` in its call (laion_clap 1.1.7).
 
     from supclap_kernels.integrations.laion_clap import ClipLoss
+    loss = ClipLoss(..., radius=sk.attach_radius(model, sk.StaticRadius()))
+
+Its trainer builds the loss anew each epoch, and optimises the model alone: `attach_radius` gives
+the same radius each time; the first time before DDP and the optimizer.
 
 Gather modes: see open_clip.py; gradients are the true ones here, too.
 """

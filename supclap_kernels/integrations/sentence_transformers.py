@@ -1,7 +1,10 @@
 """A loss module for sentence-transformers' trainer: pairs (anchor, positive), both directions.
 
-    loss = MultipleNegativesSymmetricRankingLoss(model, radius=sk.StaticRadius())
+    radius = sk.attach_radius(model, sk.StaticRadius())
+    loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius)
     SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss)
+
+Attached to the model, the radius is saved and resumed with it, and is the same on all ranks.
 
 The value is that of the library's class of this name with its default similarity, cosine (from
 version 6 on: MultipleNegativesRankingLoss with both directions, partition_mode="per_direction").

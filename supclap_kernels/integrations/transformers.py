@@ -3,6 +3,9 @@
     outputs = model(input_ids=..., input_features=...)
     loss = clap_loss(outputs, model.logit_scale_a.exp(), radius=0.1)
 
+A radius that the Trainer is to train hangs on the model: `attach_radius(model, StaticRadius())`
+before the Trainer is made (examples/transformers_trainer.py).
+
 `ClapModel(return_loss=True)` adds up two cross entropies that are the same direction, texts against
 audios, with the two scales (the second one's logits are transposed; transformers 5.24). Here it is
 the symmetric loss of CLAP: texts against audios and audios against texts, averaged.
