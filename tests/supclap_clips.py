@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import soundfile
+from supclap import train as loop
 from supclap.config import ModelConfig, TrainConfig
 
 SMALL = ModelConfig(width=32, heads=2, embed_dim=32)
@@ -52,3 +53,20 @@ def settings(manifest, out, **changes):
 
 def log_of(run, name="log"):
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+class Stop(Exception):  # noqa: N818
+    """The process dies here."""
+
+
+def stopped_at(monkeypatch, step):
+    """A loop that dies before the step after `step`."""
+    whole, calls = loop.backward, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > step:
+            raise Stop
+        return whole(*args)
+
+    monkeypatch.setattr(loop, "backward", dies)

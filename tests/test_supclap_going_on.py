@@ -22,7 +22,7 @@ from supclap.cli import main
 from supclap.config import UserError, explained, read_config
 from supclap.model import load_model
 from supclap.ranks import ECHO, Ranks, stop_asked
-from supclap_clips import log_of, settings, write_clips
+from supclap_clips import Stop, log_of, settings, stopped_at, write_clips
 
 import supclap_kernels
 
@@ -129,21 +129,10 @@ def test_only_a_second_ctrl_c_ends_a_step(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-class Stop(Exception):  # noqa: N818
-    """The process dies here."""
-
-
 def stopped(monkeypatch, config, step):
-    whole, calls = loop.backward, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) > step:
-            raise Stop
-        return whole(*args)
-
+    """The folder of a run that died after so many steps."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "backward", dies)
+        stopped_at(patch, step)
         with pytest.raises(Stop):
             loop.train(config)
     return config.out
@@ -217,16 +206,8 @@ def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
 def test_an_extension_that_is_stopped_goes_on(manifest, tmp_path, monkeypatch, steps):
     given = {"batch_size": 4, "checkpoint_every": 1}
     run = loop.train(settings(manifest, tmp_path / "run", epochs=1, **given))
-    whole, calls = loop.backward, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) > steps:
-            raise Stop
-        return whole(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "backward", dies)
+        stopped_at(patch, steps)
         with pytest.raises(Stop):
             main(["train", "--resume", str(run), "--epochs", "3"])
     assert not (run / FINISHED).exists() and len(log_of(run)) == 5 + steps

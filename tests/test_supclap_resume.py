@@ -18,7 +18,7 @@ from supclap.cli import main
 from supclap.config import Interrupted, UserError, config_text, read_config
 from supclap.logs import read_lines
 from supclap.model import load_model
-from supclap_clips import SMALL, log_of, settings, write_clips
+from supclap_clips import SMALL, Stop, log_of, settings, stopped_at, write_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,23 +36,6 @@ def full_settings(manifest, out, **changes):
         "checkpoint_every": 2, "diagnose_every": 3, "validate_every": 2, "model": model,
     }  # fmt: skip
     return settings(manifest, out, **(given | changes))
-
-
-class Stop(Exception):  # noqa: N818
-    """The process dies here."""
-
-
-def stopped_at(monkeypatch, step):
-    """A loop that dies before the step after `step`."""
-    whole, calls = loop.backward, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) > step:
-            raise Stop
-        return whole(*args)
-
-    monkeypatch.setattr(loop, "backward", dies)
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 11])
