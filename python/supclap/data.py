@@ -194,7 +194,10 @@ def loaded(
                 raise UserError(item)
             yield item
     except RuntimeError as error:
-        raise explained(error) or error from error
+        known = explained(error)
+        if known is None:
+            raise
+        raise known from error
     except (ConnectionError, EOFError) as error:  # it was killed while it sent a batch
         raise UserError(KILLED.format(str(error) or "it hung up")) from error
 
