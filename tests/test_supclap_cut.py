@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
-from supclap.audio import examine, inspect
+from supclap.audio import examine, read_duration
 from supclap.cli import main
 from supclap.config import UserError
 from supclap.data import load_corpus
@@ -38,10 +38,10 @@ def test_a_whole_file_is_whole_and_one_that_is_cut_is_not(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(whole)
     name = str(path).encode()
-    assert abs(inspect(name) - 6.0) < 0.1 and abs(examine(name)[0] - 6.0) < 0.1
+    assert abs(read_duration(name) - 6.0) < 0.1 and abs(examine(name)[0] - 6.0) < 0.1
     for share in (0.9, 0.25):
         path.write_bytes(whole[: int(share * len(whole))])
-        for look in (inspect, examine):
+        for look in (read_duration, examine):
             with pytest.raises(UserError, match="cut off|malformed|lost sync"):
                 look(name)
 
@@ -53,7 +53,7 @@ def test_a_header_that_was_written_before_the_length_was_known(tmp_path):
         raw[at : at + 4] = b"\xff\xff\xff\xff"
     path = tmp_path / "a.wav"
     path.write_bytes(raw)
-    assert inspect(str(path).encode()) == 6.0
+    assert read_duration(str(path).encode()) == 6.0
 
 
 def test_a_length_that_nothing_says(tmp_path):
@@ -64,7 +64,7 @@ def test_a_length_that_nothing_says(tmp_path):
     path = tmp_path / "a.flac"
     path.write_bytes(raw)
     with pytest.raises(UserError, match="does not say how long it is"):
-        inspect(str(path).encode())
+        read_duration(str(path).encode())
 
 
 @pytest.fixture

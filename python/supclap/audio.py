@@ -93,7 +93,7 @@ def check_samples(wave: np.ndarray) -> None:
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
 
 
-def length_of(opened: soundfile.SoundFile) -> float:
+def duration_of(opened: soundfile.SoundFile) -> float:
     """Seconds of a file whose end is there: what its header promises can be decoded.
 
     The library says what it had to put right in a header, and seeks to the end without decoding
@@ -122,17 +122,17 @@ def length_of(opened: soundfile.SoundFile) -> float:
     return seconds
 
 
-def inspect(source: bytes | BinaryIO) -> float:
+def read_duration(source: bytes | BinaryIO) -> float:
     """Seconds of a file, of which only the header and the end are read."""
     with readable(), soundfile.SoundFile(source) as opened:
-        return length_of(opened)
+        return duration_of(opened)
 
 
 def examine(source: bytes | BinaryIO) -> tuple[float, int]:
     """Seconds and sample rate, after all of it was decoded, a part at a time."""
     frames = 0
     with readable(), soundfile.SoundFile(source) as opened:
-        rate, seconds = opened.samplerate, length_of(opened)
+        rate, seconds = opened.samplerate, duration_of(opened)
         while len(part := opened.read(2**18, dtype="float32", always_2d=True)):
             frames += len(part)
             check_samples(part)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .audio import FrontEnd, LogMel, inspect, load_audio, open_audio
+from .audio import FrontEnd, LogMel, load_audio, open_audio, read_duration
 from .config import KILLED, UserError, explained
 from .files import write_whole
 from .manifest import SHOWN, Clip, read_manifest
@@ -135,7 +135,7 @@ class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
     def __getitem__(self, number: int) -> tuple[Tensor | None, bool, str]:
         clip = self.clips[number]
         try:
-            seconds = inspect(open_audio(clip))
+            seconds = read_duration(open_audio(clip))
             if not seconds:
                 raise UserError("the clip has zero length")
             found = decode(clip, self.front_end, self.max_seconds) if self.whole else None
