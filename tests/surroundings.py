@@ -242,10 +242,20 @@ def of_one_process(audio: Tensor, text: Tensor) -> dict[str, Call]:
     found["memory_estimate"] = lambda: sk.memory_estimate(500, 64)
     found["explain and available_backends"] = lambda: [sk.explain(), sk.available_backends()]
     found["cached_step"] = lambda: cached(audio, text)
+    with_radius = functools.partial(hung, nn.Identity(), sk.StaticRadius(0.2))
+    found["attach_radius and detach_radius"] = with_gradients(with_radius, audio, text)
     found["fake kernels"] = lambda: faked(audio, text)
     for objective in ("infonce", "siglip"):
         loss = functools.partial(compiled, objective=objective)
         found[f"compiled {objective}"] = with_gradients(loss, audio, text)
+    return found
+
+
+def hung(model: nn.Module, radius: nn.Module, audio: Tensor, text: Tensor) -> Any:
+    """The loss of a model's embeddings while its radius hangs on it."""
+    criterion = sk.SVRLoss(sk.attach_radius(model, radius))
+    found = criterion(model(audio), text, 14.0)
+    assert sk.detach_radius(model) is radius
     return found
 
 
