@@ -41,14 +41,25 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
-def started(*arguments, **more):
-    """A process in a session of its own: a signal to that is one to the whole job."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "supclap", *map(str, arguments)], env=environment(**more),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+@pytest.fixture
+def started():
+    """Starts a command in a session of its own, where a signal is one to the whole job."""
+    processes = []
+
+    def start(*arguments, **more):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "supclap", *map(str, arguments)], env=environment(**more),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:  # of a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_steps(process, run, count):
@@ -62,7 +73,7 @@ LONG = ["--epochs", "100000", "--batch-size", "4", *TINY]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_job_loses_no_step(manifest, tmp_path, number):
+def test_a_signal_to_the_whole_job_loses_no_step(manifest, tmp_path, started, number):
     """Workers leave it to their parent, which ends its step and writes it down."""
     run = tmp_path / "run"
     process = started(
@@ -79,7 +90,7 @@ def test_a_signal_to_the_whole_job_loses_no_step(manifest, tmp_path, number):
     assert state["progress"]["step"] == steps and f"after step {steps} of" in message
 
 
-def test_a_worker_that_is_killed_is_called_that(manifest, tmp_path):
+def test_a_worker_that_is_killed_is_called_that(manifest, tmp_path, started):
     run = tmp_path / "run"
     process = started(
         "train", "--data", manifest, "--out", run, *LONG, "--workers", "2", "--cache", "off"
@@ -98,7 +109,7 @@ def test_a_worker_that_is_killed_is_called_that(manifest, tmp_path):
     assert "cannot write" not in message
 
 
-def test_workers_end_with_their_parent(manifest, tmp_path):
+def test_workers_end_with_their_parent(manifest, tmp_path, started):
     run = tmp_path / "run"
     process = started(
         "train", "--data", manifest, "--out", run, *LONG, "--workers", "2", "--cache", "off"
@@ -257,7 +268,7 @@ def test_files_have_the_modes_that_the_umask_says(manifest, tmp_path, mask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o666 & ~mask}
 
 
-def test_a_terminal_that_is_not_utf_8(manifest, tmp_path):
+def test_a_terminal_that_is_not_utf_8(manifest, tmp_path, started):
     other = copied(manifest, tmp_path / "other")
     other.write_text('file_name,caption\ndog.wav,"ein Hündchen"\nno-ü.wav,x\n', encoding="utf-8")
     for encoding in ("ascii", "latin-1"):
