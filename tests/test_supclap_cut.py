@@ -67,6 +67,66 @@ def test_a_length_that_nothing_says(tmp_path):
         read_duration(str(path).encode())
 
 
+def untagged(raw):
+    """An MP3 without the header that says its length: that is a frame of its own."""
+    size = 144 * 128_000 // 44_100  # at least
+    start = raw.index(b"\xff", raw.find(b"Info") if b"Info" in raw[:4000] else raw.find(b"Xing"))
+    while raw[start + 1] & 0xE0 != 0xE0:
+        start = raw.index(b"\xff", start + 1)
+    assert size and b"Info" not in raw[start:4000] and b"Xing" not in raw[start:4000]
+    return raw[start:]
+
+
+def test_an_mp3_that_promises_nothing(tmp_path):
+    """Its length is guessed: it is not called cut, and every crop is inside what is there."""
+    raw = untagged(encoded("mp3", 30.0))
+    for name, content in (("a.mp3", raw), ("zeros.mp3", raw + b"\0" * 40_000)):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "m.csv").write_text("file_name,caption\na.mp3,x\nzeros.mp3,y\n")
+    assert main(["check", str(tmp_path / "m.csv")]) == 0
+    found = load_corpus(tmp_path / "m.csv", 2.0, cache="off")
+    lengths = {len(found.features(clip, [seed])) for clip in range(2) for seed in range(60)}
+    assert lengths == {201}
+
+
+@pytest.mark.parametrize("suffix", ["ogg", "opus"])
+def test_what_follows_the_last_page_is_no_cut(tmp_path, suffix):
+    whole = encoded(suffix)
+    path = tmp_path / f"a.{suffix}"
+    for more in (b"\n", b"TAG" + bytes(125), bytes(3000)):
+        path.write_bytes(whole + more)
+        assert abs(examine(str(path).encode())[0] - 6.0) < 0.1
+    for missing in (1, 10, 400):  # within the last page
+        path.write_bytes(whole[:-missing])
+        with pytest.raises(UserError, match="cut off"):
+            examine(str(path).encode())
+
+
+def test_a_wav_whose_tags_are_lost_is_whole(tmp_path):
+    raw = encoded("wav")
+    size = len(raw) + 4000 - 8
+    (tmp_path / "a.wav").write_bytes(raw[:4] + size.to_bytes(4, "little") + raw[8:])
+    assert read_duration(str(tmp_path / "a.wav").encode()) == 6.0
+
+
+def test_sphere_says_how_many_samples(tmp_path):
+    path = tmp_path / "a.sph"
+    soundfile.write(path, np.zeros(RATE * 6), RATE, format="NIST")
+    whole = path.read_bytes()
+    assert read_duration(str(path).encode()) == 6.0
+    path.write_bytes(whole[: len(whole) // 4])
+    if b"sample_count -i" in whole[:1024]:
+        with pytest.raises(UserError, match="cut off: .* of the 96000 samples"):
+            read_duration(str(path).encode())
+
+
+def test_a_format_that_cannot_be_searched_is_not_called_cut(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(8_000 * 3), 8_000, subtype="GSM610")
+    with pytest.raises(UserError, match="cannot search"):
+        read_duration(str(path).encode())
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Four whole clips and one cut to a quarter, each longer than what is heard of it."""

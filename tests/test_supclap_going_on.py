@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from supclap import train as loop
 from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
 from supclap.config import UserError, explained, read_config
+from supclap.manifest import read_manifest
 from supclap.model import load_model
 from supclap.ranks import ECHO, Ranks, stop_asked
 from supclap_clips import Stop, log_of, settings, stopped_at, write_clips
@@ -195,6 +197,63 @@ def test_what_differs_is_said(manifest, tmp_path, monkeypatch, capsys, option):
     assert "the same clips in another order" in capsys.readouterr().err
 
 
+def test_a_state_of_an_earlier_version_fits(manifest, tmp_path, monkeypatch, capsys):
+    """It has no list of pairs, and its fingerprint is of the names as written."""
+    other = copied(manifest, tmp_path / "other")
+    header, *rows = other.read_text().splitlines()
+    other.write_text("\n".join([header, *(f"{other.parent}/{row}" for row in rows)]))
+    run = stopped(monkeypatch, settings(other, tmp_path / "run", batch_size=4), 3)
+    state = torch.load(run / STATE, weights_only=True)
+    said = [[c.name, c.captions, c.languages] for c in read_manifest(other)]
+    assert state.pop("pairs") and state["data"] != data.digest(said)
+    torch.save(state | {"data": data.digest(said)}, run / STATE)
+    torch.save(state | {"data": "another"}, run / "other.pt")
+    assert main(["train", "--resume", str(run)]) == 0
+    (run / FINISHED).unlink()
+    (run / "other.pt").rename(run / STATE)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "have changed since, or are read otherwise now; begin" in capsys.readouterr().err
+
+
+def test_swapped_audio_is_noticed(manifest, tmp_path, monkeypatch, capsys):
+    """Files of one name in several folders, named absolutely."""
+    rows = ["file_name,caption"]
+    for n, path in enumerate(sorted(manifest.parent.glob("*.wav"))[:4]):
+        (tmp_path / f"d/{n}").mkdir(parents=True)
+        (tmp_path / f"d/{n}/a.wav").write_bytes(path.read_bytes())
+        rows.append(f"{tmp_path}/d/{n}/a.wav,sound {n}")
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    run = stopped(monkeypatch, settings(tmp_path / "m.csv", tmp_path / "run", batch_size=2), 1)
+    swapped = "\n".join(rows).replace("/0/", "/x/").replace("/3/", "/0/").replace("/x/", "/3/")
+    (tmp_path / "m.csv").write_text(swapped)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "2 with other captions (0/a.wav, 3/a.wav)" in capsys.readouterr().err
+    (tmp_path / "m.csv").write_text("\n".join(rows).replace("/d/", "/e/"))
+    (tmp_path / "d").rename(tmp_path / "e")
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_names_of_another_disk_are_the_same(manifest, tmp_path, monkeypatch):
+    for form in ("NFC", "NFD"):
+        other = copied(manifest, tmp_path / form)
+        name = unicodedata.normalize(form, "Hündchen.wav")
+        (other.parent / "dog.wav").rename(other.parent / name)
+        other.write_text(other.read_text().replace("dog.wav", name), encoding="utf-8")
+    config = settings(tmp_path / "NFC/other.csv", tmp_path / "run", batch_size=4)
+    run = stopped(monkeypatch, config, 2)
+    arguments = ["train", "--resume", str(run), "--data", str(tmp_path / "NFD/other.csv")]
+    assert main(arguments) == 0
+
+
+def test_a_file_system_without_modes(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    files.write_whole(tmp_path / "x", lambda path: os.close(os.open(path, os.O_CREAT, 0o600)))
+    assert (tmp_path / "x").exists()
+
+
 def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
     """With a constant rate the run is the one that was longer from the start."""
     given = {"batch_size": 4, "schedule": "constant", "warmup": 0.0, "val": manifest}
@@ -244,6 +303,7 @@ def test_a_run_begins_from_another(manifest, tmp_path, capsys):
     (first / "config.json").rename(first / "gone.json")  # a run that goes on does not need it
     assert main(["train", "--resume", str(second), "--epochs", "2"]) == 0
     (first / "gone.json").rename(first / "config.json")
+    assert read_config(second).tau == 0.07
     capsys.readouterr()
     for more in (["--width", "16"], ["--tau", "0.1"]):
         again = [*arguments, "--overwrite", *more]
@@ -252,6 +312,10 @@ def test_a_run_begins_from_another(manifest, tmp_path, capsys):
     assert main([*arguments[:-4], "--init", str(tmp_path / "none")]) == 2
     assert "is not a run" in capsys.readouterr().err
     loop.train(settings(manifest, tmp_path / "third", svr="bi-dynamic", init=first, epochs=1))
+    assert "has no such radius: this one begins anew" in capsys.readouterr().out
+    (first / "model.safetensors").unlink()
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "it has no model.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
@@ -310,6 +374,14 @@ def test_errors_of_any_call_are_explained(monkeypatch, tmp_path, capsys, error, 
         ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x",
+             "MASTER_PORT": "99999"}, "MASTER_PORT",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "x",
+             "MASTER_PORT": "1"}, "with RANK=x",
+        ),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x",

@@ -12,6 +12,7 @@ import soundfile
 from supclap.cli import main
 from supclap.config import UserError
 from supclap.folders import EXTENSIONS, alike
+from supclap.hub import Tokenizer
 from supclap.languages import caption_language, language_code
 from supclap.manifest import read_manifest, scan_manifest
 from supclap.zeroshot import labelled_clips
@@ -63,6 +64,7 @@ def test_only_columns_of_captions_are_captions(tmp_path, capsys, format):
         "caption_pt_BR": "por", "caption_yue": "yue", "caption_ind": "ind",
         "caption_id": None, "caption_en_id": None, "caption_source": None, "caption_raw": None,
         "caption_url": None, "caption_lang": None, "caption_second": None, "caption_1_fr": None,
+        "caption_src": None, "caption_vec": None, "caption_nan": None, "caption_et": "est",
         "caption_": None, "captions_fr": None, "caption_gpt4": None, "caption_en_raw": None,
     }.items(),
 )  # fmt: skip
@@ -70,12 +72,83 @@ def test_names_of_columns(column, language):
     assert caption_language(column) == language
 
 
+FLORES = """ace_Arab ace_Latn acm_Arab acq_Arab afr_Latn ajp_Arab aka_Latn amh_Ethi apc_Arab
+    arb_Arab arz_Arab ast_Latn azb_Arab azj_Latn bel_Cyrl ben_Beng bod_Tibt bul_Cyrl cat_Latn
+    ces_Latn ckb_Arab crh_Latn dan_Latn deu_Latn ell_Grek eng_Latn epo_Latn est_Latn fin_Latn
+    fra_Latn gaz_Latn hau_Latn heb_Hebr hin_Deva hye_Armn ind_Latn isl_Latn ita_Latn jpn_Jpan
+    kas_Arab kas_Deva khk_Cyrl kor_Hang lvs_Latn min_Arab min_Latn nld_Latn nno_Latn nob_Latn
+    npi_Deva pbt_Arab pes_Arab plt_Latn por_Latn prs_Arab rus_Cyrl sat_Olck spa_Latn srp_Cyrl
+    swh_Latn taq_Latn taq_Tfng tgl_Latn twi_Latn tzm_Tfng uzn_Latn vec_Latn yue_Hant zho_Hans
+    zho_Hant zsm_Latn""".split()
+
+
+class Nllb:
+    src_lang = "eng_Latn"
+    pad_token_id = 1
+
+    def get_added_vocab(self):
+        return dict.fromkeys(["<mask>", *FLORES])
+
+
+@pytest.mark.parametrize("code", FLORES)
+def test_a_text_encoder_knows_its_languages(code):
+    """By its own code and, of one script, by the bare one."""
+    tokenizer = Tokenizer(Nllb(), 9)
+    assert tokenizer.code(language_code(code)) == code
+    if sum(one[:3] == code[:3] for one in FLORES) == 1:
+        assert tokenizer.code(language_code(code[:3])) == code
+
+
+def test_a_text_encoder_finds_the_nearest():
+    tokenizer = Tokenizer(Nllb(), 9)
+    named = {"ko_KR": "kor_Hang", "ps": "pbt_Arab", "no": "nob_Latn", "zh": "zho_Hans"}
+    assert {one: tokenizer.code(language_code(one)) for one in named} == named
+    with pytest.raises(UserError, match="has no language 'glg'"):
+        tokenizer.code("glg")
+
+
 def test_a_column_of_numbers_is_in_no_language(tmp_path):
+    rows = [{"audio": "a.wav", "caption": "x", "caption_no": n} for n in ("1", 1, 2.5, None, "nan")]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert pairs_of(read_manifest(path)[0]) == [("x", "eng")] * 5
     path = tmp_path / "m.csv"
+    path.write_text("file_name,caption,caption_no\na.wav,one,1\na.wav,two,nan\n")
+    assert pairs_of(read_manifest(path)[0]) == [("one", "eng"), ("two", "eng")]
     path.write_text("file_name,caption,caption_no\na.wav,one,1\nb.wav,two,2\n")
     assert [pairs_of(clip) for clip in read_manifest(path)] == [[("one", "eng")], [("two", "eng")]]
     path.write_text("file_name,caption,caption_no\na.wav,one,en\n")
     assert pairs_of(read_manifest(path)[0]) == [("one", "eng"), ("en", "nor")]
+
+
+def test_a_wide_table_has_holes(tmp_path):
+    """A translation that is missing is left out, a caption that is missing is a problem."""
+    path = tmp_path / "m.csv"
+    path.write_text("file_name,caption,caption_fr\na.wav,one,un\nb.wav,two,\nc.wav,,trois\n")
+    clips, problems = scan_manifest(path)
+    assert [pairs_of(clip) for clip in clips] == [[("one", "eng"), ("un", "fra")], [("two", "eng")]]
+    assert len(problems) == 1 and "line 4 (c.wav): caption is empty" in problems[0]
+    rows = [
+        {"audio": "a.wav", "caption": "one", "caption_fr": None},
+        {"audio": "b.wav", "captions": {"en": "two", "fr": None}},
+        {"audio": "c.wav", "caption": "three", "captions": []},
+        {"audio": "d.wav", "caption_fr": None},
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    clips, problems = scan_manifest(path)
+    assert [c.captions for c in clips] == [("one",), ("two",), ("three",)]
+    assert len(problems) == 1 and "line 4 (d.wav): no caption" in problems[0]
+
+
+def test_what_no_reader_survives_is_a_problem(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text(f"file_name,caption,x\n{'a' * 300}.wav,one,{'y' * 200_000}\nb.wav,two,\n")
+    assert len(read_manifest(path)) == 2
+    path = tmp_path / "m.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UserError, match="cannot read the manifest"):
+        read_manifest(path)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +252,9 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
         "en": "eng", "eng": "eng", "en-US": "eng", "English": "eng", "eng_Latn": "eng",
         "Deutsch": "deu", "ger": "deu", "zh": "zho", "cmn": "zho", "zho_Hans": "zho",
         "zh-TW": "zho_Hant", "iw": "heb", "pt_BR": "por", "arb_Arab": "ara", "arz": "arz",
-        "sr@latin": "srp_Latn", "ca@valencia": "cat", "en_US.UTF-8": "eng",
+        "sr_RS.UTF-8@latin": "srp_Latn", "be_BY@latin": "bel_Latn", "kor_Hang": "kor",
+        "prs": "prs", "twi": "twi", "sr@latin": "srp_Latn", "ca@valencia": "cat",
+        "en_US.UTF-8": "eng",
     }.items(),
 )  # fmt: skip
 def test_a_language_has_one_form(given, code):

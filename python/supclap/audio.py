@@ -30,7 +30,9 @@ TOP_DB = 120.0
 LOUDEST = 1e15  # its power is still a float32
 END = 0.1  # seconds that may be missing at the end: a frame of MP3 is up to 0.072
 UNKNOWN = 2**62  # frames, of a file whose header does not say
-CUT = re.compile(r"^(?:Ogg ?: Junk after the last page|Seems to be a truncated file)\.", re.M)
+EDGE = 2**17  # bytes; a page of Ogg has at most 65,307
+SIZES = re.compile(r"^([ \w]+?) *: (\d+) \(should be (\d+)\)", re.M)
+JUNK = re.compile(r"^Ogg ?: Junk after the last page\.", re.M)
 STREAMED = 0x7FFF_0000  # bytes and more: of a header written before the length was known
 
 
@@ -66,7 +68,8 @@ def readable() -> Iterator[None]:
     try:
         yield
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise explained(error) or UserError(f"not readable as audio: {error}") from error
+        said = getattr(error, "error_string", error)  # the library's, without the file's name
+        raise explained(error) or UserError(f"not readable as audio: {said}") from error
 
 
 def read_wave(
@@ -79,10 +82,24 @@ def read_wave(
     with readable(), soundfile.SoundFile(source) as opened:
         rate, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
         if draw is not None and opened.frames > frames:
-            opened.seek(draw(opened.frames - frames + 1))
-        wave = opened.read(frames, dtype="float32", always_2d=True)
+            wave = read_from(opened, draw(opened.frames - frames + 1), frames)
+        else:
+            wave = opened.read(frames, dtype="float32", always_2d=True)
     check_samples(wave)
     return wave.mean(axis=1), rate
+
+
+def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
+    """[frames, channels] from a place on; where less is there than was guessed, the last ones."""
+    try:
+        opened.seek(start)
+        wave = opened.read(frames, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError):
+        wave = np.zeros((0, opened.channels), dtype=np.float32)
+    if len(wave) < frames - math.ceil(END * opened.samplerate):
+        opened.seek(0)
+        wave = opened.read(dtype="float32", always_2d=True)[-frames:]
+    return wave
 
 
 def check_samples(wave: np.ndarray) -> None:
@@ -93,7 +110,55 @@ def check_samples(wave: np.ndarray) -> None:
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
 
 
-def duration_of(opened: soundfile.SoundFile) -> float:
+def edges(source: bytes | BinaryIO) -> tuple[bytes, bytes]:
+    """The first and the last EDGE bytes of a file."""
+    if isinstance(source, bytes):
+        with open(source, "rb") as stream:
+            return edges(stream)
+    place = source.tell()
+    source.seek(0)
+    first = source.read(EDGE)
+    source.seek(max(0, source.seek(0, os.SEEK_END) - EDGE))
+    last = source.read()
+    source.seek(place)
+    return first, last
+
+
+def page_is_cut(last: bytes) -> bool:
+    """Whether the last page of an Ogg stream is not whole, or not marked as its end."""
+    at = last.rfind(b"OggS")
+    if len(last) < at + 27:
+        return True
+    lengths = last[at + 27 : at + 27 + last[at + 26]]
+    return at + 27 + last[at + 26] + sum(lengths) > len(last) or not last[at + 5] & 4
+
+
+def promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool, str]:
+    """Whether a header says how long a file is, and how it differs from what is there ("": not)."""
+    seconds = opened.frames / opened.samplerate
+    for name, promised, found in SIZES.findall(opened.extra_info):
+        missing = int(promised) - int(found)  # bytes
+        counts = name.strip() not in ("RIFF", "FORM") and int(promised) < STREAMED
+        if counts and missing * seconds > END * int(found):
+            return True, f"{found} of the {promised} bytes its header promises are there"
+    if "\nSeems to be a truncated file." in opened.extra_info:  # VOC
+        return True, f"it ends after {seconds:.2f} seconds"
+    first, last = edges(source)
+    if opened.format == "OGG" and JUNK.search(opened.extra_info) and page_is_cut(last):
+        return True, f"it ends after {seconds:.2f} seconds"
+    if opened.format == "NIST":
+        count = re.search(rb"sample_count -i (\d+)", first)
+        if count and int(count[1]) - opened.frames > END * opened.samplerate:
+            return (
+                True,
+                f"{opened.frames} of the {int(count[1])} samples its header promises are there",
+            )
+    # An MP3 without a header of its own has a length that the library guesses from its size.
+    tagged = opened.format != "MP3" or any(name in first for name in (b"Xing", b"Info", b"VBRI"))
+    return tagged, ""
+
+
+def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
     """Seconds of a file whose end is there: what its header promises can be decoded.
 
     The library says what it had to put right in a header, and seeks to the end without decoding
@@ -102,14 +167,14 @@ def duration_of(opened: soundfile.SoundFile) -> float:
     frames, rate = opened.frames, opened.samplerate
     if frames >= UNKNOWN:
         raise UserError("its header does not say how long it is; write it anew with its length")
+    if not opened.seekable():
+        raise UserError("the decoder cannot search a file of this kind; convert it, say to FLAC")
     seconds = frames / rate
-    log = opened.extra_info
-    for promised, found in re.findall(r": (\d+) \(should be (\d+)\)", log):
-        missing = int(promised) - int(found)  # bytes
-        if int(promised) < STREAMED and missing * seconds > END * int(found):
-            raise UserError(f"it is cut off: {found} of the {promised} bytes its header promises")
-    if CUT.search(log):
-        raise UserError(f"it is cut off after {seconds:.2f} seconds")
+    promised, difference = promise(opened, source)
+    if difference:
+        raise UserError(f"it is cut off: {difference}")
+    if not promised:
+        return seconds
     last = min(frames, math.ceil(END * rate))
     try:
         opened.seek(frames - last)
@@ -125,19 +190,20 @@ def duration_of(opened: soundfile.SoundFile) -> float:
 def read_duration(source: bytes | BinaryIO) -> float:
     """Seconds of a file, of which only the header and the end are read."""
     with readable(), soundfile.SoundFile(source) as opened:
-        return duration_of(opened)
+        return duration_of(opened, source)
 
 
 def examine(source: bytes | BinaryIO) -> tuple[float, int]:
     """Seconds and sample rate, after all of it was decoded, a part at a time."""
     frames = 0
     with readable(), soundfile.SoundFile(source) as opened:
-        rate, seconds = opened.samplerate, duration_of(opened)
+        rate, seconds = opened.samplerate, duration_of(opened, source)
+        promised = promise(opened, source)[0]
         while len(part := opened.read(2**18, dtype="float32", always_2d=True)):
             frames += len(part)
             check_samples(part)
     check_samples(np.zeros((frames, 0), dtype=np.float32))
-    if frames < (seconds - END) * rate:
+    if promised and frames < (seconds - END) * rate:
         raise UserError(f"it is cut off: {frames / rate:.2f} of {seconds:.2f} seconds are there")
     return frames / rate, rate
 

@@ -41,6 +41,10 @@ def random_state(device: torch.device) -> list[Any]:
     return [torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None]
 
 
+def begin_from(run: Path) -> str:
+    return f"begin a new run from it: --init {run}"
+
+
 def is_finished(run: Path, epochs: int) -> bool:
     """Whether a run has ended and so many epochs would extend it; an error if they would not."""
     try:
@@ -49,8 +53,8 @@ def is_finished(run: Path, epochs: int) -> bool:
         return False
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {run / FINISHED}: {error}") from error
-    begin = f"begin a new run from it: --init {run}"
-    if done is None or not any((run / name).exists() for name in (STATE, LAST)):
+    begin = begin_from(run)
+    if not isinstance(done, int) or not any((run / name).exists() for name in (STATE, LAST)):
         raise UserError(
             f"{run} is finished, by a version that kept no state to go on from; {begin}"
         )
@@ -119,19 +123,19 @@ def load_state(
             if isinstance(part, torch.optim.Optimizer):
                 give_dimensions(part)
         progress, randoms = Progress(**whole["progress"]), whole["randoms"]
-        same = whole["data"] == corpora["data"].fingerprint
+        same = corpora["data"].fits(whole["data"])
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name} to go on from") from None
     except (
         OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError,
     ) as error:  # fmt: skip
-        raise UserError(f"cannot read the run's state {path}: {error}") from error
+        raise UserError(f"cannot read the run's state {path}: {error!r}") from error
     for name, corpus in corpora.items():
         before = whole.get("pairs", {}).get(name)  # none in a state of an earlier version
         found = "" if before is None else difference(before, corpus)
         if found or (name == "data" and not same):
             which = "its manifest" if name == "data" else f"its manifest of --{name}"
-            more = f": {found}" if found else ""
+            more = f": {found}" if found else f", or are read otherwise now; {begin_from(run)}"
             raise UserError(f"{run}: the clips or captions of {which} have changed since{more}")
     if len(randoms) != ranks.count:
         raise UserError(f"{run} was trained by {len(randoms)} processes; resume it with as many")

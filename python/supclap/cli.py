@@ -266,19 +266,36 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def as_text(given: Any) -> Any:
+    """An argument in UTF-8 that Python took for bytes of another encoding."""
+    if isinstance(given, list):
+        return [as_text(one) for one in given]
+    return given and given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code. What a user can put right ends without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show does not stop us
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    args = build_parser().parse_args(given)
+    for name in (
+        "query",
+        "lang",
+        "template",
+        "languages",
+    ):  # text, whatever the terminal's encoding
+        if hasattr(args, name):
+            setattr(args, name, as_text(getattr(args, name)))
     # Threads that wait must not spin: with other work on the cores a step takes several times
     # as long. OpenMP reads this once, so it is set before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return run_command(args)
     except UserError as error:
-        print(f"supclap: {error}", file=sys.stderr)
+        if str(error):
+            print(f"supclap: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("supclap: interrupted; files already written are complete", file=sys.stderr)

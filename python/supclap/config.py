@@ -24,6 +24,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Exhausted(UserError):  # noqa: N818 (no fault of what was being read)
+    """Memory ran out, or a process was killed."""
+
+
 class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
     """The user stopped the run; what is on disk is complete and the text says where it is."""
 
@@ -41,12 +45,12 @@ def explained(error: BaseException) -> UserError | None:
     text = str(error)
     memory = ("out of memory", "can't allocate memory", "Cannot allocate memory")
     if isinstance(error, MemoryError) or any(one in text for one in memory):
-        return UserError(
+        return Exhausted(
             "out of memory; try a smaller --micro-batch-size, --batch-size or --max-seconds, "
             "--cache off, or fewer --workers"
         )
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return UserError(KILLED.format(text.strip()))
+        return Exhausted(KILLED.format(text.strip()))
     return None
 
 
@@ -278,9 +282,8 @@ def build_config(
             raise UserError(f"{flag(name)} is needed: {TRAIN[name].metadata['help']}")
     if "init" in found:
         before = read_config(found["init"])
-        theirs = asdict(before.model)
+        theirs = asdict(before.model) | {"tau": before.tau}
         others = [name for name in theirs if explicit.get(name, theirs[name]) != theirs[name]]
-        others += [name for name in ("tau",) if name in explicit]
         if others:
             raise UserError(
                 f"--init takes the model and the temperature of {found['init']} as they are; drop "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -28,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .audio import FrontEnd, LogMel, load_audio, open_audio, read_duration
-from .config import KILLED, UserError, explained
+from .config import KILLED, Exhausted, UserError, explained
 from .files import write_whole
+from .folders import alike
 from .manifest import SHOWN, Clip, read_manifest
 
 CACHE = 2  # changes with what is found wrong with a file
@@ -91,24 +93,37 @@ class Corpus:
 
     @property
     def said(self) -> list[list[Any]]:
-        """Name, captions and languages of each clip, wherever its file is."""
-        names = [Path(c.name).name if Path(c.name).is_absolute() else c.name for c in self.clips]
+        """Name, captions and languages of each clip, wherever its file is: absolute names from the
+        folder that they share, and as `alike` (folders.py)."""
+        absolute = [Path(clip.name).parent for clip in self.clips if Path(clip.name).is_absolute()]
+        base = os.path.commonpath(absolute) if absolute else ""
+        paths = [Path(clip.name) for clip in self.clips]
+        names = [alike(str(p.relative_to(base) if p.is_absolute() else p)) for p in paths]
         return [[n, c.captions, c.languages] for n, c in zip(names, self.clips, strict=True)]
 
     @cached_property
     def hashes(self) -> list[list[Any]]:
-        """Name of each clip, and a number for what is said of it."""
+        """Name of each clip, and a checksum of what is said of it."""
         return [[name, zlib.crc32(json.dumps(texts).encode())] for name, *texts in self.said]
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the pairs: a run that goes on must have the same."""
-        return hashlib.sha256(json.dumps(self.said).encode()).hexdigest()[:16]
+        return digest(self.said)
+
+    def fits(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is of these pairs; earlier versions took the names as written."""
+        written = [[clip.name, clip.captions, clip.languages] for clip in self.clips]
+        return fingerprint in (self.fingerprint, digest(written))
 
     def sample(self, most: int = 1000) -> list[Tensor]:
         """Features of at most so many clips, evenly spread."""
         count = min(most, len(self.clips))
         return [self.features(n * len(self.clips) // count) for n in range(count)]
+
+
+def digest(said: list[list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def decode(
@@ -139,6 +154,8 @@ class Decoding(Dataset[tuple[Tensor | None, bool, str]]):
             if not seconds:
                 raise UserError("the clip has zero length")
             found = decode(clip, self.front_end, self.max_seconds) if self.whole else None
+        except Exhausted:  # no fault of the file
+            raise
         except UserError as error:
             return None, False, str(error)
         return found if self.keep else None, seconds > self.max_seconds, ""
@@ -149,8 +166,10 @@ def leave_signals(worker: int) -> None:
     in the middle of a step then, and the batch it waits for still comes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
+    parent = multiprocessing.parent_process()
+
     def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
         os._exit(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -13,16 +14,6 @@ from safetensors import SafetensorError
 from .config import UserError, explained
 
 
-def umask() -> int:
-    """Permissions that new files do not get; asking for them means setting them."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-UMASK = umask()
-
-
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` make a file that then takes the place of `path`; on an error nothing changes.
 
@@ -32,10 +23,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"cannot write {path}: it is a folder")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        with open(partial, "wb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
         write(partial)
+        if partial.stat().st_mode != mode:  # some libraries write for the owner alone
+            with contextlib.suppress(OSError):  # not every file system has modes
+                partial.chmod(mode)
         with open(partial, "rb") as stream:
             os.fsync(stream.fileno())
-        os.chmod(partial, 0o666 & ~UMASK)  # some libraries write for the owner alone
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)

@@ -71,8 +71,11 @@ class Folders:
     def locate(self, folder: Path, name: str) -> Path | None:
         """A file of this name in a folder, else the only one of a name alike; None without one."""
         written = folder / name
-        if written.is_file():
-            return written
+        try:
+            if written.is_file():
+                return written
+        except OSError:  # a name longer than any file's
+            return None
         path = Path(written.anchor) if Path(name).is_absolute() else folder
         for part in Path(name).parts[1 if Path(name).is_absolute() else 0 :]:
             same = self.names(path).get(alike(part), [])

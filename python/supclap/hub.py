@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .ced import CED, SIZES, translate
 from .config import UserError
+from .languages import language_code
 from .layers import masked_mean
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork to decode audio
@@ -151,6 +152,12 @@ class Tokenizer:
         """The tokenizer's own code for a language: eng -> eng_Latn, zho -> zho_Hans."""
         if language in self.languages:
             return language
+        found = [code for code in self.languages if code.startswith(f"{language}_")]
+        for script in ("Latn", "Hans"):
+            found = [code for code in found if code.endswith(script)] or found
+        found = found or [code for code in self.languages if language_code(code) == language]
+        if found:
+            return found[0]
         nearest, _ = langcodes.closest_match(language, self.languages, max_distance=3)
         if nearest not in self.languages:
             raise UserError(

@@ -10,8 +10,10 @@ from langcodes import Language, LanguageTagError
 
 LANGUAGE = "eng"  # of captions that do not say theirs
 SPEAKERS = 100_000  # fewer, and three letters behind `caption_` are rather a word than a language
-WORDS = frozenset("id min new nr per run ts".split())  # ... and so are these
-SCRIPTS = {"cyrillic": "_Cyrl", "devanagari": "_Deva", "latin": "_Latn"}  # of POSIX locales
+WORDS = frozenset(
+    "bin ext her him id man min nan new nr ori per run sid src st ts tts vec".split()
+)  # ... as these are, of which one is in most tables
+SCRIPTS = {"cyrillic": "Cyrl", "devanagari": "Deva", "latin": "Latn"}  # of POSIX locales
 CAPTION = re.compile(
     r"caption(?:_(?P<language>[a-z]{2,}(?:[_-][a-z]{4})?(?:[_-](?P<place>[a-z]{2}))?))?(?:_\d+)?",
     re.IGNORECASE,
@@ -21,15 +23,24 @@ CAPTION = re.compile(
 def tag_of(given: str) -> Language:
     """What a code, a name, or the name of a POSIX locale means; a LookupError without a meaning."""
     given, _, modifier = given.strip().partition("@")
-    code = given.partition(".")[0] + SCRIPTS.get(modifier, "")
     try:
-        tag = Language.get(code)
+        tag = Language.get(given.partition(".")[0])
     except LanguageTagError:
         tag = langcodes.find(given)
         if given.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
             raise LookupError(given) from None  # a word for it in some other language
     if not tag.is_valid() or tag.language in (None, "mul", "und", "zxx"):
         raise LookupError(given)
+    if modifier in SCRIPTS:
+        tag = tag.update_dict({"script": SCRIPTS[modifier]})
+    if tag.script == "Hang":  # alone, or with Chinese characters: Korean either way
+        tag = tag.update_dict({"script": None})
+    if (tag.language, tag.territory) == ("fa", "AF"):
+        return Language.make(language="prs")
+    if tag.language == "tw":  # Twi, which others count as Akan
+        return tag
+    if tag.language == "pbt":  # the Pashto of the south stands for Pashto
+        return Language.make(language="ps")
     return Language.get(langcodes.standardize_tag(tag, macro=True))
 
 

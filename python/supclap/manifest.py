@@ -102,7 +102,7 @@ class Reading:
         captions, keys = captions_of(entry)
         numbered = (key for key in entry if key.startswith("source_lang_"))
         used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered}
-        self.unused |= dict.fromkeys(key for key in entry if key not in used)
+        self.unused |= dict.fromkeys(key for key in entry if key and key not in used)
         return captions
 
 
@@ -130,7 +130,7 @@ def read_csv(reading: Reading) -> None:
     if not rows:
         raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
     used = {*places, *said_in, *LANGUAGE_KEYS}
-    reading.unused |= dict.fromkeys(name for name in columns if name not in used)
+    reading.unused |= dict.fromkeys(name for name in columns if name and name not in used)
 
     for line, row in rows:
         place = f"line {line}"
@@ -158,15 +158,25 @@ def is_said_in(column: str, texts: list[str | None]) -> bool:
     language = caption_language(column)
     if not language or not texts:
         return language is not None
-    return any(letter.isalpha() for text in texts for letter in text or "")
+    return any(is_text(text) for text in texts)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value has letters, and is not how tables say that there is none."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    return text not in ("nan", "none", "null") and any(letter.isalpha() for letter in text)
 
 
 def captions_in(row: dict[Any, Any], said_in: list[str]) -> list[tuple[str, str]]:
     """Captions and their languages of one row; a ValueError says what is wrong."""
     given = clean(row.get("lang") or row.get("language"))
     language = language_code(given) if given else LANGUAGE
+    # A wide table has holes where a translation is missing.
+    said_in = [name for name in said_in if is_text(row[name]) or not caption_language(name)]
     found = [(clean(row[column]), caption_language(column) or language) for column in said_in]
     empty = [column for column, (text, _) in zip(said_in, found, strict=True) if not text]
+    if not found:
+        raise ValueError("no caption")
     if empty:
         raise ValueError(
             f"{empty[0]} is empty; a clip with fewer captions can have a row for each caption in a "
@@ -178,15 +188,18 @@ def captions_in(row: dict[Any, Any], said_in: list[str]) -> list[tuple[str, str]
 def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
     """Captions and their languages of one JSON object, and the keys that hold them; a ValueError
     says what is wrong."""
-    columns = [key for key in entry if caption_language(key) is not None] or ["text"]
-    columns = [key for key in (["captions"] if "captions" in entry else columns) if key in entry]
+    columns = [key for key in entry if caption_language(key) is not None]
+    columns = [key for key in columns if not caption_language(key) or holds_text(entry[key])]
+    columns = ["captions"] if entry.get("captions") or not columns else columns
+    columns = [key for key in columns if key in entry] or [key for key in ("text",) if key in entry]
     if not columns:
         raise ValueError("no caption: it needs captions, caption or caption_1")
     pairs: list[tuple[Any, Any]] = []
     for key in columns:
         value, numbered = entry[key], f"source_lang_{key.removeprefix('caption_')}"
         if isinstance(value, dict):
-            pairs += [(text, one) for one, texts in value.items() for text in listed(texts)]
+            said = ((one, texts) for one, texts in value.items() if texts is not None)
+            pairs += [(text, one) for one, texts in said for text in listed(texts)]
         else:
             own = caption_language(key) or entry.get(numbered)
             pairs += [(text, own) for text in listed(value)]
@@ -203,6 +216,11 @@ def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]
     if not all(clean(text) for text, _ in pairs):
         raise ValueError("a caption is empty")
     return [(clean(text), language_code(one)) for text, one in pairs], columns
+
+
+def holds_text(value: Any) -> bool:
+    """Whether a value, or one of a list, is text; what is neither is told as an error elsewhere."""
+    return isinstance(value, dict) or any(is_text(one) for one in listed(value))
 
 
 def listed(value: Any) -> list[Any]:
@@ -276,7 +294,7 @@ def read_tar(reading: Reading) -> None:
                         raise ValueError("its .json holds no object")
                     captions = reading.captions_of(entry)
                 elif "txt" in parts:
-                    text = tar.extractfile(parts["txt"]).read().decode()  # type: ignore[union-attr]
+                    text = tar.extractfile(parts["txt"]).read().decode("utf-8-sig")  # type: ignore[union-attr]
                     captions = reading.captions_of({"caption": text})
                 else:
                     raise ValueError("no captions: neither .json nor .txt")
@@ -311,7 +329,7 @@ def readings(manifest: Path) -> Iterator[Reading]:
             reader(reading)
         except FileNotFoundError:
             raise UserError(f"manifest not found: {path}") from None
-        except (OSError, ValueError, csv.Error, tarfile.TarError) as error:
+        except (OSError, ValueError, RecursionError, csv.Error, tarfile.TarError) as error:
             raise UserError(f"cannot read the manifest {path}: {error}") from error
         if not reading.clips and not reading.problems:
             raise UserError(f"manifest {path} is empty: it has no clip")

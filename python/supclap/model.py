@@ -142,8 +142,8 @@ def load_model(run: Path) -> SupclapModel:
     return model.eval()
 
 
-def load_weights(run: Path, model: SupclapModel, criterion: nn.Module | None = None) -> None:
-    """Those of a run's checkpoint; the criterion's as well, if it has such a radius."""
+def load_weights(run: Path, model: SupclapModel, criterion: nn.Module | None = None) -> bool:
+    """Those of a run's checkpoint; the criterion's as well, if it has such a radius: whether."""
     path = run / "model.safetensors"
     try:
         state = load_file(path)
@@ -152,11 +152,14 @@ def load_weights(run: Path, model: SupclapModel, criterion: nn.Module | None = N
         raise UserError(f"{run} has no {path.name}: it ended before its first checkpoint") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-    if criterion is not None:
-        theirs = {k.removeprefix(CRITERION): t for k, t in state.items() if k.startswith(CRITERION)}
-        ours = {name: tensor.numel() for name, tensor in criterion.state_dict().items()}
-        if ours == {name: tensor.numel() for name, tensor in theirs.items()}:
-            criterion.load_state_dict(theirs)
+    if criterion is None:
+        return True
+    theirs = {k.removeprefix(CRITERION): t for k, t in state.items() if k.startswith(CRITERION)}
+    ours = {name: tensor.numel() for name, tensor in criterion.state_dict().items()}
+    same = not ours or ours == {name: tensor.numel() for name, tensor in theirs.items()}
+    if same and ours:
+        criterion.load_state_dict(theirs)
+    return same
 
 
 def chosen_on_test(run: Path) -> bool:

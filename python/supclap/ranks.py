@@ -28,15 +28,20 @@ def world_size() -> int:
         return 1
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
-    numbers = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")]
-    if missing or not all(number.isdecimal() for number in numbers) or not int(text):
-        said = f"without {', '.join(missing)}" if missing else "with numbers that are none"
+    numbers = {
+        name: os.environ.get(name, "") for name in ("WORLD_SIZE", *names) if name != names[2]
+    }
+    wrong = [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]
+    if missing or wrong or not int(text) or not 0 < int(numbers["MASTER_PORT"]) < 2**16:
+        said = f"without {', '.join(missing)}" if missing else f"with {', '.join(wrong) or numbers}"
         raise UserError(
             f"WORLD_SIZE={text} is set {said}: start several processes with torchrun, or unset "
             "WORLD_SIZE for one"
         )
-    if int(numbers[1]) >= int(text):
-        raise UserError(f"RANK={numbers[1]} is none of WORLD_SIZE={text} processes, counted from 0")
+    if int(numbers["RANK"]) >= int(text):
+        raise UserError(
+            f"RANK={numbers['RANK']} is none of WORLD_SIZE={text} processes, counted from 0"
+        )
     return int(text)
 
 

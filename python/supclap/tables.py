@@ -17,7 +17,7 @@ def read_text(path: Path) -> str:
     ValueError says that it is no such text at all."""
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
-        raise ValueError("it is not text in UTF-8, rather in UTF-16; save it as UTF-8")
+        raise ValueError("it is not text in UTF-8 (UTF-16, or no text at all); save it as UTF-8")
     return raw.decode("utf-8-sig", "surrogateescape")
 
 
@@ -37,6 +37,7 @@ def clean(text: Any) -> str:
 def split_rows(text: str, blanks: bool) -> list[tuple[int, list[str]]]:
     """Fields of each row of a CSV with the line where it begins. `blanks`: those after a comma are
     dropped, so that a quote may follow them."""
+    csv.field_size_limit(2**31 - 1)  # a long text is no error, and a quote's end may be far
     rows, line = [], 0
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=blanks)
     try:

@@ -180,6 +180,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             "--overwrite"
         )
 
+    if config.init is not None and not resume and not (config.init / "model.safetensors").is_file():
+        raise UserError(f"--init {config.init}: it has no model.safetensors")
+
     torch.manual_seed(config.seed)
     model = SupclapModel(config.model, config.tau, run if resume else config.init)
     corpus = read(config, config.data, model, say)
@@ -204,7 +207,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     model.to(device)
     criterion = build_loss(config, size, ranks.group).to(device)
     if config.init is not None and not resume:
-        load_weights(config.init, model, criterion)
+        if not load_weights(config.init, model, criterion):
+            say(f"NOTE: {config.init} has no such radius: this one begins anew")
     optimizer = build_optimizer(config, model, criterion)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     whole = isinstance(criterion.radius, DynamicRadius) and criterion.radius.batch_size is not None
@@ -243,7 +247,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if resume:
         at = load_state(run, parts, corpora, ranks, device)
         if config.epochs < at.epoch - (0 if at.batch else 1):
-            raise UserError(f"{run} has {at.epoch - 1} epochs already; --epochs must not be fewer")
+            raise UserError(f"{run} is in epoch {at.epoch}: --epochs {config.epochs} is fewer")
     elif first:
         run.mkdir(parents=True, exist_ok=True)
         logs_of = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
@@ -320,6 +324,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 at.epoch, at.batch = at.epoch + 1, 0
                 checkpoint()
             if ranks.any(asked.is_set()) and at.epoch <= config.epochs:
+                if not first:
+                    raise Interrupted("")  # the first one says it
                 raise Interrupted(
                     f"interrupted after step {at.step} of {total}; {at.saved} and the log are in "
                     f"{run}\ngo on with: supclap train --resume {run}\n"
