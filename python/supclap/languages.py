@@ -12,7 +12,7 @@ LANGUAGE = "eng"  # of captions that do not say theirs
 SPEAKERS = 100_000  # fewer, and three letters behind `caption_` are rather a word than a language
 WORDS = frozenset(
     "bin ext her him id man min nan new nr ori per run sid src st ts tts vec".split()
-)  # ... as these are, of which one is in most tables
+)  # words, whatever language has them for its code
 SCRIPTS = {"cyrillic": "Cyrl", "devanagari": "Deva", "latin": "Latn"}  # of POSIX locales
 CAPTION = re.compile(
     r"caption(?:_(?P<language>[a-z]{2,}(?:[_-][a-z]{4})?(?:[_-](?P<place>[a-z]{2}))?))?(?:_\d+)?",
