@@ -11,6 +11,7 @@ from supclap.audio import examine, read_duration
 from supclap.cli import main
 from supclap.config import UserError
 from supclap.data import load_corpus
+from supclap.mp3 import bit_rates
 from supclap_clips import log_of
 
 RATE = 16_000
@@ -21,14 +22,14 @@ FORMATS = {
 }  # fmt: skip
 
 
-def encoded(suffix, seconds=6.0):
+def encoded(suffix, seconds=6.0, **more):
     """A file's bytes."""
     t = np.arange(int(RATE * seconds)) / RATE
     wave = 0.4 * np.sin(2 * np.pi * (300 + 50 * np.sin(t)) * t)
     wave += 0.05 * np.random.default_rng(0).standard_normal(len(t))
     stream = io.BytesIO()
     subtype = {"opus": "OPUS", "voc": "PCM_16"}.get(suffix)
-    soundfile.write(stream, wave, RATE, format=FORMATS[suffix], subtype=subtype)
+    soundfile.write(stream, wave, RATE, format=FORMATS[suffix], subtype=subtype, **more)
     return stream.getvalue()
 
 
@@ -69,24 +70,39 @@ def test_a_length_that_nothing_says(tmp_path):
 
 def untagged(raw):
     """An MP3 without the header that says its length: that is a frame of its own."""
-    size = 144 * 128_000 // 44_100  # at least
     start = raw.index(b"\xff", raw.find(b"Info") if b"Info" in raw[:4000] else raw.find(b"Xing"))
     while raw[start + 1] & 0xE0 != 0xE0:
         start = raw.index(b"\xff", start + 1)
-    assert size and b"Info" not in raw[start:4000] and b"Xing" not in raw[start:4000]
+    assert b"Info" not in raw[start:4000] and b"Xing" not in raw[start:4000]
     return raw[start:]
 
 
 def test_an_mp3_that_promises_nothing(tmp_path):
     """Its length is guessed: it is not called cut, and every crop is inside what is there."""
-    raw = untagged(encoded("mp3", 30.0))
-    for name, content in (("a.mp3", raw), ("zeros.mp3", raw + b"\0" * 40_000)):
+    raw = untagged(encoded("mp3", 30.0, bitrate_mode="CONSTANT", compression_level=0.5))
+    assert len(bit_rates(raw)) == 1
+    for name, content in (("a.mp3", raw), ("zeros.mp3", raw + bytes(900))):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "m.csv").write_text("file_name,caption\na.mp3,x\nzeros.mp3,y\n")
     assert main(["check", str(tmp_path / "m.csv")]) == 0
     found = load_corpus(tmp_path / "m.csv", 2.0, cache="off")
     lengths = {len(found.features(clip, [seed])) for clip in range(2) for seed in range(60)}
     assert lengths == {201}
+    (tmp_path / "zeros.mp3").write_bytes(raw + bytes(40_000))  # more than the decoder skips
+    with pytest.raises(UserError, match=r"zeros.mp3 \(line 3\): not readable as audio"):
+        load_corpus(tmp_path / "m.csv", 2.0, cache="off")
+
+
+def test_an_mp3_whose_length_cannot_even_be_guessed(tmp_path):
+    """The library would take it for as long as its first frame's bit rate makes it."""
+    tagged = encoded("mp3", 30.0, bitrate_mode="VARIABLE", compression_level=0.5)
+    raw = untagged(tagged)
+    assert len(bit_rates(raw)) > 1
+    (tmp_path / "a.mp3").write_bytes(raw)
+    with pytest.raises(UserError, match="its bit rate varies"):
+        read_duration(str(tmp_path / "a.mp3").encode())
+    (tmp_path / "a.mp3").write_bytes(tagged)
+    assert abs(read_duration(str(tmp_path / "a.mp3").encode()) - 30.0) < 0.1
 
 
 @pytest.mark.parametrize("suffix", ["ogg", "opus"])

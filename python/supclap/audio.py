@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import UserError, explained
 from .manifest import Clip
+from .mp3 import bit_rates
 
 # The front end of CED: 16 kHz, 32 ms windows, 10 ms hop, 64 HTK mel bins, decibels.
 SAMPLE_RATE = 16_000
@@ -30,6 +31,7 @@ TOP_DB = 120.0
 LOUDEST = 1e15  # its power is still a float32
 END = 0.1  # seconds that may be missing at the end: a frame of MP3 is up to 0.072
 UNKNOWN = 2**62  # frames, of a file whose header does not say
+BLOCK = 2**18  # frames decoded at a time where only their number counts
 EDGE = 2**17  # bytes; a page of Ogg has at most 65,307
 SIZES = re.compile(r"^([ \w]+?) *: (\d+) \(should be (\d+)\)", re.M)
 JUNK = re.compile(r"^Ogg ?: Junk after the last page\.", re.M)
@@ -124,6 +126,18 @@ def edges(source: bytes | BinaryIO) -> tuple[bytes, bytes]:
     return first, last
 
 
+def whole(source: bytes | BinaryIO) -> bytes:
+    """All bytes of a file."""
+    if isinstance(source, bytes):
+        with open(source, "rb") as stream:
+            return stream.read()
+    place = source.tell()
+    source.seek(0)
+    found = source.read()
+    source.seek(place)
+    return found
+
+
 def page_is_cut(last: bytes) -> bool:
     """Whether the last page of an Ogg stream is not whole, or not marked as its end."""
     at = last.rfind(b"OggS")
@@ -153,9 +167,7 @@ def promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool
                 True,
                 f"{opened.frames} of the {int(count[1])} samples its header promises are there",
             )
-    # An MP3 without a header of its own has a length that the library guesses from its size.
-    tagged = opened.format != "MP3" or any(name in first for name in (b"Xing", b"Info", b"VBRI"))
-    return tagged, ""
+    return opened.format != "MP3" or any(name in first for name in (b"Xing", b"Info", b"VBRI")), ""
 
 
 def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
@@ -173,7 +185,12 @@ def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
     promised, difference = promise(opened, source)
     if difference:
         raise UserError(f"it is cut off: {difference}")
-    if not promised:
+    if not promised:  # the library guesses the length from the size and the first frame
+        if len(bit_rates(whole(source))) > 1:
+            raise UserError("nothing says how long it is, and its bit rate varies; write it anew")
+        while len(opened.read(BLOCK, dtype="float32")):  # whatever there is must decode
+            pass
+        opened.seek(0)
         return seconds
     last = min(frames, math.ceil(END * rate))
     try:
@@ -199,7 +216,7 @@ def examine(source: bytes | BinaryIO) -> tuple[float, int]:
     with readable(), soundfile.SoundFile(source) as opened:
         rate, seconds = opened.samplerate, duration_of(opened, source)
         promised = promise(opened, source)[0]
-        while len(part := opened.read(2**18, dtype="float32", always_2d=True)):
+        while len(part := opened.read(BLOCK, dtype="float32", always_2d=True)):
             frames += len(part)
             check_samples(part)
     check_samples(np.zeros((frames, 0), dtype=np.float32))
