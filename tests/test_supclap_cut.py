@@ -105,6 +105,9 @@ def test_an_mp3_whose_length_cannot_even_be_guessed(tmp_path):
     (tmp_path / "a.mp3").write_bytes(raw)
     with pytest.raises(UserError, match="its bit rate varies"):
         read_duration(str(tmp_path / "a.mp3").encode())
+    picture = b"ID3\x04\0\0" + bytes([0, 12, 0, 0]) + b"\x89PNG" + bytes((12 << 14) - 4)
+    (tmp_path / "a.mp3").write_bytes(picture + tagged)
+    assert abs(read_duration(str(tmp_path / "a.mp3").encode()) - 30.0) < 0.1
     (tmp_path / "a.mp3").write_bytes(tagged)
     assert abs(read_duration(str(tmp_path / "a.mp3").encode()) - 30.0) < 0.1
 

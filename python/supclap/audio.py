@@ -112,30 +112,24 @@ def check_samples(wave: np.ndarray) -> None:
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
 
 
-def edges(source: bytes | BinaryIO) -> tuple[bytes, bytes]:
-    """The first and the last EDGE bytes of a file."""
+def part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:
+    """Bytes of a file from a place on, which counts from the end if it is negative."""
     if isinstance(source, bytes):
         with open(source, "rb") as stream:
-            return edges(stream)
-    place = source.tell()
-    source.seek(0)
-    first = source.read(EDGE)
-    source.seek(max(0, source.seek(0, os.SEEK_END) - EDGE))
-    last = source.read()
-    source.seek(place)
-    return first, last
-
-
-def whole(source: bytes | BinaryIO) -> bytes:
-    """All bytes of a file."""
-    if isinstance(source, bytes):
-        with open(source, "rb") as stream:
-            return stream.read()
-    place = source.tell()
-    source.seek(0)
-    found = source.read()
+            return part(stream, start, size)
+    place, length = source.tell(), source.seek(0, os.SEEK_END)
+    source.seek(start if start >= 0 else max(0, length + start))
+    found = source.read(size)
     source.seek(place)
     return found
+
+
+def is_tagged(source: bytes | BinaryIO) -> bool:
+    """Whether an MP3 says how long it is, behind the pictures and names of an ID3 tag."""
+    head = part(source, 0, 10)
+    size = sum((byte & 127) << 7 * (3 - n) for n, byte in enumerate(head[6:]))
+    first = part(source, 10 + size if head.startswith(b"ID3") else 0, EDGE)
+    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def page_is_cut(last: bytes) -> bool:
@@ -157,17 +151,15 @@ def promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool
             return True, f"{found} of the {promised} bytes its header promises are there"
     if "\nSeems to be a truncated file." in opened.extra_info:  # VOC
         return True, f"it ends after {seconds:.2f} seconds"
-    first, last = edges(source)
-    if opened.format == "OGG" and JUNK.search(opened.extra_info) and page_is_cut(last):
+    is_ogg = opened.format == "OGG" and JUNK.search(opened.extra_info)
+    if is_ogg and page_is_cut(part(source, -EDGE)):
         return True, f"it ends after {seconds:.2f} seconds"
     if opened.format == "NIST":
-        count = re.search(rb"sample_count -i (\d+)", first)
-        if count and int(count[1]) - opened.frames > END * opened.samplerate:
-            return (
-                True,
-                f"{opened.frames} of the {int(count[1])} samples its header promises are there",
-            )
-    return opened.format != "MP3" or any(name in first for name in (b"Xing", b"Info", b"VBRI")), ""
+        count = re.search(rb"sample_count -i (\d+)", part(source, 0, 1024))
+        samples = int(count[1]) if count else 0
+        if samples - opened.frames > END * opened.samplerate:
+            return True, f"{opened.frames} of the {samples} samples its header promises are there"
+    return opened.format != "MP3" or is_tagged(source), ""
 
 
 def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
@@ -186,7 +178,7 @@ def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
     if difference:
         raise UserError(f"it is cut off: {difference}")
     if not promised:  # the library guesses the length from the size and the first frame
-        if len(bit_rates(whole(source))) > 1:
+        if len(bit_rates(part(source, 0))) > 1:
             raise UserError("nothing says how long it is, and its bit rate varies; write it anew")
         while len(opened.read(BLOCK, dtype="float32")):  # whatever there is must decode
             pass
