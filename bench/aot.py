@@ -192,7 +192,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     sass = [(int(a, 16), op, rest) for a, op, rest in re.findall(line, text, re.M)]
     count = collections.Counter(op.split(".")[0] for _, op, _ in sass)
     ieee = ("PRECISION", "ieee") in launch.constants and "*fp32" == dict(launch.signature).get("T")
-    loops = product_loops(sass, ieee or launch.name.startswith("far"))
+    loops = product_loops(sass, ieee or launch.name.startswith("literal"))
     local = [(address, op) for address, op, _ in sass if op.startswith(("LDL", "STL"))]
     slots = {rest.split(",")[0] for _, op, rest in sass if op.startswith("STL")}
     wide = {"64": 8, "128": 16}

@@ -50,7 +50,7 @@ def dynamic_shared(name: str) -> int:
     if "gram_kernel" in name or "cross_kernel" in name:
         return int(module.GRAM_SHARED)
     if "single_kernel" not in name:
-        return 4 * (2 * 2048 + int(module.THREADS)) * ("far_" in name and "list" not in name)
+        return 4 * (2 * 2048 + int(module.THREADS)) * ("literal_" in name and "list" not in name)
     p = module.Problem()
     p.width, p.infonce, p.mode = 2048, True, 3
     p.dtype = next(number for word, number in DTYPES.items() if word in name)

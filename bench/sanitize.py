@@ -1,4 +1,4 @@
-"""Small cases of every mode for compute-sanitizer: ragged sizes, several tiles, far rows."""
+"""Small cases of every mode for compute-sanitizer: ragged sizes, several tiles, literal rows."""
 
 import torch
 

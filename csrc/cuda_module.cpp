@@ -115,8 +115,8 @@ void bind_rows(py::module_& m, const char* name, Launcher launcher) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-using FarLauncher = std::string (*)(const Problem&, const int*, const int*, Stream);
-void bind_far(py::module_& m, const char* name, FarLauncher launcher) {
+using LiteralLauncher = std::string (*)(const Problem&, const int*, const int*, Stream);
+void bind_literal(py::module_& m, const char* name, LiteralLauncher launcher) {
   m.def(
       name,
       [launcher](const Problem& p, Address index, Address count, Stream stream) {
@@ -186,13 +186,13 @@ void bind_cuda(py::module_& parent) {
   m.def("gram_whole", &gram_whole);
 #endif
   m.def(
-      "far_list",
+      "list_literal",
       [](const Problem& p, Address index, Address count, Stream stream) {
-        raise_if(far_list(p, at<int>(index), at<int>(count), stream));
+        raise_if(list_literal(p, at<int>(index), at<int>(count), stream));
       },
       py::call_guard<py::gil_scoped_release>());
-  bind_far(m, "far_statistics", &far_statistics);
-  bind_far(m, "far_gradients", &far_gradients);
+  bind_literal(m, "literal_statistics", &literal_statistics);
+  bind_literal(m, "literal_gradients", &literal_gradients);
   bind_single(m);
 }
 

@@ -140,7 +140,7 @@ PYBIND11_MODULE(_native, m) {
   row["text_inverse"] = int(kTextInverse), row["audio_inverse"] = int(kAudioInverse);
   m.attr("ROW") = row;
   py::dict sum;  // rows of Problem.sums that Python writes
-  sum["bias"] = int(kSumBias), sum["rho_far"] = int(kSumRhoFar);
+  sum["bias"] = int(kSumBias), sum["rho_literal"] = int(kSumRhoLiteral);
   sum["support_text"] = int(kSumSupportText), sum["support_audio"] = int(kSumSupportAudio);
   m.attr("SUM") = sum;
 
@@ -177,7 +177,7 @@ PYBIND11_MODULE(_native, m) {
 
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def("prepare_rows", [](const Problem& p) { kernels().prepare_rows(p); }, Release());
-  m.def("count_far", [](const Problem& p) { return kernels().count_far(p); }, Release());
+  m.def("count_literal", [](const Problem& p) { return kernels().count_literal(p); }, Release());
   m.def(
       "mask",
       [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {

@@ -28,8 +28,8 @@ enum Direction {
 enum Row {
   kGap = 0,        // r
   kC,              // c = R / r
-  kTileC,          // c, 0 for far rows, which the tiles skip
-  kOffset,         // 0, or kMasked for far rows
+  kTileC,          // c, 0 for literal rows, which the tiles skip
+  kOffset,         // 0, or kMasked for literal rows
   kTextInverse,    // 1 / |t_sup| with renormalize, else 1
   kAudioInverse,   // 1 / |a_sup| with renormalize, else 1
   kPositive,       // <t_i, a_i>
@@ -48,7 +48,7 @@ enum Sum {
   kSumRhoAudio,      // sum_j u_ij (K_ij - S_ji)
   kSumSupportText,   // sum_j h_ij x_ij
   kSumSupportAudio,  // sum_j u_ij y_ij
-  kSumRhoFar,        // rho_i of rows treated literally, positive included
+  kSumRhoLiteral,    // rho_i of rows treated literally, positive included
   kSums
 };
 

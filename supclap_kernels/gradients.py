@@ -9,7 +9,8 @@ These are the identities the kernels implement, with the same symbols (derivatio
     W  = G + (1 - c) H + ((1 - c) U)^T,   V_A = c H,   V_T = c U
     rho_i = sum_j (H_ij (Q_ij - S_ij) + U_ij (K_ij - S_ji)) / r_i       dR = rho + hinge - ...
 
-Rows with a tiny gap (`is_far`) would lose digits in Q - S: their support vector is taken literally.
+Rows with a tiny gap (`is_literal`) would lose digits in Q - S: their support vector is taken
+literally.
 """
 
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from torch import Tensor
 from .autocast import without_autocast
 from .reference import accumulator_dtype, gap_and_direction, kept_pairs
 
-FAR_C = 2.0
-FAR_GAP = 1 / 8
+LITERAL_C = 2.0
+LITERAL_GAP = 1 / 8
 MIN_LENGTH = 1e-7
 """Support vectors shorter than this are divided by it when put back on the sphere."""
 
@@ -37,10 +38,10 @@ class Gradients(NamedTuple):
     logit_bias: Tensor
 
 
-def is_far(c: Tensor, r: Tensor, T: Tensor, A: Tensor) -> Tensor:
+def is_literal(c: Tensor, r: Tensor, T: Tensor, A: Tensor) -> Tensor:
     """(N,) bool: rows whose Q - S cancels so much that the support vector is taken literally."""
     length = torch.maximum(T.norm(dim=1), A.norm(dim=1))
-    return (c.abs() > FAR_C) | (r < FAR_GAP * length)
+    return (c.abs() > LITERAL_C) | (r < LITERAL_GAP * length)
 
 
 def normalize_gradient(X: Tensor, dX: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def loss_and_gradients(
         diff = gram - cross
         diff.diagonal().copy_((step * Y).sum(dim=1))
         Ss = cross + c[:, None] * diff
-        Ss[far] = s[far] @ Y.t()
+        Ss[literal] = s[literal] @ Y.t()
         L = Ss / norm[:, None]
         loss, H = direction(L)
         if both:
@@ -176,15 +177,15 @@ def loss_and_gradients(
         dk, db = dk + (H * L).sum(), db + H.sum()
         H = k * H / norm[:, None]
         ds = torch.zeros_like(s)
-        ds[far] = H[far] @ Y  # far rows: the gradient of s, literally
+        ds[literal] = H[literal] @ Y  # literal rows: the gradient of s, literally
         sigma = (H * Ss).sum(dim=1) / norm.square() if renormalize else torch.zeros_like(c)
         v = step / r[:, None]
-        part = torch.where(far, (ds * v).sum(dim=1), (H * diff).sum(dim=1) / r)
+        part = torch.where(literal, (ds * v).sum(dim=1), (H * diff).sum(dim=1) / r)
         rho = rho + part - sigma * (v * s).sum(dim=1)
         own = ds - sigma[:, None] * s
         dX, dY = (1.0 - c)[:, None] * own, c[:, None] * own
-        dY = dY + H[far].t() @ s[far]
-        return loss, H.masked_fill(far[:, None], 0.0), dX, dY
+        dY = dY + H[literal].t() @ s[literal]
+        return loss, H.masked_fill(literal[:, None], 0.0), dX, dY
 
     hinge = torch.zeros_like(w)
     dR = torch.zeros_like(w)
@@ -192,7 +193,7 @@ def loss_and_gradients(
         R = torch.as_tensor(radius, **number).detach().expand(N)
         r, u = gap_and_direction(T, A)
         c = R / r
-        far = is_far(c, r, T, A)
+        literal = is_literal(c, r, T, A)
         Q = product_of(A, A.t(), weights_dtype)
         svr, H, dX, dY = support_term(T, A, Q, S, bilateral == "shared" and infonce)
         W = W + (1.0 - c)[:, None] * H

@@ -144,8 +144,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guard:
     return guard
 
 
-def check_far_rows(mode: dict[str, Any], close: list[int], backend: str) -> None:
-    """The rows `close`, of 129, are far."""
+def check_literal_rows(mode: dict[str, Any], close: list[int], backend: str) -> None:
+    """The rows `close`, of 129, are literal."""
     case = Case(N=129, D=20, options={**mode, "renormalize": len(close) == 1})
     inputs = make_inputs(case)
     inputs.audio[close] = inputs.text[close] + 0.02 * inputs.audio[close].flip(1)

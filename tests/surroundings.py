@@ -147,8 +147,8 @@ def kernels(backends: list[str], cases: dict[str, Case], **more: Any) -> dict[st
 
 CASES = {
     **OPTION_SETS,
-    "far rows": Case(gap=1e-3, radius="row"),
-    "far rows, shared": Case(gap=1e-3, radius="row", options={"bilateral": "shared"}),
+    "literal rows": Case(gap=1e-3, radius="row"),
+    "literal rows, shared": Case(gap=1e-3, radius="row", options={"bilateral": "shared"}),
     "float16": Case(dtype=torch.float16, options={"normalize": True}),
     "bfloat16 normalized": Case(D=16, dtype=torch.bfloat16, options={"normalize": True}),
     "bfloat16 siglip": Case(dtype=torch.bfloat16, options={"objective": "siglip"}),

@@ -21,10 +21,10 @@ namespace supclap {
 namespace SUPCLAP_ISA {
 namespace {
 
-constexpr double kEps = 1e-4;  // smoothing of the gap
-constexpr double kFarC = 2.0;  // is_far of gradients.py
-constexpr double kFarGap = 1.0 / 8;
-constexpr double kFarLength = 0.1;
+constexpr double kEps = 1e-4;      // smoothing of the gap
+constexpr double kLiteralC = 2.0;  // is_literal of gradients.py
+constexpr double kLiteralGap = 1.0 / 8;
+constexpr double kLiteralLength = 0.1;
 constexpr int64_t kRowChunk = 16;
 constexpr int64_t kSerialWork = 1 << 14;  // elements below which threads cost more than they bring
 
@@ -102,7 +102,7 @@ SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, R
 const Kernels& kernels() {
   static const Kernels table = {
       [](const Problem& p) { SUPCLAP_REAL(prepare_rows)(p); },
-      [](const Problem& p) { return SUPCLAP_REAL(count_far)(p); },
+      [](const Problem& p) { return SUPCLAP_REAL(count_literal)(p); },
       [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(mask)(p, t, panel); },
       [](const Problem& p, const Tile& t, const void* panel) {
         SUPCLAP_REAL(statistics)(p, t, panel);

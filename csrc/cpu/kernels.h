@@ -8,8 +8,8 @@ namespace supclap {
 struct Kernels {
   // rows[kGap .. kStepAudio] and an empty `running`.
   void (*prepare_rows)(const Problem&);
-  // How many rows are far.
-  int64_t (*count_far)(const Problem&);
+  // How many rows are literal.
+  int64_t (*count_literal)(const Problem&);
   // Takes the pairs that do not take part out of the panel of one tile: the diagonal, and equal
   // ids.
   void (*mask)(const Problem&, const Tile&, void* panel);

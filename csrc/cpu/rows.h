@@ -36,14 +36,15 @@ void prepare_rows(const Problem& p) {
       const double r = sqrt(ee + kEps * kEps), c = row.radius(i) / r;
       const double text = tt + 2 * c * et + c * c * ee, audio = aa - 2 * c * ea + c * c * ee;
       const double length = tt > aa ? tt : aa;  // squared, like text and audio: of the vectors
-      const bool short_support = p.renormalize && (text < kFarLength * kFarLength * length ||
-                                                   audio < kFarLength * kFarLength * length);
-      const bool far =
-          c > kFarC || c < -kFarC || r * r < kFarGap * kFarGap * length || short_support;
+      const bool short_support =
+          p.renormalize && (text < kLiteralLength * kLiteralLength * length ||
+                            audio < kLiteralLength * kLiteralLength * length);
+      const bool literal = c > kLiteralC || c < -kLiteralC ||
+                           r * r < kLiteralGap * kLiteralGap * length || short_support;
       row[kGap][i] = Real(r);
       row[kC][i] = Real(c);
-      row[kTileC][i] = far ? Real(0) : Real(c);
-      row[kOffset][i] = far ? Real(kMasked) : Real(0);
+      row[kTileC][i] = literal ? Real(0) : Real(c);
+      row[kOffset][i] = literal ? Real(kMasked) : Real(0);
       row[kStepText][i] = Real(et);
       row[kStepAudio][i] = Real(ea);
       row[kTextInverse][i] = p.renormalize ? Real(inverse_length(text)) : Real(1);
@@ -55,11 +56,11 @@ void prepare_rows(const Problem& p) {
 }
 
 template <class Real>
-int64_t count_far(const Problem& p) {
+int64_t count_literal(const Problem& p) {
   const Rows<Real> row(p);
-  int64_t far = 0;
-  for (int64_t i = 0; p.svr && i < p.N; ++i) far += row[kOffset][i] != Real(0);
-  return far;
+  int64_t literal = 0;
+  for (int64_t i = 0; p.svr && i < p.N; ++i) literal += row[kOffset][i] != Real(0);
+  return literal;
 }
 
 // Inner products of the positives with the support vectors: <t_sup_i, a_i> and <a_sup_i, t_i>.
@@ -197,13 +198,13 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
     const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
     const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
     const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
-    // Of a far row, all of H and U is in sums[kSumRhoFar], dT and dA already.
-    const bool far = row[kOffset][i] != Real(0), tangent = p.renormalize && !far;
-    const double H = far ? 0 : p.k * h * nt, U = far ? 0 : p.k * u * na;
+    // Of a literal row, all of H and U is in sums[kSumRhoLiteral], dT and dA already.
+    const bool literal = row[kOffset][i] != Real(0), tangent = p.renormalize && !literal;
+    const double H = literal ? 0 : p.k * h * nt, U = literal ? 0 : p.k * u * na;
     const double sigma_t = tangent ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
     const double sigma_a = tangent ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
-    double rho =
-        (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r + sum(kSumRhoFar);
+    double rho = (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r +
+                 sum(kSumRhoLiteral);
     if (p.mirror) rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
     const double hinge = R > r ? p.beta * w : 0;
     const double along = (c * rho + hinge) / r;

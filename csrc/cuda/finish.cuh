@@ -37,8 +37,8 @@ struct RowTerms {
       c = row_of(p, kC, i);
       const float et = row_of(p, kStepText, i), ea = row_of(p, kStepAudio, i), ee = ea - et;
       const float n_t = row_of(p, kTextInverse, i), n_a = row_of(p, kAudioInverse, i), d = 1 - c;
-      // Of a far row, H and U are in kRhoFar and dT, dA already (far.cuh).
-      const bool near = !is_far(p, i), tangent = p.renormalize && near;
+      // Of a literal row, H and U are in kRhoLiteral and dT, dA already (literal.cuh).
+      const bool near = !is_literal(p, i), tangent = p.renormalize && near;
       float h = positive_slope(p, kSupportRows, positive, i);
       if (p.mode == kShared) h += positive_slope(p, kOtherRows, positive, i);
       h *= p.alpha * w;
@@ -59,7 +59,7 @@ struct RowTerms {
         t_t += c * U, t_a += U, t_e -= c * U, a_t += d * U;
         t_a -= c * sigma_a, t_e += c * c * sigma_a, a_a -= d * sigma_a, a_e += d * c * sigma_a;
       }
-      rho = (rho + k * unit * sum(kRhoFar)) / r;
+      rho = (rho + k * unit * sum(kRhoLiteral)) / r;
     }
     dR = rho + hinge - (R < 0 ? p.beta * w : 0);
     const float along = (c * rho + hinge) / r;

@@ -2,7 +2,7 @@
 // statistics, and weights in place of them. Nothing here knows the embeddings' dtype.
 #pragma once
 
-#include "cuda/far.cuh"
+#include "cuda/literal.cuh"
 #include "cuda/tile.cuh"
 
 namespace supclap::cuda {
@@ -137,7 +137,7 @@ struct KeptTiles {
   // Merges row i's statistics over all tiles, in their order.
   __device__ LogSum merged(int64_t i, int d) const {
     const float* running = p.running + 2 * d * p.N + i;
-    LogSum sum{running[0], running[p.N]};  // of far rows
+    LogSum sum{running[0], running[p.N]};  // of literal rows
     const int64_t plane = int64_t(plan.tiles) * padded();
     const float* from = to.part + 2 * d * plane + i;
     SUPCLAP_UNROLL_BY(8)  // that many loads at once

@@ -37,10 +37,10 @@ bool gram_whole(const Problem& p);       // whether it copies left operands at o
 std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
                       Stream stream);
 
-// Far rows (rows.cu): index [N] and count [1] int32.
-std::string far_list(const Problem& p, int* index, int* count, Stream stream);
-std::string far_statistics(const Problem& p, const int* index, const int* count, Stream stream);
-std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream);
+// Literal rows (rows.cu): index [N] and count [1] int32.
+std::string list_literal(const Problem& p, int* index, int* count, Stream stream);
+std::string literal_statistics(const Problem& p, const int* index, const int* count, Stream stream);
+std::string literal_gradients(const Problem& p, const int* index, const int* count, Stream stream);
 
 // The loss in one launch (single.cu). How a problem is cut for a device, in tiles of `side` (0: by
 // N); `blocks` is 0 where they do not fit on the chip. The problem needs its numbers and options,

@@ -27,10 +27,10 @@ enum RowSum {
   kRhoAudio,      // sum_j u_ij (K_ij - S_ji)
   kSupportText,   // sum_j h_ij x_ij
   kSupportAudio,  // sum_j u_ij y_ij
-  kRhoFar,        // of rows treated literally, positive included
+  kRhoLiteral,    // of rows treated literally, positive included
   kRowSums
 };
-constexpr int kTileSums = kRhoFar;  // those that tiles add to
+constexpr int kTileSums = kRhoLiteral;  // those that tiles add to
 
 // Planes of partial statistics: m and l of each direction, then sum and count of the negatives'
 // logits.
@@ -128,7 +128,7 @@ struct SingleScratch {
   void* matrices;  // [2 + grams, padded, padded] dtype: W^T, W, V_A + V_A^T, V_T + V_T^T
   float* part;     // [kPlanes, tiles, padded] statistics of row i over the columns of a tile
   float* sums;     // [kTileSums, tiles, padded]
-  int* far;        // [N] list of far rows, then how many
+  int* literal;    // [N] list of literal rows, then how many
   float* slices;   // [pairs, plan.slices, 2 + grams, B, B] products
 };
 

@@ -1,7 +1,7 @@
 // The kernels that have rows, not tiles: a warp, a thread or a block for each.
 #pragma once
 
-#include "cuda/far.cuh"
+#include "cuda/literal.cuh"
 
 namespace supclap::cuda {
 
@@ -89,44 +89,46 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (is_last) finish_scalars(p, reinterpret_cast<double*>(memory));
 }
 
-// ---------------------------------------------------------------- far rows
+// ---------------------------------------------------------------- literal rows
 
-static __global__ void far_list_kernel(const __grid_constant__ Problem p, int* index, int* count) {
+static __global__ void list_literal_kernel(const __grid_constant__ Problem p, int* index,
+                                           int* count) {
   SUPCLAP_SHARED(memory);
-  list_far(p, index, count, reinterpret_cast<int*>(memory));
+  list_literal(p, index, count, reinterpret_cast<int*>(memory));
 }
 
 // Grids of any size: blocks take turns.
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    far_statistics_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+    literal_statistics_kernel(const __grid_constant__ Problem p, const int* index,
+                              const int* count) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
-  const int far = *count;
-  for (int n = blockIdx.x; n < far; n += gridDim.x)
-    far_row_statistics<Scalar>(p, index[n], scratch);
-  if (p.mode != kShared || far == 0) return;
+  const int literal = *count;
+  for (int n = blockIdx.x; n < literal; n += gridDim.x)
+    literal_row_statistics<Scalar>(p, index[n], scratch);
+  if (p.mode != kShared || literal == 0) return;
   for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
-    far_column_statistics<Scalar>(p, j, index, far, scratch);
+    literal_column_statistics<Scalar>(p, j, index, literal, scratch);
 }
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    far_rows_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+    literal_rows_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
   SUPCLAP_SHARED(memory);
-  const int far = *count;
-  for (int n = blockIdx.x; n < far; n += gridDim.x)
-    far_row_gradient<Scalar>(p, index[n], reinterpret_cast<float*>(memory));
+  const int literal = *count;
+  for (int n = blockIdx.x; n < literal; n += gridDim.x)
+    literal_row_gradient<Scalar>(p, index[n], reinterpret_cast<float*>(memory));
 }
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    far_columns_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+    literal_columns_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
   SUPCLAP_SHARED(memory);
-  const int far = *count;
-  if (far == 0) return;
+  const int literal = *count;
+  if (literal == 0) return;
   for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
-    far_column_gradient<Scalar>(p, j, index, far, reinterpret_cast<float*>(memory));
+    literal_column_gradient<Scalar>(p, j, index, literal, reinterpret_cast<float*>(memory));
 }
 
 }  // namespace supclap::cuda

@@ -52,32 +52,35 @@ std::string finish_gradients(const Problem& p, Stream stream) {
   });
 }
 
-std::string far_list(const Problem& p, int* index, int* count, Stream stream) {
-  return launch("far_list", far_list_kernel, {1, kWarps * sizeof(int)}, stream, p, index, count);
+std::string list_literal(const Problem& p, int* index, int* count, Stream stream) {
+  return launch("list_literal", list_literal_kernel, {1, kWarps * sizeof(int)}, stream, p, index,
+                count);
 }
 
 namespace {
-// Two blocks a multiprocessor take turns with the rows: how many are far is not known here.
-Grid far_grid(const Problem& p) {
+// Two blocks a multiprocessor take turns with the rows: how many are literal is not known here.
+Grid literal_grid(const Problem& p) {
   const int64_t most = 2 * int64_t(multiprocessors());
-  return {unsigned(p.N < most ? p.N : most), far_scratch(p.width) * sizeof(float)};
+  return {unsigned(p.N < most ? p.N : most), literal_scratch(p.width) * sizeof(float)};
 }
 }  // namespace
 
-std::string far_statistics(const Problem& p, const int* index, const int* count, Stream stream) {
+std::string literal_statistics(const Problem& p, const int* index, const int* count,
+                               Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
-    return launch("far_statistics", far_statistics_kernel<decltype(scalar)>, far_grid(p), stream, p,
-                  index, count);
+    return launch("literal_statistics", literal_statistics_kernel<decltype(scalar)>,
+                  literal_grid(p), stream, p, index, count);
   });
 }
 
-std::string far_gradients(const Problem& p, const int* index, const int* count, Stream stream) {
+std::string literal_gradients(const Problem& p, const int* index, const int* count, Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    const std::string error =
-        launch("far_rows", far_rows_kernel<Scalar>, far_grid(p), stream, p, index, count);
+    const std::string error = launch("literal_rows", literal_rows_kernel<Scalar>, literal_grid(p),
+                                     stream, p, index, count);
     if (!error.empty()) return error;
-    return launch("far_columns", far_columns_kernel<Scalar>, far_grid(p), stream, p, index, count);
+    return launch("literal_columns", literal_columns_kernel<Scalar>, literal_grid(p), stream, p,
+                  index, count);
   });
 }
 

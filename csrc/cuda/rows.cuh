@@ -6,8 +6,8 @@
 namespace supclap::cuda {
 
 constexpr float kEps = 1e-4f;  // smoothing of the gap, as in reference.py
-// `is_far` of gradients.py, and the shortest support vector, over the longer row.
-constexpr float kFarC = 2, kFarGap = 1.0f / 8, kFarLength = 0.1f;
+// `is_literal` of gradients.py, and the shortest support vector, over the longer row.
+constexpr float kLiteralC = 2, kLiteralGap = 1.0f / 8, kLiteralLength = 0.1f;
 constexpr float kMinLength = 1e-7f;
 constexpr double kMinNorm = 1e-12;
 constexpr float kLargestWeight = 16384;  // of a weight in its unit: float16 ends at 2^16
@@ -78,7 +78,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   if (!p.radius) return;
   const float r = sqrtf(ee + kEps * kEps), c = radius_of(p, i) / r;
   const float length = sqrtf(fmaxf(tt, aa));
-  bool far = fabsf(c) > kFarC || r < length * kFarGap;
+  bool literal = fabsf(c) > kLiteralC || r < length * kLiteralGap;
   float text = 1, audio = 1;
   if (p.renormalize) {
     float tt = 0, aa = 0;
@@ -91,18 +91,18 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
       }
     }
     const float length_t = sqrtf(warp_sum(tt)), length_a = sqrtf(warp_sum(aa));
-    far = far || fminf(length_t, length_a) < length * kFarLength;
+    literal = literal || fminf(length_t, length_a) < length * kLiteralLength;
     text = 1 / fmaxf(length_t, kMinLength), audio = 1 / fmaxf(length_a, kMinLength);
   }
   if (lane != 0) return;
   row_of(p, kGap, i) = r, row_of(p, kC, i) = c;
   row_of(p, kStepText, i) = et, row_of(p, kStepAudio, i) = ea;
   if (p.mode == kNone) return;
-  row_of(p, kTileC, i) = far ? 0 : c, row_of(p, kOffset, i) = far ? kHidden : 0;
+  row_of(p, kTileC, i) = literal ? 0 : c, row_of(p, kOffset, i) = literal ? kHidden : 0;
   row_of(p, kTextInverse, i) = text, row_of(p, kAudioInverse, i) = audio;
 }
 
-__device__ __forceinline__ bool is_far(const Problem& p, int64_t i) {
+__device__ __forceinline__ bool is_literal(const Problem& p, int64_t i) {
   return p.mode != kNone && row_of(p, kOffset, i) != 0;
 }
 
@@ -188,7 +188,7 @@ __device__ __forceinline__ float omega_of(const Problem& p, int64_t i) {
 // Largest weight of a row's products, over its omega.
 __device__ __forceinline__ float weight_gain(const Problem& p, int64_t i) {
   float gain = 2;
-  if (p.mode == kNone || is_far(p, i)) return gain;
+  if (p.mode == kNone || is_literal(p, i)) return gain;
   const float inverse = fmaxf(row_of(p, kTextInverse, i), row_of(p, kAudioInverse, i));
   return gain + 2 * fabsf(p.alpha) * (1 + 2 * fabsf(row_of(p, kTileC, i))) * inverse;
 }

@@ -61,7 +61,7 @@ int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScrat
   };
   take(to.part, kPlanes * plan.tiles * padded * 4);
   take(to.sums, kTileSums * plan.tiles * padded * 4);
-  take(to.far, (p.N + 1) * 4);
+  take(to.literal, (p.N + 1) * 4);
   take(to.matrices, (2 + grams_of(p)) * padded * padded * itemsize);
   const int64_t slices = plan.slices > 1 ? plan.pairs * plan.slices : 0;
   take(to.slices, slices * (2 + grams_of(p)) * plan.side * plan.side * 4);

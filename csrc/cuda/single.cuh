@@ -6,11 +6,11 @@
 //   -- grid barrier
 //   1  pairs     a block owns pairs of B x B tiles (I, J), I <= J: S, P, Q, K multiplied out and
 //                kept in shared memory; partial log-sum-exps. SigLIP goes on to 2 at once.
-//   -- grid barrier (with far rows: their statistics, and another one)
+//   -- grid barrier (with literal rows: their statistics, and another one)
 //   2  pairs     log-sum-exps merged, the rows' losses; the kept logits become weights
 //   -- grid barrier
 //   3  items     another ownership, B rows x B columns of D: dT, dA = sums of weighted rows
-//      and the loss (with far rows: another barrier, their gradients)
+//      and the loss (with literal rows: another barrier, their gradients)
 //
 // The weights pass from owner to owner through `matrices`, (2 + grams) N^2 numbers of the
 // embeddings' dtype that stay in the L2 cache: a tile's own partial gradients would be D / B times
@@ -39,10 +39,10 @@ struct SingleLayout {
   // Up to a multiple of 16 bytes.
   __host__ __device__ static int pair(int grams) { return ((2 + grams) * kTile + 3) / 4 * 4; }
   // Behind the kept tiles: operands, which begin where a pair's tiles will be, so that what follows
-  // has no tiles yet; the teams' sums, room to reduce columns in, what the far rows need.
+  // has no tiles yet; the teams' sums, room to reduce columns in, what the literal rows need.
   __host__ __device__ static int stage(int grams, int64_t width) {
     return most(most(kOperands - pair(grams), Similarity::kParts),
-                most(SingleShape<B>::kScratch, int(far_scratch(width))));
+                most(SingleShape<B>::kScratch, int(literal_scratch(width))));
   }
   __host__ __device__ static int size(int grams, int kept, int64_t width) {
     return most(kept * pair(grams) + stage(grams, width) + kFactors, kItem);
@@ -79,7 +79,7 @@ struct Single : KeptTiles<B> {
             memory + plan.kept * Layout::pair(grams_of(p)) + Layout::stage(grams_of(p), p.width)} {}
 
   __device__ float* kept(int n) const { return memory + n * Layout::pair(grams()); }
-  __device__ int* far_count() const { return to.far + p.N; }
+  __device__ int* literal_count() const { return to.literal + p.N; }
 
   // Operands and geometry of all rows.
   __device__ void rows() const {
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   if (blockIdx.x == gridDim.x - 1 && p.mode != kNone)
-    list_far(p, to.far, work.far_count(), reinterpret_cast<int*>(memory));
+    list_literal(p, to.literal, work.literal_count(), reinterpret_cast<int*>(memory));
   const float unit = gradient ? work.find_unit() : 1;
   int I, J;
   SUPCLAP_ROLLED
@@ -300,15 +300,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   grid_barrier();
 
-  const int far = p.mode == kNone ? 0 : *work.far_count();
-  if (far > 0) {
+  const int literal = p.mode == kNone ? 0 : *work.literal_count();
+  if (literal > 0) {
     SUPCLAP_ROLLED
-    for (int n = blockIdx.x; n < far; n += gridDim.x)
-      far_row_statistics<Scalar>(p, to.far[n], work.stage);
+    for (int n = blockIdx.x; n < literal; n += gridDim.x)
+      literal_row_statistics<Scalar>(p, to.literal[n], work.stage);
     if (p.mode == kShared) {
       SUPCLAP_ROLLED
       for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
-        far_column_statistics<Scalar>(p, j, to.far, far, work.stage);
+        literal_column_statistics<Scalar>(p, j, to.literal, literal, work.stage);
     }
     grid_barrier();
   }
@@ -340,14 +340,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   SUPCLAP_ROLLED
   for (int64_t n = blockIdx.x; n < items; n += gridDim.x)
     work.item(int(n / slices), n % slices * B);
-  if (far == 0) return;
+  if (literal == 0) return;
   grid_barrier();
   SUPCLAP_ROLLED
-  for (int n = blockIdx.x; n < far; n += gridDim.x) far_row_gradient<Scalar>(p, to.far[n], memory);
+  for (int n = blockIdx.x; n < literal; n += gridDim.x)
+    literal_row_gradient<Scalar>(p, to.literal[n], memory);
   grid_barrier();
   SUPCLAP_ROLLED
   for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
-    far_column_gradient<Scalar>(p, j, to.far, far, memory);
+    literal_column_gradient<Scalar>(p, j, to.literal, literal, memory);
 }
 
 }  // namespace supclap::cuda

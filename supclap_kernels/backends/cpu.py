@@ -18,7 +18,7 @@ from ..reference import accumulator_dtype
 from . import contract
 from .backend import Backend, Call, Towers
 from .contract import STATE_ROWS, Inputs, grams
-from .far import FarRows
+from .literal import LiteralRows
 from .panel import PLACEHOLDER, Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 from .tiles import CPU_TILE, CPU_TILE_MINIMUM
@@ -82,7 +82,7 @@ class CpuCall:
         p.sums = p.running + 2 * directions * N * 8
         if state is None:
             self.native.prepare_rows(p)
-        self.far = self.far_rows() if self.native.count_far(p) else None
+        self.literal = self.literal_rows() if self.native.count_literal(p) else None
 
     def vector(self, x: Tensor | None) -> Tensor | None:
         """(N,) or 0-d values as the kernels read them."""
@@ -113,12 +113,12 @@ class CpuCall:
             rows = self.T.to(torch.bfloat16), self.A.to(torch.bfloat16)
         return Bfloat16Products(*rows, self.split)
 
-    def far_rows(self) -> FarRows:
+    def literal_rows(self) -> LiteralRows:
         assert self.R is not None
         index = self.row("offset").nonzero()[:, 0]
         k, b, R = self.problem.k, self.problem.b, self.R.expand(self.N)
         modes = (self.mirror, self.shared, self.split)
-        return FarRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
+        return LiteralRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
 
     def exponential(self, x: Tensor) -> Tensor:
         return x.exp()
@@ -155,11 +155,11 @@ class CpuCall:
     def sweep_statistics(self, kept: Tensor | None) -> None:
         scratch = self.scratch() if kept is None else None
         sweep_statistics(self.layout, self.products, self, kept, scratch)
-        self.far_statistics()
+        self.literal_statistics()
 
-    def far_statistics(self) -> None:
-        if self.far is not None:
-            self.far.statistics(self.log_sums, self.native.MASKED)
+    def literal_statistics(self) -> None:
+        if self.literal is not None:
+            self.literal.statistics(self.log_sums, self.native.MASKED)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         loss = self.new_empty(self.N) if self.problem.per_row else self.new_empty()
@@ -196,12 +196,12 @@ class CpuCall:
         arguments = (self.layout, self.products, self, kept, self.scratch(), with_statistics)
         sweep_gradients(dT, dA, *arguments)
         if with_statistics:
-            self.far_statistics()
-        if self.far is not None:
+            self.literal_statistics()
+        if self.literal is not None:
             directions = self.native.DIRECTIONS
             state = self.state[: 3 * directions].view(3, directions, self.N)
             factors = self.factors[: 2 * directions].view(2, directions, self.N)
-            self.far.gradients(state, factors, self.sums, self.native.SUM, dT, dA)
+            self.literal.gradients(state, factors, self.sums, self.native.SUM, dT, dA)
 
     def finish_gradients(
         self, dA: Tensor | None, dT: Tensor | None, out: Towers = (None, None)

@@ -4,10 +4,11 @@
     fused    a tile kernel (Triton) multiplies and reduces them in registers
 
 Both write the weights of a tile pair to a panel, which the library multiplies with the embeddings.
-No value is read back: k, b, ids, weights and which rows are far stay on the device. Deterministic:
-partial results go to slots of their own and are added in order. The same code runs on CPU tensors
-where a host stands in for the device: Triton's interpreter (TRITON_INTERPRET=1; it rounds correctly
-only in float32, so there outputs are float32 and PyTorch casts them), and tests/shim for csrc/cuda.
+No value is read back: k, b, ids, weights and which rows are literal stay on the device.
+Deterministic: partial results go to slots of their own and are added in order. The same code runs
+on CPU tensors where a host stands in for the device: Triton's interpreter (TRITON_INTERPRET=1; it
+rounds correctly only in float32, so there outputs are float32 and PyTorch casts them), and
+tests/shim for csrc/cuda.
 """
 
 import math
@@ -71,10 +72,10 @@ class GpuBackend(Backend):
         held = 4 * contract.STATE_ROWS * N + saved + operands + 4 * N * svr
         total, returned = 2 * N * width * 4, 2 * N * D * dtype.itemsize
         outputs = 0 if dtype == torch.float32 and width == D and not single else returned
-        far = self.engine.far_bytes(N, width)
+        literal = self.engine.literal_bytes(N, width)
         first = self.scratch_bytes(layout, dtype, not kept, True, single)
         second = self.scratch_bytes(layout, dtype, not kept, single, True)
-        after = max(far * svr, outputs * (not single) + 4 * 3 * N)
+        after = max(literal * svr, outputs * (not single) + 4 * 3 * N)
         gradients = 4 * (1 + 8 + SUMS + 1) * N + total + max(second, after)
         forward_peak = held + 4 * PLANES * N + (gradients if single else first)
         backward_peak = held + gradients

@@ -147,8 +147,8 @@ class GpuCall:
         return False
 
     @staticmethod
-    def far_bytes(N: int, width: int) -> int:
-        """Working memory of the far rows' gradients."""
+    def literal_bytes(N: int, width: int) -> int:
+        """Working memory of the literal rows' gradients."""
         raise NotImplementedError
 
     def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
@@ -171,7 +171,7 @@ class GpuCall:
         """Add the tile's partial results to the running ones."""
         raise NotImplementedError
 
-    def far_statistics(self) -> None:
+    def literal_statistics(self) -> None:
         raise NotImplementedError
 
     def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
@@ -182,7 +182,7 @@ class GpuCall:
         """Fills `omega`, `factors` and `unit`."""
         raise NotImplementedError
 
-    def far_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
+    def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
         raise NotImplementedError
 
     def finish_towers(
@@ -255,7 +255,7 @@ class GpuCall:
         lanes = self.lanes(*scratch)
         in_flight(self.device, self.layout.tiles(), lanes, free, self.merge_tile)
         if self.mode != NONE:
-            self.far_statistics()
+            self.literal_statistics()
 
     def sweep_gradients(
         self,
@@ -277,8 +277,8 @@ class GpuCall:
         in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, ordered)
         if self.mode != NONE:
             if with_statistics:
-                self.far_statistics()
-            self.far_gradients(dT, dA)
+                self.literal_statistics()
+            self.literal_gradients(dT, dA)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         options = self.options
@@ -294,7 +294,7 @@ class GpuCall:
         self.omega = self.new_empty(self.N)
         self.unit = self.new_empty(2)[0]  # the other one is csrc/cuda's
         self.factors = self.new_zeros(8, self.N)
-        self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_FAR
+        self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_LITERAL
         self.prepare_factors(contiguous(upstream))
 
     def accumulators(self, needs: tuple[bool, ...], out: Towers = (None, None)) -> Towers:

@@ -61,7 +61,7 @@ class CudaCall(GpuCall):
         return -(-nj // columns), -(-ni // rows)
 
     @staticmethod
-    def far_bytes(N: int, width: int) -> int:
+    def literal_bytes(N: int, width: int) -> int:
         return 4 * N
 
     def prepare_launches(self) -> None:
@@ -69,7 +69,7 @@ class CudaCall(GpuCall):
         self.native, self.problem, self.set = self.given.native, self.given.problem, self.given.set
         self.problem.split = self.split
         self.stream = native.stream(self.device)
-        self.far: tuple[Tensor, Tensor] | None = None
+        self.literal: tuple[Tensor, Tensor] | None = None
 
     def pack_rows(self, X: Tensor, out: Tensor) -> None:
         text = X is self.inputs.text
@@ -97,22 +97,22 @@ class CudaCall(GpuCall):
     def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
         self.native.panel_merge(*self.place(tile, None, scratch))
 
-    def far_rows(self) -> tuple[int, int]:
-        """Which rows are far, listed on the device: addresses of the list and of its length."""
-        if self.far is None:
+    def literal_rows(self) -> tuple[int, int]:
+        """Which rows are literal, listed on the device: addresses of the list and of its length."""
+        if self.literal is None:
             integers: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
-            self.far = torch.empty(self.N, **integers), torch.empty(1, **integers)
-            addresses = map(native.address, self.far)
-            self.native.far_list(self.problem, *addresses, self.stream)
-        index, count = self.far
+            self.literal = torch.empty(self.N, **integers), torch.empty(1, **integers)
+            addresses = map(native.address, self.literal)
+            self.native.list_literal(self.problem, *addresses, self.stream)
+        index, count = self.literal
         return index.data_ptr(), count.data_ptr()
 
-    def far_statistics(self) -> None:
-        self.native.far_statistics(self.problem, *self.far_rows(), self.stream)
+    def literal_statistics(self) -> None:
+        self.native.literal_statistics(self.problem, *self.literal_rows(), self.stream)
 
-    def far_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
+    def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
         self.set(dT=dT, dA=dA)
-        self.native.far_gradients(self.problem, *self.far_rows(), self.stream)
+        self.native.literal_gradients(self.problem, *self.literal_rows(), self.stream)
 
     def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
         self.set(row_loss=rows, terms=terms)

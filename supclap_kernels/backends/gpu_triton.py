@@ -11,7 +11,7 @@ from . import tiles
 from . import triton_epilogue as epilogue
 from .gpu import GpuBackend
 from .gpu_call import PLANES, SUMS, GpuCall, Scratch
-from .gpu_far import FarRows
+from .gpu_literal import LiteralRows
 from .panel import Tile
 from .triton_backward import tile_backward
 from .triton_finish import finish_gradients
@@ -79,14 +79,14 @@ class TritonCall(GpuCall):
         return fused and precision(dtype) == "tf32"
 
     @staticmethod
-    def far_bytes(N: int, width: int) -> int:
-        blocks = triton.cdiv(N, tiles.FAR_ROWS)
-        return 4 * (min(blocks, tiles.FAR_PARTS) * tiles.FAR_ROWS * width + 2 * N)
+    def literal_bytes(N: int, width: int) -> int:
+        blocks = triton.cdiv(N, tiles.LITERAL_ROWS)
+        return 4 * (min(blocks, tiles.LITERAL_PARTS) * tiles.LITERAL_ROWS * width + 2 * N)
 
     def prepare_launches(self) -> None:
         self.row_grid = (triton.cdiv(self.N, tiles.ROWS),)
         self.vector_grid = (triton.cdiv(self.N, tiles.VECTOR),)
-        self.found_far: FarRows | None = None
+        self.literal_rows_found: LiteralRows | None = None
 
     @functools.cached_property
     def multiplied(self) -> tuple[Tensor, Tensor]:
@@ -168,17 +168,17 @@ class TritonCall(GpuCall):
                 epilogue.merge_sums[blocks, SUMS](sums, self.sums, *place, used, **shape)
 
     @property
-    def far(self) -> FarRows:
-        if self.found_far is None:
+    def literal(self) -> LiteralRows:
+        if self.literal_rows_found is None:
             kind = (self.mode, self.infonce, self.split)
-            self.found_far = FarRows(self.T, self.A, self.fixed, *kind)
-        return self.found_far
+            self.literal_rows_found = LiteralRows(self.T, self.A, self.fixed, *kind)
+        return self.literal_rows_found
 
-    def far_statistics(self) -> None:
-        self.far.statistics(self.running)
+    def literal_statistics(self) -> None:
+        self.literal.statistics(self.running)
 
-    def far_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
-        self.far.gradients(
+    def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
+        self.literal.gradients(
             self.factors, self.omega, self.unit, self.sums, dT, dA,
             self.options.alpha, self.options.renormalize,
         )  # fmt: skip

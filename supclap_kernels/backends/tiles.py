@@ -51,9 +51,10 @@ VECTOR = 256
 """Rows of a program in the O(N) kernels."""
 MERGE_SLOTS, MERGE_ROWS = 16, 32
 """Partial results of a row that a program which merges them reads at once, and its rows."""
-FAR_ROWS, FAR_COLUMNS, FAR_DEPTH, FAR_CHUNK = 16, 32, 32, 128
-"""Far rows of a program, compared rows and columns of both at a time, columns of the gradient."""
-FAR_SPLIT, FAR_PARTS = 512, 128
+LITERAL_ROWS, LITERAL_COLUMNS, LITERAL_DEPTH, LITERAL_CHUNK = 16, 32, 32, 128
+"""A program's literal rows; the compared rows and the columns it takes at a time; columns of the
+gradient."""
+LITERAL_SPLIT, LITERAL_PARTS = 512, 128
 """Compared rows of a program at least, and how many programs may leave partial gradients."""
 
 
@@ -107,9 +108,9 @@ SPILLS = {
     "tile_backward MODE=2": "4 registers",
     "tile_forward MODE=3": "1 register, with statistics",
     "panel_weights MODE=3": "float32 SigLIP: 7 registers; fewer columns cost the 128-bit stores",
-    "far_columns MODE=2": "5 registers, outside its loop",
-    "far_gradient": "2 registers: 4 warps of 128 keep two programs on a multiprocessor",
-    "finish_far": "2 registers, in float32 with every option",
+    "literal_columns MODE=2": "5 registers, outside its loop",
+    "literal_gradient": "2 registers: 4 warps of 128 keep two programs on a multiprocessor",
+    "finish_literal": "2 registers, in float32 with every option",
 }
 """Kernels that may spill up to 400 bytes outside their product loop, by name and constants, with
 the reason. Once a GPU has measured, only winners stay."""

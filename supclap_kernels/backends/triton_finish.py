@@ -20,7 +20,7 @@ from .triton_tiles import (
     OFFSET,
     OTHER_ROWS,
     RHO_AUDIO,
-    RHO_FAR,
+    RHO_LITERAL,
     RHO_TEXT,
     ROWS,
     SHARED,
@@ -96,7 +96,7 @@ def row_terms(
         if MODE == SHARED:
             h += positive_slope(state, OTHER_ROWS, k2 * x + b, i, inside, N, INFONCE)
         h *= alpha * w
-        # Of a far row, H and U are in RHO_FAR and dT, dA already (triton_far.py).
+        # Of a literal row, H and U are in RHO_LITERAL and dT, dA already (triton_literal.py).
         near = tl.load(rows + OFFSET * N, mask=inside, other=0.0) == 0.0
         H = tl.where(near, k * n_t * h, 0.0)
         support = row_sum(sums, SUPPORT_TEXT, i, inside, N) * product + h * x
@@ -118,7 +118,7 @@ def row_terms(
                 rho -= sigma_a * (c * (ea - et) - ea)
             dk += support
             db += u
-        rho = tl.div_rn(rho + k * one * row_sum(sums, RHO_FAR, i, inside, N), r)
+        rho = tl.div_rn(rho + k * one * row_sum(sums, RHO_LITERAL, i, inside, N), r)
     if radius is not None:
         dR += rho
         along = tl.div_rn(c * rho + hinge, r)

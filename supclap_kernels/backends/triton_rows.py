@@ -38,8 +38,8 @@ from .triton_tiles import (
 
 EPS = tl.constexpr(1e-4)
 """Smoothing of the gap, as in reference.py."""
-FAR_C, FAR_GAP, FAR_LENGTH = tl.constexpr(2.0), tl.constexpr(1 / 8), tl.constexpr(0.1)
-"""`is_far` of gradients.py, and the shortest support vector, over the longest row."""
+LITERAL_C, LITERAL_GAP, LITERAL_LENGTH = tl.constexpr(2.0), tl.constexpr(1 / 8), tl.constexpr(0.1)
+"""`is_literal` of gradients.py, and the shortest support vector, over the longest row."""
 MIN_LENGTH = tl.constexpr(1e-7)
 LARGEST_WEIGHT = tl.constexpr(2.0**14)
 """Of a weight in its unit: float16 ends at 2^16."""
@@ -111,11 +111,11 @@ def prepare_rows(
         aa += a * a
     tl.store(rows + POSITIVE * N, tl.sum(ta, 1), mask=inside)
     if radius is not None:
-        # Exact to rounding: an error of c is one of everything a far row gives.
+        # Exact to rounding: an error of c is one of everything a literal row gives.
         r = tl.sqrt_rn(tl.sum(ee, 1) + EPS * EPS)
         c = tl.div_rn(load_radius(radius, i, inside, PER_ROW_RADIUS), r)
         length = tl.sqrt(tl.maximum(tl.sum(tt, 1), tl.sum(aa, 1)))
-        far = (tl.abs(c) > FAR_C) | (r < length * FAR_GAP)
+        literal = (tl.abs(c) > LITERAL_C) | (r < length * LITERAL_GAP)
         inverse_t = tl.full([BLOCK_N], 1.0, tl.float32)
         inverse_a = inverse_t
         if RENORMALIZE:
@@ -126,7 +126,7 @@ def prepare_rows(
                 tt += (t + step) * (t + step)
                 aa += (a - step) * (a - step)
             length_t, length_a = tl.sqrt_rn(tl.sum(tt, 1)), tl.sqrt_rn(tl.sum(aa, 1))
-            far = far | (tl.minimum(length_t, length_a) < length * FAR_LENGTH)
+            literal = literal | (tl.minimum(length_t, length_a) < length * LITERAL_LENGTH)
             inverse_t = tl.div_rn(1.0, tl.maximum(length_t, MIN_LENGTH))
             inverse_a = tl.div_rn(1.0, tl.maximum(length_a, MIN_LENGTH))
         tl.store(rows + GAP * N, r, mask=inside)
@@ -134,8 +134,8 @@ def prepare_rows(
         tl.store(rows + STEP_TEXT * N, tl.sum(et, 1), mask=inside)
         tl.store(rows + STEP_AUDIO * N, tl.sum(ea, 1), mask=inside)
         if MODE != NONE:
-            tl.store(rows + TILE_C * N, tl.where(far, 0.0, c), mask=inside)
-            tl.store(rows + OFFSET * N, tl.where(far, HIDDEN, 0.0), mask=inside)
+            tl.store(rows + TILE_C * N, tl.where(literal, 0.0, c), mask=inside)
+            tl.store(rows + OFFSET * N, tl.where(literal, HIDDEN, 0.0), mask=inside)
             tl.store(rows + TEXT_INVERSE * N, inverse_t, mask=inside)
             tl.store(rows + AUDIO_INVERSE * N, inverse_a, mask=inside)
 

@@ -28,7 +28,7 @@ GAP, C, TILE_C, OFFSET, TEXT_INVERSE = (tl.constexpr(n) for n in range(5))
 AUDIO_INVERSE, POSITIVE, STEP_TEXT, STEP_AUDIO, PANEL_POSITIVE = (
     tl.constexpr(n) for n in range(5, 10)
 )
-BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO, RHO_FAR = (
+BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO, RHO_LITERAL = (
     tl.constexpr(n) for n in range(7)
 )
 SIMILARITY = tl.constexpr(4)

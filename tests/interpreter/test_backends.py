@@ -12,28 +12,28 @@ from gpu_suite import (
     RANGES,
     SUPPORT_MODES,
     Guard,
-    check_far_rows,
     check_float16_range,
+    check_literal_rows,
     guarded,
     suite,
     verify,
 )
 
-from supclap_kernels.backends import gpu_far, gpu_triton, tiles
+from supclap_kernels.backends import gpu_literal, gpu_triton, tiles
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
     monkeypatch.setattr(tiles, "GPU_PAD", pad)
     monkeypatch.setattr(tiles, "ROWS", rows)
     monkeypatch.setitem(gpu_triton.ROW_GRID, "BLOCK_N", rows)
-    monkeypatch.setattr(gpu_far, "BLOCK_J", columns)
-    monkeypatch.setattr(tiles, "FAR_SPLIT", split)
+    monkeypatch.setattr(gpu_literal, "BLOCK_J", columns)
+    monkeypatch.setattr(tiles, "LITERAL_SPLIT", split)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped tiles, and few programs of the other kernels, which is faster."""
-    sizes(monkeypatch, tiles.GPU_PAD, rows=64, columns=64, split=tiles.FAR_SPLIT)
+    sizes(monkeypatch, tiles.GPU_PAD, rows=64, columns=64, split=tiles.LITERAL_SPLIT)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "PANEL_STATISTICS", tiles.Blocks(64, 32))
     monkeypatch.setattr(tiles, "PANEL_WEIGHTS", tiles.Blocks(32, 64))
     monkeypatch.setattr(tiles, "tile_blocks", lambda *_: tiles.Blocks(32, 64, 32, parts=2))
-    monkeypatch.setattr(tiles, "FAR_PARTS", 3)
+    monkeypatch.setattr(tiles, "LITERAL_PARTS", 3)
     monkeypatch.setattr(tiles, "VECTOR", 64)
     monkeypatch.setattr(tiles, "MERGE_SLOTS", 2)
 
@@ -70,8 +70,8 @@ def test_options(backend, case, small, guard, request):
 
 @pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
 @pytest.mark.parametrize("close", CLOSE.values(), ids=CLOSE.keys())
-def test_few_far_rows_are_split_among_programs(mode, close, backend, guard, small_tiles):
-    check_far_rows(mode, close, backend)
+def test_few_literal_rows_are_split_among_programs(mode, close, backend, guard, small_tiles):
+    check_literal_rows(mode, close, backend)
 
 
 @pytest.mark.parametrize("length, scale, upstream", RANGES)

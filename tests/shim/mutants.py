@@ -18,7 +18,7 @@ BARRIER = re.compile(
     r"^\s*((__syncthreads|__syncwarp|warpgroup_barrier|grid_barrier)\(\)|mbarrier_wait\(.*\));"
 )
 SMALL = {"N": 40, "D": 24, "radius": "row", "gap": 0.05}
-"""Three tiles a side on three multiprocessors; some rows are far."""
+"""Three tiles a side on three multiprocessors; some rows are literal."""
 CASES = [
     ("cuda", Case(**SMALL, options={"normalize": True})),
     ("cuda", Case(**SMALL, dtype=torch.float16, options={"bilateral": "shared"})),
@@ -26,7 +26,7 @@ CASES = [
     ("panel", Case(**SMALL, options={"renormalize": True, "normalize": True})),
     ("panel", Case(**SMALL, dtype=torch.bfloat16, options={"bilateral": "shared"})),
     ("panel", Case(**{**SMALL, "N": 140}, options={"objective": "siglip"})),
-    # Several slices and steps along D, and lists of far rows in several chunks.
+    # Several slices and steps along D, and lists of literal rows in several chunks.
     ("cuda", Case(**{**SMALL, "D": 136}, options={"bilateral": "none"})),
     ("cuda", Case(**{**SMALL, "D": 136}, options={"objective": "siglip"})),
     ("cuda", Case(**{**SMALL, "D": 264}, dtype=torch.bfloat16, options={"bilateral": "none"})),

@@ -126,7 +126,7 @@ def test_memory_estimate_within_a_tenth(options, backend, monkeypatch, device):
     device.set(40, 0, 0)
     for name in dir(native.cuda()):
         if (
-            name.startswith(("pack", "prepare", "panel", "far", "start", "finish"))
+            name.startswith(("pack", "prepare", "panel", "literal", "start", "finish"))
             or name == "single"
         ):
             monkeypatch.setattr(native.cuda(), name, lambda *_: None)

@@ -10,8 +10,8 @@ from gpu_suite import (
     RANGES,
     SUPPORT_MODES,
     Guard,
-    check_far_rows,
     check_float16_range,
+    check_literal_rows,
     guarded,
     suite,
     verify,
@@ -47,9 +47,9 @@ def test_options(n, guard, device):
 
 @pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
 @pytest.mark.parametrize("close", CLOSE.values(), ids=CLOSE.keys())
-def test_some_far_rows(mode, close, backend, guard, device):
+def test_some_literal_rows(mode, close, backend, guard, device):
     device.vary(len(close))
-    check_far_rows(mode, close, backend)
+    check_literal_rows(mode, close, backend)
 
 
 @pytest.mark.parametrize("length, scale, upstream", RANGES)
@@ -57,7 +57,7 @@ def test_float16_weights_stay_in_range(length, scale, upstream, backend, guard):
     check_float16_range(length, scale, upstream, backend)
 
 
-def test_loss_of_sums_far_above_their_reference():
+def test_loss_of_sums_literal_above_their_reference():
     """A sum 2^30 times what its m stands for, and a positive 2^-99 times: finite, and right."""
     unit = torch.eye(4, 8)
     options = Options(bilateral="none", reduction="none")

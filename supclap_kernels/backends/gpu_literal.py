@@ -1,4 +1,5 @@
-"""Launches the kernels of triton_far.py, without asking the device how many far rows there are."""
+"""Launches the kernels of triton_literal.py, without asking the device how many literal rows there
+are."""
 
 from typing import Any
 
@@ -7,15 +8,15 @@ import triton
 from torch import Tensor
 
 from . import tiles
-from . import triton_far as kernels
+from . import triton_literal as kernels
 from .triton_tiles import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
 
-FAR, BLOCK_J, CHUNK = tiles.FAR_ROWS, tiles.FAR_COLUMNS, tiles.FAR_CHUNK
-BLOCK_D, ROW_CHUNK = tiles.FAR_DEPTH, tiles.OPERAND_COLUMNS
+LITERAL, BLOCK_J, CHUNK = tiles.LITERAL_ROWS, tiles.LITERAL_COLUMNS, tiles.LITERAL_CHUNK
+BLOCK_D, ROW_CHUNK = tiles.LITERAL_DEPTH, tiles.OPERAND_COLUMNS
 
 
-class FarRows:
-    """The far rows of one call. `fixed` are (state, ids, scale, bias) of every kernel."""
+class LiteralRows:
+    """The literal rows of one call. `fixed` are (state, ids, scale, bias) of every kernel."""
 
     def __init__(
         self,
@@ -37,27 +38,29 @@ class FarRows:
             self.sides.append((OTHER_ROWS.value, A, T))
         self.index = torch.empty(N, dtype=torch.int32, device=T.device)
         self.count = torch.empty((), dtype=torch.int32, device=T.device)
-        kernels.list_far[(1,)](self.state, self.index, self.count, N, BLOCK=1024, num_warps=4)
-        self.blocks = triton.cdiv(N, FAR)
-        self.max_splits = triton.cdiv(N, tiles.FAR_SPLIT)
+        kernels.list_literal[(1,)](self.state, self.index, self.count, N, BLOCK=1024, num_warps=4)
+        self.blocks = triton.cdiv(N, LITERAL)
+        self.max_splits = triton.cdiv(N, tiles.LITERAL_SPLIT)
         self.chunks = triton.cdiv(width, CHUNK)
 
     def rows(
         self, factors: Tensor | None, running: Tensor | None = None, sums: Tensor | None = None
     ) -> None:
-        """The statistics of the far rows into `running`, or, with factors, their sums to `sums`."""
-        part = self.state.new_empty(2, self.blocks * FAR)
+        """The statistics of the literal rows into `running`, or, with factors, their sums to
+        `sums`."""
+        part = self.state.new_empty(2, self.blocks * LITERAL)
         share = (self.N, self.blocks, self.max_splits)
         for direction, X, Y in self.sides:
-            kernels.far_rows[(self.blocks,)](
+            kernels.literal_rows[(self.blocks,)](
                 X, Y, *self.fixed, self.index, self.count, factors, part,
                 self.N, self.width, self.split, self.blocks, self.max_splits,
                 DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
-                FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2,
+                LITERAL=LITERAL, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2,
             )  # fmt: skip
-            kernels.merge_far_rows[(self.blocks,)](
+            kernels.merge_literal_rows[(self.blocks,)](
                 part, self.index, self.count, running, sums, *share,
-                DIRECTION=direction, INFONCE=self.infonce, FAR=FAR, BLOCK_J=BLOCK_J, num_warps=1,
+                DIRECTION=direction, INFONCE=self.infonce, LITERAL=LITERAL, BLOCK_J=BLOCK_J,
+                num_warps=1,
             )  # fmt: skip
 
     def columns(
@@ -70,15 +73,16 @@ class FarRows:
         dY: Tensor | None,
     ) -> None:
         grid = (triton.cdiv(self.N, BLOCK_J), 1 if factors is None else self.chunks)
-        kernels.far_columns[grid](
+        kernels.literal_columns[grid](
             X, Y, *self.fixed, self.index, self.count, factors, running, dY,
             self.N, self.width, self.split,
             DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
-            FAR=FAR, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_warps=4, num_stages=2,
+            LITERAL=LITERAL, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, CHUNK=CHUNK,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def statistics(self, running: Tensor) -> None:
-        """Put the far rows' (m, l) of the negatives into `running` (10, N)."""
+        """Put the literal rows' (m, l) of the negatives into `running` (10, N)."""
         self.rows(None, running=running)
         if self.mode == SHARED.value:
             self.columns(*self.sides[0], None, running, None)
@@ -94,26 +98,26 @@ class FarRows:
         alpha: float,
         renormalize: bool,
     ) -> None:
-        """Add what the far rows' products give to dT, dA (N, width; None: frozen) and `sums`.
+        """Add what the literal rows' products give to dT, dA (N, width; None: frozen) and `sums`.
 
-        The gradients of the support vectors themselves take FAR_PARTS x FAR rows at a time.
+        The gradients of the support vectors themselves take LITERAL_PARTS x LITERAL rows at a time.
         """
         self.rows(factors, sums=sums)
-        capacity = min(self.blocks, tiles.FAR_PARTS)
-        part = self.state.new_empty(capacity * FAR, self.width)
+        capacity = min(self.blocks, tiles.LITERAL_PARTS)
+        part = self.state.new_empty(capacity * LITERAL, self.width)
         constants: dict[str, Any] = {
-            "MODE": self.mode, "INFONCE": self.infonce, "FAR": FAR, "BLOCK_J": BLOCK_J,
+            "MODE": self.mode, "INFONCE": self.infonce, "LITERAL": LITERAL, "BLOCK_J": BLOCK_J,
             "num_warps": 4,
         }  # fmt: skip
         for direction, X, Y in self.sides:
             dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
-            for first in range(0, self.N, capacity * FAR):
+            for first in range(0, self.N, capacity * LITERAL):
                 share = (self.N, self.width, self.split, first, capacity, self.max_splits)
-                kernels.far_gradient[capacity, self.chunks](
+                kernels.literal_gradient[capacity, self.chunks](
                     X, Y, *self.fixed, self.index, self.count, factors, part, *share,
                     DIRECTION=direction, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,
                 )  # fmt: skip
-                kernels.finish_far[(capacity,)](
+                kernels.finish_literal[(capacity,)](
                     X, Y, self.state, *self.fixed[2:], self.index, self.count, omega, unit, part,
                     sums, dX, dY, *share, alpha,
                     DIRECTION=direction, RENORMALIZE=renormalize, CHUNK=ROW_CHUNK, **constants,

@@ -18,7 +18,7 @@ from ..reference import EPS
 CHUNK_COPIES = 8
 """float64 values alive for each logit of a chunk: product, logit, slope, and what makes them."""
 CHUNK_ROWS = 64
-"""Far rows at a time, at least, whatever the workspace."""
+"""Literal rows at a time, at least, whatever the workspace."""
 BLOCK_ROWS = 4096
 """Rows of the embeddings that are raised to float64 at a time."""
 
@@ -30,8 +30,8 @@ def wide_blocks(Y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield block, Y[block].double()
 
 
-class FarRows:
-    """The far rows `index` (f,) of one call; `code` (N,) marks equal ids, or None.
+class LiteralRows:
+    """The literal rows `index` (f,) of one call; `code` (N,) marks equal ids, or None.
 
     `split` > 0: only pairs of a row before it with one from it on, and no positives.
     """
@@ -87,7 +87,8 @@ class FarRows:
             yield rows, product, z
 
     def statistics(self, running: Tensor, lowest: float) -> None:
-        """Put the far rows' (m, l) of the negatives into `running` (2, directions, N), float64."""
+        """Put the literal rows' (m, l) of the negatives into `running` (2, directions, N),
+        float64."""
         m, l = running
         for direction, (s, Y, _, inverse) in enumerate(self.sides, start=2):
             for rows, _, z in self.chunks(s, Y, inverse):
@@ -104,7 +105,7 @@ class FarRows:
                     m[3] = new
 
     def positive_slopes(self, direction: int, state: Tensor, f: Tensor) -> Tensor:
-        """(f,): gradient with respect to the logits of the far rows' positives."""
+        """(f,): gradient with respect to the logits of the literal rows' positives."""
         if self.infonce:
             others = state[2]
             h = -f[direction] * others[direction]
@@ -122,7 +123,7 @@ class FarRows:
         dT: Tensor | None,
         dA: Tensor | None,
     ) -> None:
-        """Add the far rows' SVR gradient to dT, dA (N, D; None: frozen) and to `sums`.
+        """Add the literal rows' SVR gradient to dT, dA (N, D; None: frozen) and to `sums`.
 
         state (3, directions, N): m, l, l without the positive; factors (2, directions, N): m, and
         the upstream weight over l; sums: Problem::sums of csrc/params.h.
@@ -155,7 +156,7 @@ class FarRows:
                 if self.renormalize:
                     unit = s[rows] * inverse[rows, None]
                     ds -= (ds * unit).sum(dim=1, keepdim=True) * unit
-                sums[rows_of["rho_far"], own] += (ds * v[rows]).sum(dim=1)
+                sums[rows_of["rho_literal"], own] += (ds * v[rows]).sum(dim=1)
                 if dX is not None:
                     dX[own] += ((1.0 - self.c[rows, None]) * ds).to(dX.dtype)
                 if dY is not None:

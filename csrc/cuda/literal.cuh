@@ -11,12 +11,12 @@ namespace supclap::cuda {
 
 // One direction of support vectors: rows X move towards Y and are compared with Y.
 template <class Scalar>
-struct FarSide {
+struct LiteralSide {
   const Scalar *X, *Y;
   float *dX, *dY;  // or null
   int direction, inverse, support;
 
-  __device__ FarSide(const Problem& p, int direction) : direction(direction) {
+  __device__ LiteralSide(const Problem& p, int direction) : direction(direction) {
     const bool text = direction == kSupportRows;
     X = static_cast<const Scalar*>(text ? p.T : p.A),
     Y = static_cast<const Scalar*>(text ? p.A : p.T);
@@ -27,15 +27,15 @@ struct FarSide {
 };
 
 // Which of them a mode has: kSupportRows, and kOtherRows for kMirror.
-__device__ __forceinline__ int far_sides(const Problem& p) { return p.mode == kMirror ? 2 : 1; }
+__device__ __forceinline__ int literal_sides(const Problem& p) { return p.mode == kMirror ? 2 : 1; }
 
-constexpr int kFarChunk = 64;  // of the other rows at a time
+constexpr int kLiteralChunk = 64;  // of the other rows at a time
 
 // Shared memory of a block: two rows and one number a thread. Floats.
-inline __host__ __device__ size_t far_scratch(int64_t width) { return 2 * width + kThreads; }
-struct FarScratch {
+inline __host__ __device__ size_t literal_scratch(int64_t width) { return 2 * width + kThreads; }
+struct LiteralScratch {
   float *row, *other, *h;
-  __device__ FarScratch(float* scratch, int64_t width)
+  __device__ LiteralScratch(float* scratch, int64_t width)
       : row(scratch), other(row + width), h(other + width) {}
 };
 
@@ -44,22 +44,22 @@ __device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t
   return i != j && !(p.ids && p.ids[i] == p.ids[j]);
 }
 
-// index [N], *count: the far rows, in order. Called by one block.
-__device__ __noinline__ inline void list_far(const Problem& p, int* index, int* count,
-                                             int* scratch) {
+// index [N], *count: the literal rows, in order. Called by one block.
+__device__ __noinline__ inline void list_literal(const Problem& p, int* index, int* count,
+                                                 int* scratch) {
   constexpr int kEach = 8;  // neighbours of a thread
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int total = 0;
   SUPCLAP_ROLLED
   for (int64_t first = 0; first < p.N; first += kThreads * kEach) {
     const int64_t own = first + threadIdx.x * kEach;
-    bool far[kEach];
+    bool literal[kEach];
     SUPCLAP_UNROLL
-    for (int e = 0; e < kEach; ++e) far[e] = own + e < p.N && is_far(p, own + e);
-    int lower = 0, all = 0;  // far rows of the lanes below this one, of the warp
+    for (int e = 0; e < kEach; ++e) literal[e] = own + e < p.N && is_literal(p, own + e);
+    int lower = 0, all = 0;  // literal rows of the lanes below this one, of the warp
     SUPCLAP_UNROLL
     for (int e = 0; e < kEach; ++e) {
-      const unsigned votes = __ballot_sync(0xffffffffu, far[e]);
+      const unsigned votes = __ballot_sync(0xffffffffu, literal[e]);
       lower += __popc(votes & ((1u << lane) - 1)), all += __popc(votes);
     }
     if (lane == 0) scratch[warp] = all;
@@ -72,7 +72,7 @@ __device__ __noinline__ inline void list_far(const Problem& p, int* index, int* 
     }
     SUPCLAP_UNROLL
     for (int e = 0; e < kEach; ++e)
-      if (far[e]) index[at++] = int(own + e);
+      if (literal[e]) index[at++] = int(own + e);
     __syncthreads();
   }
   if (threadIdx.x == 0) *count = total;
@@ -80,7 +80,7 @@ __device__ __noinline__ inline void list_far(const Problem& p, int* index, int* 
 
 // <x, Y_j> for a row x in shared memory; the whole warp calls it.
 template <class Scalar>
-__device__ float far_product(const float* x, const Scalar* y, int64_t width) {
+__device__ float literal_product(const float* x, const Scalar* y, int64_t width) {
   using Piece = Vector<Scalar>;
   float sum = 0;
   SUPCLAP_ROLLED
@@ -92,8 +92,8 @@ __device__ float far_product(const float* x, const Scalar* y, int64_t width) {
 }
 // <s_i, y> with s_i built on the way.
 template <class Scalar>
-__device__ float far_product(const FarSide<Scalar>& side, float c, int64_t i, const float* y,
-                             int64_t width) {
+__device__ float literal_product(const LiteralSide<Scalar>& side, float c, int64_t i,
+                                 const float* y, int64_t width) {
   using Piece = Vector<Scalar>;
   float sum = 0;
   SUPCLAP_ROLLED
@@ -108,7 +108,8 @@ __device__ float far_product(const FarSide<Scalar>& side, float c, int64_t i, co
 }
 
 template <class Scalar>
-__device__ void load_support(const Problem& p, const FarSide<Scalar>& side, int64_t i, float* s) {
+__device__ void load_support(const Problem& p, const LiteralSide<Scalar>& side, int64_t i,
+                             float* s) {
   const float c = row_of(p, kC, i);
   SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x; d < p.width; d += kThreads) {
@@ -119,8 +120,8 @@ __device__ void load_support(const Problem& p, const FarSide<Scalar>& side, int6
 
 // Adds (m, l) of the warps, in order, to running[direction] of row i. `scratch` is free again
 // behind the next barrier.
-__device__ inline void merge_far(const Problem& p, int direction, int64_t i, LogSum own,
-                                 float* scratch) {
+__device__ inline void merge_literal(const Problem& p, int direction, int64_t i, LogSum own,
+                                     float* scratch) {
   if (threadIdx.x % kWarp == 0) {
     scratch[threadIdx.x / kWarp] = own.m;
     scratch[kWarps + threadIdx.x / kWarp] = own.l;
@@ -139,34 +140,34 @@ __device__ __forceinline__ LogSum one_logit(float z, bool infonce) {
   return {z, infonce ? 1.0f : softplus_2(z)};
 }
 
-// Sweep 1 of far row i: its negatives join `running`, where the tiles left it out.
+// Sweep 1 of literal row i: its negatives join `running`, where the tiles left it out.
 template <class Scalar>
-__device__ __noinline__ void far_row_statistics(const Problem& p, int64_t i, float* memory) {
-  const FarScratch scratch(memory, p.width);
+__device__ __noinline__ void literal_row_statistics(const Problem& p, int64_t i, float* memory) {
+  const LiteralScratch scratch(memory, p.width);
   const float k2 = logit_scale_2(p), b = logit_bias_2(p);
   SUPCLAP_ROLLED
-  for (int n = 0; n < far_sides(p); ++n) {
-    const FarSide<Scalar> side(p, kSupportRows + n);
+  for (int n = 0; n < literal_sides(p); ++n) {
+    const LiteralSide<Scalar> side(p, kSupportRows + n);
     load_support(p, side, i, scratch.row);
     __syncthreads();
     LogSum sum{kHidden, 0};
     SUPCLAP_ROLLED
     for (int64_t j = threadIdx.x / kWarp; j < p.N; j += kWarps) {
       if (!is_negative(p, i, j)) continue;
-      const float product = far_product(scratch.row, side.Y + j * p.width, p.width);
+      const float product = literal_product(scratch.row, side.Y + j * p.width, p.width);
       sum = merge(sum, one_logit(k2 * (product * row_of(p, side.inverse, i)) + b, p.infonce),
                   p.infonce);
     }
-    merge_far(p, side.direction, i, sum, scratch.h);
+    merge_literal(p, side.direction, i, sum, scratch.h);
   }
 }
 
-// Sweep 1 of kShared: audio j has the far support vectors as negatives.
+// Sweep 1 of kShared: audio j has the literal support vectors as negatives.
 template <class Scalar>
-__device__ __noinline__ void far_column_statistics(const Problem& p, int64_t j, const int* index,
-                                                   int count, float* memory) {
-  const FarScratch scratch(memory, p.width);
-  const FarSide<Scalar> side(p, kSupportRows);
+__device__ __noinline__ void literal_column_statistics(const Problem& p, int64_t j,
+                                                       const int* index, int count, float* memory) {
+  const LiteralScratch scratch(memory, p.width);
+  const LiteralSide<Scalar> side(p, kSupportRows);
   const float k2 = logit_scale_2(p);
   SUPCLAP_ROLLED
   for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
@@ -177,15 +178,15 @@ __device__ __noinline__ void far_column_statistics(const Problem& p, int64_t j, 
   for (int n = threadIdx.x / kWarp; n < count; n += kWarps) {
     const int64_t i = index[n];
     if (!is_negative(p, i, j)) continue;
-    const float product = far_product(side, row_of(p, kC, i), i, scratch.row, p.width);
+    const float product = literal_product(side, row_of(p, kC, i), i, scratch.row, p.width);
     sum = merge(sum, {k2 * (product * row_of(p, kTextInverse, i)), 1}, true);
   }
-  merge_far(p, kOtherRows, j, sum, scratch.h);
+  merge_literal(p, kOtherRows, j, sum, scratch.h);
 }
 
-// Slope towards the logit k2 product + b of far row i with row j; product with 1 / |s|.
-__device__ __forceinline__ float far_slope(const Problem& p, int direction, float product,
-                                           int64_t i, int64_t j) {
+// Slope towards the logit k2 product + b of literal row i with row j; product with 1 / |s|.
+__device__ __forceinline__ float literal_slope(const Problem& p, int direction, float product,
+                                               int64_t i, int64_t j) {
   if (!is_negative(p, i, j)) return 0;
   const auto factor = [&](int which, int64_t n) { return p.factors[which * p.N + n]; };
   const float z = logit_scale_2(p) * product;
@@ -196,17 +197,17 @@ __device__ __forceinline__ float far_slope(const Problem& p, int direction, floa
   return h;
 }
 
-// Sweep 2 of far row i. The gradient of s is put together as a vector, positive included; made
+// Sweep 2 of literal row i. The gradient of s is put together as a vector, positive included; made
 // tangent to the sphere with `renormalize`; then dX_i += (1 - c) ds, dY_i += c ds + H_ii s.
 template <class Scalar>
-__device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float* memory) {
-  const FarScratch scratch(memory, p.width);
+__device__ __noinline__ void literal_row_gradient(const Problem& p, int64_t i, float* memory) {
+  const LiteralScratch scratch(memory, p.width);
   float *s = scratch.row, *g = scratch.other;
   const float k2 = logit_scale_2(p), c = row_of(p, kC, i);
   const Positive positive(p, i);
   SUPCLAP_ROLLED
-  for (int n = 0; n < far_sides(p); ++n) {
-    const FarSide<Scalar> side(p, kSupportRows + n);
+  for (int n = 0; n < literal_sides(p); ++n) {
+    const LiteralSide<Scalar> side(p, kSupportRows + n);
     const float inverse = row_of(p, side.inverse, i);
     load_support(p, side, i, s);
     float own = positive_slope(p, side.direction, positive, i);
@@ -218,12 +219,12 @@ __device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float
     float support = 0, bias = 0;
     __syncthreads();
     SUPCLAP_ROLLED
-    for (int64_t first = 0; first < p.N; first += kFarChunk) {
-      const int64_t end = first + kFarChunk < p.N ? first + kFarChunk : p.N;
+    for (int64_t first = 0; first < p.N; first += kLiteralChunk) {
+      const int64_t end = first + kLiteralChunk < p.N ? first + kLiteralChunk : p.N;
       SUPCLAP_ROLLED
       for (int64_t j = first + threadIdx.x / kWarp; j < end; j += kWarps) {
-        const float product = far_product(s, side.Y + j * p.width, p.width) * inverse;
-        const float h = far_slope(p, side.direction, product, i, j);
+        const float product = literal_product(s, side.Y + j * p.width, p.width) * inverse;
+        const float h = literal_slope(p, side.direction, product, i, j);
         if (threadIdx.x % kWarp == 0) {
           scratch.h[j - first] = h;
           support += h * (k2 * product), bias += h;
@@ -260,34 +261,34 @@ __device__ __noinline__ void far_row_gradient(const Problem& p, int64_t i, float
     if (threadIdx.x == 0) {
       p.sums[side.support * p.N + i] += support;
       p.sums[kBias * p.N + i] += bias;
-      p.sums[kRhoFar * p.N + i] += rho;
+      p.sums[kRhoLiteral * p.N + i] += rho;
     }
   }
 }
 
-// Sweep 2 of a compared row: dY_j += sum_i H_ij s_i over all far rows i.
+// Sweep 2 of a compared row: dY_j += sum_i H_ij s_i over all literal rows i.
 template <class Scalar>
-__device__ __noinline__ void far_column_gradient(const Problem& p, int64_t j, const int* index,
-                                                 int count, float* memory) {
-  const FarScratch scratch(memory, p.width);
+__device__ __noinline__ void literal_column_gradient(const Problem& p, int64_t j, const int* index,
+                                                     int count, float* memory) {
+  const LiteralScratch scratch(memory, p.width);
   SUPCLAP_ROLLED
-  for (int n = 0; n < far_sides(p); ++n) {
-    const FarSide<Scalar> side(p, kSupportRows + n);
+  for (int n = 0; n < literal_sides(p); ++n) {
+    const LiteralSide<Scalar> side(p, kSupportRows + n);
     if (!side.dY) continue;
     SUPCLAP_ROLLED
     for (int64_t d = threadIdx.x; d < p.width; d += kThreads)
       scratch.row[d] = widen(side.Y[j * p.width + d]);
     __syncthreads();
     SUPCLAP_ROLLED
-    for (int first = 0; first < count; first += kFarChunk) {
-      const int end = first + kFarChunk < count ? first + kFarChunk : count;
+    for (int first = 0; first < count; first += kLiteralChunk) {
+      const int end = first + kLiteralChunk < count ? first + kLiteralChunk : count;
       SUPCLAP_ROLLED
       for (int n = first + threadIdx.x / kWarp; n < end; n += kWarps) {
         const int64_t i = index[n];
         const float inverse = row_of(p, side.inverse, i);
         const float product =
-            far_product(side, row_of(p, kC, i), i, scratch.row, p.width) * inverse;
-        const float h = far_slope(p, side.direction, product, i, j) * inverse;
+            literal_product(side, row_of(p, kC, i), i, scratch.row, p.width) * inverse;
+        const float h = literal_slope(p, side.direction, product, i, j) * inverse;
         if (threadIdx.x % kWarp == 0) scratch.h[n - first] = h;
       }
       __syncthreads();
