@@ -130,7 +130,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return active()->name; }, "Instruction set in use.");
   m.def("set_isa", &set_isa, "Chooses an instruction set by hand.");
   m.def("parallel_runtime", &parallel_runtime, "Where the threads come from.");
-  m.attr("MASKED") = kMasked;
+  m.attr("HIDDEN") = kHidden;
   m.attr("MAX_TILE") = kMaxTile;
   m.attr("ROWS") = int(kRows);
   m.attr("SUMS") = int(kSums);
@@ -179,9 +179,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("prepare_rows", [](const Problem& p) { kernels().prepare_rows(p); }, Release());
   m.def("count_literal", [](const Problem& p) { return kernels().count_literal(p); }, Release());
   m.def(
-      "mask",
+      "hide_pairs",
       [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
-        kernels().mask(p, Tile{i0, ni, j0, nj}, at<void>(panel));
+        kernels().hide_pairs(p, Tile{i0, ni, j0, nj}, at<void>(panel));
       },
       Release());
   m.def(

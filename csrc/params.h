@@ -7,9 +7,9 @@
 namespace supclap {
 
 // Logits of pairs that do not take part (the diagonal, equal ids) are set to this value in the
-// inner-product panels. It is finite, so that differences of two masked values are 0 and not NaN;
-// anything below half of it is masked.
-constexpr double kMasked = -1e30;
+// inner-product panels. It is finite, so that differences of two hidden values are 0 and not NaN;
+// anything below half of it is hidden.
+constexpr double kHidden = -1e30;
 
 // Largest side of a tile of the Gram matrix.
 constexpr int64_t kMaxTile = 512;
@@ -29,7 +29,7 @@ enum Row {
   kGap = 0,        // r
   kC,              // c = R / r
   kTileC,          // c, 0 for literal rows, which the tiles skip
-  kOffset,         // 0, or kMasked for literal rows
+  kOffset,         // 0, or kHidden for literal rows
   kTextInverse,    // 1 / |t_sup| with renormalize, else 1
   kAudioInverse,   // 1 / |a_sup| with renormalize, else 1
   kPositive,       // <t_i, a_i>

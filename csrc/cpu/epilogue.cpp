@@ -72,20 +72,21 @@ struct Blocks {
 };
 
 template <class Real>
-SUPCLAP_HD bool masked(Real product) {
-  return product < Real(0.5 * kMasked);
+SUPCLAP_HD bool is_hidden(Real product) {
+  return product < Real(0.5 * kHidden);
 }
 
 template <class Real>
 SUPCLAP_HD Real logit(Real product, Real k, Real b) {
-  return masked(product) ? Real(kMasked) : k * product + b;
+  return is_hidden(product) ? Real(kHidden) : k * product + b;
 }
 
-// The logit of a support vector: product <s, y>, inverse 1 / |s|, offset kMasked where the tiles
-// skip it. Looks for the mask before dividing by |s|, which could lift kMasked over the threshold.
+// The logit of a support vector: product <s, y>, inverse 1 / |s|, offset kHidden where the tiles
+// skip it. Looks for a hidden product before dividing by |s|, which could lift kHidden over the
+// threshold.
 template <class Real>
 SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, Real b) {
-  return masked(product + offset) ? Real(kMasked) : k * (product * inverse) + b;
+  return is_hidden(product + offset) ? Real(kHidden) : k * (product * inverse) + b;
 }
 
 // x and y of HalfLogits are written only where the mode has them, and read only there.
@@ -103,7 +104,7 @@ const Kernels& kernels() {
   static const Kernels table = {
       [](const Problem& p) { SUPCLAP_REAL(prepare_rows)(p); },
       [](const Problem& p) { return SUPCLAP_REAL(count_literal)(p); },
-      [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(mask)(p, t, panel); },
+      [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(hide_pairs)(p, t, panel); },
       [](const Problem& p, const Tile& t, const void* panel) {
         SUPCLAP_REAL(statistics)(p, t, panel);
       },

@@ -12,8 +12,8 @@ struct Kernels {
   int64_t (*count_literal)(const Problem&);
   // Takes the pairs that do not take part out of the panel of one tile: the diagonal, and equal
   // ids.
-  void (*mask)(const Problem&, const Tile&, void* panel);
-  // Adds the negatives of a masked panel to `running`.
+  void (*hide_pairs)(const Problem&, const Tile&, void* panel);
+  // Adds the negatives of a panel without its hidden pairs to `running`.
   void (*statistics)(const Problem&, const Tile&, const void* panel);
   // Merges the positives: state [3 kDirections, N] and the loss, [N] or [1] Real. terms [6, N]
   // double or null: l_t2a, l_a2t, l_svr, l_cons (before the row's weight), and 1 where another
@@ -21,8 +21,8 @@ struct Kernels {
   void (*finish_statistics)(const Problem&, void* loss, double* terms);
   // omega, and factors from it and state; clears sums.
   void (*prepare_weights)(const Problem&);
-  // Logits of a masked panel to the weights of Z_J in dZ_I, block by block in place or into another
-  // panel. On the diagonal Q's and K's blocks come out as V + V^T.
+  // Logits of a panel without its hidden pairs to the weights of Z_J in dZ_I, block by block in
+  // place or into another panel. On the diagonal Q's and K's blocks come out as V + V^T.
   void (*weights)(const Problem&, const Tile&, const void* panel, void* out);
   // Adds what belongs to the rows alone to dT, dA [N, D] Real (null: frozen); dR [N] or [1] Real
   // (null without a radius); scalars [2] Real = dk, db.

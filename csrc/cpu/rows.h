@@ -44,7 +44,7 @@ void prepare_rows(const Problem& p) {
       row[kGap][i] = Real(r);
       row[kC][i] = Real(c);
       row[kTileC][i] = literal ? Real(0) : Real(c);
-      row[kOffset][i] = literal ? Real(kMasked) : Real(0);
+      row[kOffset][i] = literal ? Real(kHidden) : Real(0);
       row[kStepText][i] = Real(et);
       row[kStepAudio][i] = Real(ea);
       row[kTextInverse][i] = p.renormalize ? Real(inverse_length(text)) : Real(1);
@@ -52,7 +52,7 @@ void prepare_rows(const Problem& p) {
     }
   });
   for (int64_t n = 0; n < kDirections * p.N; ++n)
-    p.running[n] = kMasked, p.running[kDirections * p.N + n] = 0;
+    p.running[n] = kHidden, p.running[kDirections * p.N + n] = 0;
 }
 
 template <class Real>

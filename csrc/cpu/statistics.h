@@ -54,7 +54,7 @@ SUPCLAP_HD void merge(double& m, double& l, double m_new, double l_new, bool inf
 // One logit row z [nj] into the running pair of row i of `direction`.
 template <class Real>
 void reduce_row(const Problem& p, Direction direction, int64_t i, const Real* z, int64_t nj) {
-  Real m = Real(kMasked), l = 0;
+  Real m = Real(kHidden), l = 0;
 #pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < nj; ++j) m = z[j] > m ? z[j] : m;
   if (p.infonce) {
@@ -71,7 +71,7 @@ void reduce_row(const Problem& p, Direction direction, int64_t i, const Real* z,
 // The columns of a chunk's logits z [rows, nj] as pairs m, l [nj].
 template <class Real>
 void reduce_columns(const Problem& p, const Real* z, int64_t rows, int64_t nj, Real* m, Real* l) {
-  for (int64_t j = 0; j < nj; ++j) m[j] = Real(kMasked), l[j] = 0;
+  for (int64_t j = 0; j < nj; ++j) m[j] = Real(kHidden), l[j] = 0;
   for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
     for (int64_t j = 0; j < nj; ++j) m[j] = z[i * nj + j] > m[j] ? z[i * nj + j] : m[j];
@@ -92,7 +92,7 @@ template <class Real>
 void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj,
                    const Real* partial, int64_t chunks) {
   Real top[kMaxTile], l[kMaxTile];
-  for (int64_t j = 0; j < nj; ++j) top[j] = Real(kMasked), l[j] = 0;
+  for (int64_t j = 0; j < nj; ++j) top[j] = Real(kHidden), l[j] = 0;
   for (int64_t n = 0; n < chunks; ++n) {
     const Real* m = partial + 2 * n * nj;
 #pragma omp simd
@@ -112,22 +112,22 @@ void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj
 // Takes the pairs that do not take part out of a panel; keeps what the product gave for the
 // positives.
 template <class Real>
-void mask(const Problem& p, const Tile& tile, void* panel) {
+void hide_pairs(const Problem& p, const Tile& tile, void* panel) {
   const Rows<Real> rows(p);
   const Blocks<Real> block(p, tile, static_cast<Real*>(panel));
   const bool diagonal = tile.i0 == tile.j0;
   run(p, tile.ni, p.code ? tile.ni * tile.nj : tile.ni, [&](int64_t i) {
     const Blocks<Real> row = block.row(i, tile.nj);
-    const auto mask_pair = [&](int64_t j) {
-      row.S[j] = Real(kMasked);
-      if (row.S_swap) row.S_swap[j] = Real(kMasked);
-      if (row.Q) row.Q[j] = Real(kMasked);
-      if (row.K) row.K[j] = Real(kMasked);
+    const auto hide = [&](int64_t j) {
+      row.S[j] = Real(kHidden);
+      if (row.S_swap) row.S_swap[j] = Real(kHidden);
+      if (row.Q) row.Q[j] = Real(kHidden);
+      if (row.K) row.K[j] = Real(kHidden);
     };
     if (diagonal) rows[kPanelPositive][tile.i0 + i] = row.S[i];
-    if (diagonal) mask_pair(i);
+    if (diagonal) hide(i);
     for (int64_t j = 0; p.code && j < tile.nj; ++j)
-      if (p.code[tile.j0 + j] == p.code[tile.i0 + i]) mask_pair(j);
+      if (p.code[tile.j0 + j] == p.code[tile.i0 + i]) hide(j);
   });
 }
 

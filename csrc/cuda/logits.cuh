@@ -7,7 +7,7 @@
 namespace supclap::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kHidden = -1e30f;  // logit of a pair that does not take part
+constexpr float kHidden = float(supclap::kHidden);  // logit of a hidden pair
 
 // A set of logits: InfoNCE: maximum m and l = sum of exp2(z - m). SigLIP: l = sum of softplus.
 struct alignas(8) LogSum {

@@ -135,9 +135,9 @@ class CpuCall:
         return self.wide[2 * self.native.DIRECTIONS :]
 
     # The epilogue of the panel engine.
-    def mask(self, tile: Tile, panel: Tensor) -> None:
+    def hide_pairs(self, tile: Tile, panel: Tensor) -> None:
         if tile.diagonal or self.code is not None:
-            self.native.mask(self.problem, *tile[:4], panel.data_ptr())
+            self.native.hide_pairs(self.problem, *tile[:4], panel.data_ptr())
 
     def statistics(self, tile: Tile, panel: Tensor) -> None:
         self.native.statistics(self.problem, *tile[:4], panel.data_ptr())
@@ -159,7 +159,7 @@ class CpuCall:
 
     def literal_statistics(self) -> None:
         if self.literal is not None:
-            self.literal.statistics(self.log_sums, self.native.MASKED)
+            self.literal.statistics(self.log_sums, self.native.HIDDEN)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         loss = self.new_empty(self.N) if self.problem.per_row else self.new_empty()

@@ -142,7 +142,7 @@ def kept_panels(saved: Tensor) -> Tensor | None:
 class Epilogue(Protocol):
     """What a backend provides between the products."""
 
-    def mask(self, tile: Tile, panel: Tensor) -> None:
+    def hide_pairs(self, tile: Tile, panel: Tensor) -> None:
         """Take the pairs that do not take part (the diagonal, equal ids) out of the logits."""
 
     def statistics(self, tile: Tile, panel: Tensor) -> None:
@@ -207,7 +207,7 @@ def sweep_statistics(
     for tile in layout.tiles():
         panel = panel_of(tile, kept, scratch)
         multiply_tile(tile, layout.grams, panel, products)
-        epilogue.mask(tile, panel)
+        epilogue.hide_pairs(tile, panel)
         epilogue.statistics(tile, panel)
 
 
@@ -226,7 +226,7 @@ def sweep_gradients(
         panel = panel_of(tile, kept, scratch)
         if kept is None:
             multiply_tile(tile, layout.grams, panel, products)
-            epilogue.mask(tile, panel)
+            epilogue.hide_pairs(tile, panel)
         if with_statistics:
             epilogue.statistics(tile, panel)
         epilogue.weights(tile, panel, scratch)
