@@ -118,6 +118,59 @@ void bind_bf16(py::module_& m) {
 #endif
 }
 
+// constants.h and the layouts of params.h by Python's names, for the test that compares them.
+void bind_layout(py::module_& m) {
+  py::dict constants;
+  constants["HIDDEN"] = kHidden;
+  constants["EPS"] = kEps;
+  constants["LITERAL_C"] = kLiteralC;
+  constants["LITERAL_GAP"] = kLiteralGap;
+  constants["LITERAL_LENGTH"] = kLiteralLength;
+  constants["MIN_LENGTH"] = kMinLength;
+  constants["MIN_NORM"] = kMinNorm;
+  m.attr("CONSTANTS") = constants;
+  py::dict layout;
+  const std::pair<const char*, int> numbers[] = {
+      {"TEXT_ROWS", kTextRows},
+      {"AUDIO_ROWS", kAudioRows},
+      {"SUPPORT_ROWS", kSupportRows},
+      {"OTHER_ROWS", kOtherRows},
+      {"DIRECTIONS", kDirections},
+      {"STATE_L", kStateL},
+      {"STATE_OTHERS", kStateOthers},
+      {"STATE_GEOMETRY", kStateGeometry},
+      {"STATE_ROWS", kStateRows},
+      {"GAP", kGap},
+      {"C", kC},
+      {"TILE_C", kTileC},
+      {"OFFSET", kOffset},
+      {"TEXT_INVERSE", kTextInverse},
+      {"AUDIO_INVERSE", kAudioInverse},
+      {"POSITIVE", kPositive},
+      {"STEP_TEXT", kStepText},
+      {"STEP_AUDIO", kStepAudio},
+      {"PANEL_POSITIVE", kPanelPositive},
+      {"GEOMETRY_ROWS", kGeometryRows},
+      {"BASE", kBase},
+      {"BIAS", kBias},
+      {"RHO_TEXT", kRhoText},
+      {"RHO_AUDIO", kRhoAudio},
+      {"SUPPORT_TEXT", kSupportText},
+      {"SUPPORT_AUDIO", kSupportAudio},
+      {"RHO_LITERAL", kRhoLiteral},
+      {"TILE_SUMS", kTileSums},
+      {"ROW_SUMS", kRowSums},
+      {"PLAIN", kPlain},
+      {"ONE_SIDED", kOneSided},
+      {"SHARED", kShared},
+      {"MIRROR", kMirror},
+      {"SIMILARITY", kSimilarity},
+      {"PLANES", kPlanes},
+  };
+  for (const auto& [name, number] : numbers) layout[name] = number;
+  m.attr("LAYOUT") = layout;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -130,19 +183,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return active()->name; }, "Instruction set in use.");
   m.def("set_isa", &set_isa, "Chooses an instruction set by hand.");
   m.def("parallel_runtime", &parallel_runtime, "Where the threads come from.");
-  m.attr("HIDDEN") = kHidden;
   m.attr("MAX_TILE") = kMaxTile;
-  m.attr("ROWS") = int(kRows);
-  m.attr("SUMS") = int(kSums);
-  m.attr("DIRECTIONS") = int(kDirections);
-  py::dict row;  // rows of Problem.rows that Python reads
-  row["gap"] = int(kGap), row["c"] = int(kC), row["offset"] = int(kOffset);
-  row["text_inverse"] = int(kTextInverse), row["audio_inverse"] = int(kAudioInverse);
-  m.attr("ROW") = row;
-  py::dict sum;  // rows of Problem.sums that Python writes
-  sum["bias"] = int(kSumBias), sum["rho_literal"] = int(kSumRhoLiteral);
-  sum["support_text"] = int(kSumSupportText), sum["support_audio"] = int(kSumSupportAudio);
-  m.attr("SUM") = sum;
+  bind_layout(m);
 
   py::class_<Problem> problem(m, "Problem", "See csrc/params.h: every field with its shape.");
   problem.def(py::init([] { return Problem{}; }))

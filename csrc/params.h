@@ -4,12 +4,9 @@
 
 #include <cstdint>
 
-namespace supclap {
+#include "constants.h"
 
-// Logits of pairs that do not take part (the diagonal, equal ids) are set to this value in the
-// inner-product panels. It is finite, so that differences of two hidden values are 0 and not NaN;
-// anything below half of it is hidden.
-constexpr double kHidden = -1e30;
+namespace supclap {
 
 // Largest side of a tile of the Gram matrix.
 constexpr int64_t kMaxTile = 512;
@@ -24,8 +21,12 @@ enum Direction {
   kDirections = 4
 };
 
-// Rows of Problem::rows, each [N].
-enum Row {
+// Rows of `state`, each [N]: m of each direction, l, l without the positive, and Geometry.
+constexpr int kStateL = kDirections, kStateOthers = 2 * kDirections,
+              kStateGeometry = 3 * kDirections;
+
+// The geometry of the rows, each [N].
+enum Geometry {
   kGap = 0,        // r
   kC,              // c = R / r
   kTileC,          // c, 0 for literal rows, which the tiles skip
@@ -36,20 +37,36 @@ enum Row {
   kStepText,       // <e_i, t_i>, e = a - t
   kStepAudio,      // <e_i, a_i>
   kPanelPositive,  // <t_i, a_i> as the panel's product gave it: what the ranks are compared with
-  kRows
+  kGeometryRows
 };
+constexpr int kStateRows = kStateGeometry + kGeometryRows;
 
-// Rows of Problem::sums, each [N] double. g, h, u are the slopes towards the logits, without k and
-// 1 / |s|; x and y the products with the support vectors, with 1 / |s|.
-enum Sum {
-  kSumBase = 0,      // sum_j g_ij S_ij over what row i of a tile saw
-  kSumBias,          // sum_j g + h + u over what row i of a tile saw
-  kSumRhoText,       // sum_j h_ij (Q_ij - S_ij)
-  kSumRhoAudio,      // sum_j u_ij (K_ij - S_ji)
-  kSumSupportText,   // sum_j h_ij x_ij
-  kSumSupportAudio,  // sum_j u_ij y_ij
-  kSumRhoLiteral,    // rho_i of rows treated literally, positive included
-  kSums
+// Rows of `sums`, each [N]. g, h, u are the slopes towards the logits, without k and 1 / |s|; x and
+// y the products with the support vectors, with 1 / |s|. The GPU's kernels keep all of them without
+// k, as multiples of `unit`, with logits in base 2 for products (cuda/problem.h).
+enum RowSum {
+  kBase = 0,      // sum_j g_ij S_ij over what row i of a tile saw
+  kBias,          // sum_j g + h + u over what row i of a tile saw
+  kRhoText,       // sum_j h_ij (Q_ij - S_ij)
+  kRhoAudio,      // sum_j u_ij (K_ij - S_ji)
+  kSupportText,   // sum_j h_ij x_ij
+  kSupportAudio,  // sum_j u_ij y_ij
+  kRhoLiteral,    // r_i rho_i of a literal row, with k, positive included
+  kRowSums
+};
+constexpr int kTileSums = kRhoLiteral;  // those that tiles add to
+
+// Planes of the GPU's partial statistics come in pairs: m and l of each direction, then the sum and
+// the count of the negatives' logits.
+constexpr int kSimilarity = kDirections;
+constexpr int kPlanes = 2 * kDirections + 2;
+
+// Modes of the support vectors.
+enum Mode {
+  kPlain = 0,     // there are none: the plain loss
+  kOneSided = 1,  // of the texts
+  kShared = 2,    // of the texts, in both directions of the softmax
+  kMirror = 3     // of the texts, and of the audios
 };
 
 struct Problem {
@@ -70,13 +87,13 @@ struct Problem {
   const void* R;         // [N] or [1] Real, or null
   const void* w;         // [N] Real, or null: ones
   const int32_t* code;   // [N] equal where ids are equal, or null
-  void* rows;            // [kRows, N] Real
+  void* rows;            // [kGeometryRows, N] Real
   double* running;       // [2 kDirections, N] m, then l, of the negatives (SigLIP: l is the loss)
   void* state;           // [3 kDirections, N] Real: m, l, l without the positive
   const void* upstream;  // [N] or [1] Real: gradient that arrives at the loss, or null: 1
   void* omega;           // [N] Real: upstream gradient x weight x 1/N
   void* factors;  // [2 kDirections, N] Real: m, then omega / l (times alpha for support vectors)
-  double* sums;   // [kSums, N]
+  double* sums;   // [kRowSums, N]
 };
 
 // One tile: rows I = [i0, i0 + ni) and columns J = [j0, j0 + nj), j0 > i0 or I = J. A panel holds

@@ -24,7 +24,8 @@ from torch import Tensor
 from . import dispatch
 from .backends import contract
 from .backends.backend import Call
-from .backends.contract import STATISTICS, Inputs
+from .backends.contract import Inputs
+from .backends.state import STATE_GEOMETRY
 from .collectives import Mail, mean_over_ranks
 from .options import Options
 
@@ -238,7 +239,7 @@ class Pass:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """dA, dT, dR and (dk, db), as `contract.returned` takes them."""
         own, plan = self.own, self.plan
-        given = [own.state[:STATISTICS].t()]
+        given = [own.state[:STATE_GEOMETRY].t()]
         if plan.per_row:
             given.append(upstream)
         else:
@@ -254,7 +255,7 @@ class Pass:
             mail, arrived = lent[step]
             mail.wait()
             both = [torch.cat((x[visit.own], y)) for x, y in zip(given, arrived, strict=True)]
-            call.state[:STATISTICS] = both[0].t()
+            call.state[:STATE_GEOMETRY] = both[0].t()
             call.start_gradients(both[1] if plan.per_row else upstream)
             sums = call.accumulators(plan.needs)
             call.sweep_gradients(*sums, self.memory.get(("kept", step, 0)))

@@ -22,10 +22,12 @@ from torch import Tensor
 from .autocast import without_autocast
 from .reference import accumulator_dtype, gap_and_direction, kept_pairs
 
-LITERAL_C = 2.0
-LITERAL_GAP = 1 / 8
+LITERAL_C, LITERAL_GAP, LITERAL_LENGTH = 2.0, 1 / 8, 0.1
+"""Bounds of `is_literal`."""
 MIN_LENGTH = 1e-7
 """Support vectors shorter than this are divided by it when put back on the sphere."""
+MIN_NORM = 1e-12
+"""Rows shorter than this are divided by it when they are normalised."""
 
 
 class Gradients(NamedTuple):
@@ -38,15 +40,24 @@ class Gradients(NamedTuple):
     logit_bias: Tensor
 
 
-def is_literal(c: Tensor, r: Tensor, T: Tensor, A: Tensor) -> Tensor:
-    """(N,) bool: rows whose Q - S cancels so much that the support vector is taken literally."""
+def is_literal(c: Tensor, r: Tensor, T: Tensor, A: Tensor, renormalize: bool) -> Tensor:
+    """(N,) bool: rows whose Q - S cancels so much that the support vector is taken literally.
+
+    These have a large c = R / r, a gap r (N,) that is small beside the rows, or (renormalize) a
+    support vector that is short beside them.
+    """
     length = torch.maximum(T.norm(dim=1), A.norm(dim=1))
-    return (c.abs() > LITERAL_C) | (r < LITERAL_GAP * length)
+    literal = (c.abs() > LITERAL_C) | (r < LITERAL_GAP * length)
+    if renormalize:
+        step = c[:, None] * (A - T)
+        shortest = torch.minimum((T + step).norm(dim=1), (A - step).norm(dim=1))
+        literal |= shortest < LITERAL_LENGTH * length
+    return literal
 
 
 def normalize_gradient(X: Tensor, dX: Tensor) -> Tensor:
     """Gradient of x / |x| for each row: the part of dX that is tangent to the sphere, over |x|."""
-    norm = torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(1e-12)
+    norm = torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(MIN_NORM)
     X = X / norm
     return (dX - (dX * X).sum(dim=1, keepdim=True) * X) / norm
 
@@ -193,7 +204,7 @@ def loss_and_gradients(
         R = torch.as_tensor(radius, **number).detach().expand(N)
         r, u = gap_and_direction(T, A)
         c = R / r
-        literal = is_literal(c, r, T, A)
+        literal = is_literal(c, r, T, A, renormalize)
         Q = product_of(A, A.t(), weights_dtype)
         svr, H, dX, dY = support_term(T, A, Q, S, bilateral == "shared" and infonce)
         W = W + (1.0 - c)[:, None] * H

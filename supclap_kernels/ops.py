@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 
 from . import collectives, dispatch, distributed
 from .backends import contract
-from .backends.contract import STATE_ROWS, Inputs
+from .backends.contract import Inputs
+from .backends.state import STATE_ROWS
 from .options import Options
 from .reference import accumulator_dtype
 from .stats import SVRStats

@@ -21,10 +21,6 @@ namespace supclap {
 namespace SUPCLAP_ISA {
 namespace {
 
-constexpr double kEps = 1e-4;      // smoothing of the gap
-constexpr double kLiteralC = 2.0;  // is_literal of gradients.py
-constexpr double kLiteralGap = 1.0 / 8;
-constexpr double kLiteralLength = 0.1;
 constexpr int64_t kRowChunk = 16;
 constexpr int64_t kSerialWork = 1 << 14;  // elements below which threads cost more than they bring
 

@@ -10,8 +10,11 @@ double dot(const Real* x, const Real* y, int64_t D) {
   return sum;
 }
 
-// 1 / |s| from |s|^2; shorter vectors than 1e-7 are divided by that, so that nothing overflows.
-inline double inverse_length(double square) { return 1 / sqrt(square > 1e-14 ? square : 1e-14); }
+// 1 / |s| from |s|^2; of shorter vectors than kMinLength its inverse, so that nothing overflows.
+inline double inverse_length(double square) {
+  const double length = sqrt(square);
+  return 1 / (length > kMinLength ? length : kMinLength);
+}
 
 template <class Real>
 void prepare_rows(const Problem& p) {
@@ -23,7 +26,7 @@ void prepare_rows(const Problem& p) {
       const Real* a = row.A + i * p.D;
       row[kPositive][i] = Real(dot(t, a, p.D));
       if (!p.R) {
-        for (int n = kGap; n < kRows; ++n)
+        for (int n = kGap; n < kGeometryRows; ++n)
           if (n != kPositive) row[n][i] = 0;
         continue;
       }
@@ -138,7 +141,7 @@ void prepare_weights(const Problem& p) {
     const double g = upstream ? double(upstream[p.per_row ? i : 0]) : 1;
     omega[i] = Real(g * (weight ? double(weight[i]) : 1) / (p.mean ? double(p.N) : 1));
   }
-  for (int64_t n = 0; n < kSums * p.N; ++n) p.sums[n] = 0;
+  for (int64_t n = 0; n < kRowSums * p.N; ++n) p.sums[n] = 0;
   for (int d = 0; d < kDirections; ++d) {
     const Real factor = d < kSupportRows ? Real(1) : Real(p.alpha);
     for (int64_t i = 0; i < p.N; ++i) {
@@ -172,7 +175,7 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
   const Real* state = static_cast<const Real*>(p.state);
   const int64_t N = p.N, D = p.D;
   const Positive<Real> positive(p, row, i);
-  const auto sum = [&](Sum which) { return p.sums[which * N + i]; };
+  const auto sum = [&](RowSum which) { return p.sums[which * N + i]; };
   // Gradient of direction d with respect to the logit of its positive.
   const auto slope = [&](Direction d, double product) {
     if (p.infonce)
@@ -188,9 +191,9 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
   if (p.shared) h += slope(kOtherRows, positive.x);
   if (p.mirror) u = slope(kOtherRows, positive.y);
   g *= w, h *= p.alpha * w, u *= p.alpha * w;
-  scalars.dk += sum(kSumBase) + sum(kSumSupportText) + sum(kSumSupportAudio) + g * positive.s +
+  scalars.dk += sum(kBase) + sum(kSupportText) + sum(kSupportAudio) + g * positive.s +
                 h * positive.x + u * positive.y;
-  scalars.db += sum(kSumBias) + g + h + u;
+  scalars.db += sum(kBias) + g + h + u;
 
   Mix text, audio;
   text.a = audio.t = p.k * g;
@@ -198,14 +201,14 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
     const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
     const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
     const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
-    // Of a literal row, all of H and U is in sums[kSumRhoLiteral], dT and dA already.
+    // Of a literal row, all of H and U is in sums[kRhoLiteral], dT and dA already.
     const bool literal = row[kOffset][i] != Real(0), tangent = p.renormalize && !literal;
     const double H = literal ? 0 : p.k * h * nt, U = literal ? 0 : p.k * u * na;
-    const double sigma_t = tangent ? p.k * nt * nt * (sum(kSumSupportText) + h * positive.x) : 0;
-    const double sigma_a = tangent ? p.k * na * na * (sum(kSumSupportAudio) + u * positive.y) : 0;
-    double rho = (p.k * nt * sum(kSumRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r +
-                 sum(kSumRhoLiteral);
-    if (p.mirror) rho += (p.k * na * sum(kSumRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
+    const double sigma_t = tangent ? p.k * nt * nt * (sum(kSupportText) + h * positive.x) : 0;
+    const double sigma_a = tangent ? p.k * na * na * (sum(kSupportAudio) + u * positive.y) : 0;
+    double rho = (p.k * nt * sum(kRhoText) + H * ea) / r - sigma_t * (et + c * ee) / r +
+                 sum(kRhoLiteral) / r;
+    if (p.mirror) rho += (p.k * na * sum(kRhoAudio) - U * et) / r - sigma_a * (c * ee - ea) / r;
     const double hinge = R > r ? p.beta * w : 0;
     const double along = (c * rho + hinge) / r;
     text.a += (1 - c) * H + U - c * sigma_a;

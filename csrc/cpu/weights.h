@@ -2,19 +2,19 @@
 // Included by epilogue.cpp inside its namespace.
 
 // How the tile's support vectors work; a template argument, so that the inner loop has no branch.
-enum class Mode { kNone, kOneSided, kShared, kMirror };
+enum class Mode { kPlain, kOneSided, kShared, kMirror };
 
-// What one chunk adds to the sums of the tile's columns: [kSums, nj], from kSumRhoText on.
+// What one chunk adds to the sums of the tile's columns: [kRowSums, nj], from kRhoText on.
 template <class Real>
 struct ColumnSums {
-  Real value[kSums][kMaxTile];
+  Real value[kRowSums][kMaxTile];
 };
 
 // One row of one half tile. Writes the weights of S to `W`, and adds c H to `V_A` and c U to `V_T`.
 template <class Real, bool kInfonce, Mode kMode, bool kSwap>
 void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i, Real* W,
                   Real* V_A, Real* V_T, ColumnSums<Real>& columns) {
-  constexpr bool kSvr = kMode != Mode::kNone, kMirror = kMode == Mode::kMirror,
+  constexpr bool kSvr = kMode != Mode::kPlain, kMirror = kMode == Mode::kMirror,
                  kShared = kMode == Mode::kShared;
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
@@ -32,8 +32,8 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
     return sigmoid(z, exp_nonpositive(z > Real(0) ? -z : z)) * f[d * N + n];
   };
   Real base = 0, bias = 0, rho_row = 0, support_row = 0;
-  Real* rho_column = columns.value[kSwap ? kSumRhoText : kSumRhoAudio];
-  Real* support_column = columns.value[kSwap ? kSumSupportText : kSumSupportAudio];
+  Real* rho_column = columns.value[kSwap ? kRhoText : kRhoAudio];
+  Real* support_column = columns.value[kSwap ? kSupportText : kSupportAudio];
 #pragma omp simd reduction(+ : base, bias, rho_row, support_row)
   for (int64_t j = 0; j < nj; ++j) {
     const int64_t t = kSwap ? column + j : row_index;  // the text of this pair
@@ -74,12 +74,12 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
     }
     W[j] = k * w;
   }
-  const auto add = [&](Sum sum, Real value) { p.sums[sum * N + row_index] += value; };
-  add(kSumBase, base);
-  add(kSumBias, bias);
+  const auto add = [&](RowSum sum, Real value) { p.sums[sum * N + row_index] += value; };
+  add(kBase, base);
+  add(kBias, bias);
   // In a half tile the text's sums run along its own axis, the audio's along the other.
-  if (kSvr && !kSwap) add(kSumRhoText, rho_row), add(kSumSupportText, support_row);
-  if (kMirror && kSwap) add(kSumRhoAudio, rho_row), add(kSumSupportAudio, support_row);
+  if (kSvr && !kSwap) add(kRhoText, rho_row), add(kSupportText, support_row);
+  if (kMirror && kSwap) add(kRhoAudio, rho_row), add(kSupportAudio, support_row);
 }
 
 // V + V^T of a square block [n, n] with a diagonal of zeros, in place.
@@ -114,7 +114,7 @@ void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* o
         for (int64_t j = 0; j < nj; ++j) out_row.K[j] = V_T[j];
     }
   });
-  for (int sum = kSumRhoText; sum <= kSumSupportAudio; ++sum)
+  for (int sum = kRhoText; sum <= kSupportAudio; ++sum)
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (int64_t j = 0; j < nj; ++j)
         p.sums[sum * p.N + tile.j0 + j] += partial[chunk].value[sum][j];
@@ -129,12 +129,12 @@ void weights(const Problem& p, const Tile& tile, const void* panel, void* out) {
     kernel(p, tile, static_cast<const Real*>(panel), static_cast<Real*>(out));
   };
   if (p.infonce) {
-    if (!p.svr) return call(weights_mode<Real, true, Mode::kNone>);
+    if (!p.svr) return call(weights_mode<Real, true, Mode::kPlain>);
     if (p.mirror) return call(weights_mode<Real, true, Mode::kMirror>);
     if (p.shared) return call(weights_mode<Real, true, Mode::kShared>);
     return call(weights_mode<Real, true, Mode::kOneSided>);
   }
-  if (!p.svr) return call(weights_mode<Real, false, Mode::kNone>);
+  if (!p.svr) return call(weights_mode<Real, false, Mode::kPlain>);
   if (p.mirror) return call(weights_mode<Real, false, Mode::kMirror>);
   return call(weights_mode<Real, false, Mode::kOneSided>);
 }

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
       const LogSum similarity{total(sums.similarity[u]), total(sums.pairs[u])};
       const float base = total(sums.base[u]), bias = total(sums.bias[u]);
       if (threadIdx.x % CrossShape::kLanes != 0 || x >= I.count) continue;
-      if (statistics && p.stats) slots.part_i.put(kSimilarity, x, similarity, {0, 0});
+      if (statistics && p.stats) slots.part_i.put(2 * kSimilarity, x, similarity, {0, 0});
       if (kWeights) slots.sums_i.put_one(kBase, x, base), slots.sums_i.put_one(kBias, x, bias);
     }
   }

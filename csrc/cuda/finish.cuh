@@ -33,7 +33,7 @@ struct RowTerms {
     const float R = radius_of(p, i), r = row_of(p, kGap, i);
     const float hinge = R > r ? p.beta * w : 0;
     float rho = 0, c = 0;
-    if (p.mode != kNone) {
+    if (p.mode != kPlain) {
       c = row_of(p, kC, i);
       const float et = row_of(p, kStepText, i), ea = row_of(p, kStepAudio, i), ee = ea - et;
       const float n_t = row_of(p, kTextInverse, i), n_a = row_of(p, kAudioInverse, i), d = 1 - c;

@@ -100,7 +100,7 @@ template <class Scalar>
 std::string by_mode(const Problem& p, const GramMaps& maps, const PanelTile& tile,
                     const PanelScratch& scratch, Stream stream) {
   const auto sweep = [&](auto go) { return go(p, maps, tile, scratch, stream); };
-  if (p.mode == kNone)
+  if (p.mode == kPlain)
     return p.infonce ? sweep(launch_cross<Scalar, true>) : sweep(launch_cross<Scalar, false>);
   if (p.infonce) {
     if (p.mode == kOneSided) return sweep(launch_sweep<Scalar, kOneSided, true>);
@@ -131,8 +131,8 @@ std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratc
                       Stream stream) {
   if (p.dtype == kFloat32) return "gram_tile: 16-bit embeddings only";
   GramMaps maps;
-  const int left = p.mode == kNone ? kCrossRows : kGroupRows;
-  const int right = p.mode == kNone ? kCrossColumns : kGramColumns;
+  const int left = p.mode == kPlain ? kCrossRows : kGroupRows;
+  const int right = p.mode == kPlain ? kCrossColumns : kGramColumns;
   const std::pair<Boxes, TensorMap*> wanted[] = {{rows_of(p, p.T, left), &maps.text_left},
                                                  {rows_of(p, p.A, left), &maps.audio_left},
                                                  {rows_of(p, p.T, right), &maps.text_right},
@@ -141,7 +141,7 @@ std::string gram_tile(const Problem& p, const PanelTile& tile, const PanelScratc
     const std::string error = tensor_map(p, boxes, *map);
     if (!error.empty()) return error;
   }
-  if (p.mode != kNone) map_left(p, maps);
+  if (p.mode != kPlain) map_left(p, maps);
   if (p.dtype == kBfloat16) return by_mode<Bfloat16>(p, maps, tile, scratch, stream);
   return by_mode<Float16>(p, maps, tile, scratch, stream);
 }

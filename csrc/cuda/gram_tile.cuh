@@ -255,7 +255,7 @@ __device__ __forceinline__ void gram_statistics(const Problem& p, GramTile& tile
     for (int n = 0; n < Shape::kColumns; ++n)
       add_similarity(tile.logits(c, n), tile.diagonal, sum, pairs);
     sum = warp_sum<Shape::kLanes>(sum), pairs = warp_sum<Shape::kLanes>(pairs);
-    if (writes) slot_i.put(kSimilarity, x, {sum, pairs});
+    if (writes) slot_i.put(2 * kSimilarity, x, {sum, pairs});
     tile.hidden = again(tile.hidden);
   }
   LogSum row[kDirections];

@@ -34,7 +34,7 @@ struct KeptTiles {
 
   __device__ Side side(int tile, const float* factors) const {
     const int64_t first = int64_t(tile) * B;
-    return {p.state + kStateRows * p.N + first,
+    return {p.state + kStateGeometry * p.N + first,
             factors,
             p.N,
             B,
@@ -123,7 +123,7 @@ struct KeptTiles {
       }
       if (!p.stats || turned) continue;
       const LogSum sum = row_similarity<Shape>(z, own_tile == other_tile);
-      if (writes) to_slot.put(kSimilarity, x, sum);
+      if (writes) to_slot.put(2 * kSimilarity, x, sum);
     }
   }
 
@@ -248,9 +248,10 @@ struct KeptTiles {
       const int own = int(i / B);
       if (which >= kRowSums) {
         const int n = which - kRowSums;
-        if (p.stats) p.similarity[n * p.N + i] = total(to.part + (kSimilarity + n) * plane, own);
+        if (p.stats)
+          p.similarity[n * p.N + i] = total(to.part + (2 * kSimilarity + n) * plane, own);
       } else if (gradient) {
-        const bool kept = which < kRhoText || (which < kTileSums && p.mode != kNone);
+        const bool kept = which < kRhoText || (which < kTileSums && p.mode != kPlain);
         p.sums[which * p.N + i] =
             kept ? total(to.sums + which * plane, which < kRhoText ? own : 0) : 0;
       }

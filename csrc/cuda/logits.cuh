@@ -36,7 +36,7 @@ __device__ __forceinline__ float logit_bias_2(const Problem& p) {
 
 // Whether the mode has direction d.
 SUPCLAP_HD bool has_direction(int mode, int d) {
-  return d < kSupportRows || (mode != kNone && (d == kSupportRows || mode != kOneSided));
+  return d < kSupportRows || (mode != kPlain && (d == kSupportRows || mode != kOneSided));
 }
 
 // ... and the objective: SigLIP counts columns with rows.

@@ -33,7 +33,7 @@ std::string merge_side(const Problem& p, const float* part, const float* sums, i
                {{blocks, kDirections + 1}, kMergeScratch}, stream, p, part, slots, n, first, used);
     if (!error.empty()) return error;
   }
-  const int of_support = p.mode == kNone ? 0 : (1 << kTileSums) - (1 << kRhoText);
+  const int of_support = p.mode == kPlain ? 0 : (1 << kTileSums) - (1 << kRhoText);
   const int used = of_support | (columns ? 0 : 1 << kBase | 1 << kBias);
   if (!sums || !used) return "";
   return launch("merge_sums", merge_sums_kernel, {{blocks, kTileSums}, kMergeScratch}, stream, p,
@@ -48,12 +48,12 @@ std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScrat
                        Stream stream) {
   const auto sweep = [&](auto go) { return go(p, tile, scratch, stream); };
   if (p.infonce) {
-    if (p.mode == kNone) return sweep(launch_sweep<kNone, true>);
+    if (p.mode == kPlain) return sweep(launch_sweep<kPlain, true>);
     if (p.mode == kOneSided) return sweep(launch_sweep<kOneSided, true>);
     if (p.mode == kShared) return sweep(launch_sweep<kShared, true>);
     return sweep(launch_sweep<kMirror, true>);
   }
-  if (p.mode == kNone) return sweep(launch_sweep<kNone, false>);
+  if (p.mode == kPlain) return sweep(launch_sweep<kPlain, false>);
   if (p.mode == kOneSided) return sweep(launch_sweep<kOneSided, false>);
   return sweep(launch_sweep<kMirror, false>);
 }

@@ -66,7 +66,7 @@ struct PanelReader {
     const Vector<float> S = load_vector(from);
     Vector<float> P = S, Q = S, K = S;
     if (!diagonal) P = load_vector(from += tile.size);
-    if (mode != kNone) Q = load_vector(from += tile.size);
+    if (mode != kPlain) Q = load_vector(from += tile.size);
     if (mode == kMirror) K = load_vector(from += tile.size);
     const Identity own(I, x);
     PanelRow z;
@@ -134,7 +134,7 @@ __device__ __forceinline__ void panel_statistics(const Problem& p, const PanelRe
     for (int r = 0; r < kR; ++r) {
       const LogSum sum = row_similarity<Shape>(z[r].at, diagonal);
       const int x = Shape::row() + r;
-      if (writes && x < I.count) slot_i.put(kSimilarity, x, sum);
+      if (writes && x < I.count) slot_i.put(2 * kSimilarity, x, sum);
     }
   }
   if (diagonal) return;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         };
         put(0);
         if (!diagonal) put(1);
-        if (kMode != kNone) put(2);
+        if (kMode != kPlain) put(2);
         if (kMode == kMirror) put(3);
       });
 }

@@ -16,30 +16,6 @@ constexpr int kThreads = 256;  // of every block
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// Modes of the support vectors.
-enum Mode { kNone = 0, kOneSided = 1, kShared = 2, kMirror = 3 };
-
-// Rows of `sums`, [N] each.
-enum RowSum {
-  kBase = 0,      // sum_j g_ij z_ij
-  kBias,          // sum_j g + h + u
-  kRhoText,       // sum_j h_ij (Q_ij - S_ij)
-  kRhoAudio,      // sum_j u_ij (K_ij - S_ji)
-  kSupportText,   // sum_j h_ij x_ij
-  kSupportAudio,  // sum_j u_ij y_ij
-  kRhoLiteral,    // of rows treated literally, positive included
-  kRowSums
-};
-constexpr int kTileSums = kRhoLiteral;  // those that tiles add to
-
-// Planes of partial statistics: m and l of each direction, then sum and count of the negatives'
-// logits.
-constexpr int kSimilarity = 2 * kDirections;
-constexpr int kPlanes = kSimilarity + 2;
-
-// Rows of `state`: m of each direction, l, l without the positive, and params.h's Row.
-constexpr int kStateL = kDirections, kStateOthers = 2 * kDirections, kStateRows = 3 * kDirections;
-
 struct Problem {
   int64_t N, D;
   int64_t width;  // columns of the operands: D and zeros, a multiple of 16 bytes
@@ -88,7 +64,7 @@ struct Problem {
 
 // How many of Q and K the mode has.
 SUPCLAP_HD int grams_of(const Problem& p) {
-  return p.mode == kNone ? 0 : p.mode == kMirror ? 2 : 1;
+  return p.mode == kPlain ? 0 : p.mode == kMirror ? 2 : 1;
 }
 
 // The part of a tile pair that leaves one partial result for each row and each column.

@@ -60,7 +60,7 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
   const float unit = unit_of(fmaxf(up, down) * gain) * (up == 0 && down > 0 ? -1 : 1);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.unit[0] = unit;
-    p.unit[1] = (up > 0 && down > 0) || (p.mode != kNone && p.alpha < 0);
+    p.unit[1] = (up > 0 && down > 0) || (p.mode != kPlain && p.alpha < 0);
   }
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.N) return;

@@ -5,16 +5,15 @@
 
 namespace supclap::cuda {
 
-constexpr float kEps = 1e-4f;  // smoothing of the gap, as in reference.py
-// `is_literal` of gradients.py, and the shortest support vector, over the longer row.
-constexpr float kLiteralC = 2, kLiteralGap = 1.0f / 8, kLiteralLength = 0.1f;
-constexpr float kMinLength = 1e-7f;
-constexpr double kMinNorm = 1e-12;
+// constants.h, in the type of the kernels.
+constexpr float kEps = float(supclap::kEps), kMinLength = float(supclap::kMinLength);
+constexpr float kLiteralC = float(supclap::kLiteralC), kLiteralGap = float(supclap::kLiteralGap),
+                kLiteralLength = float(supclap::kLiteralLength);
 constexpr float kLargestWeight = 16384;  // of a weight in its unit: float16 ends at 2^16
 
 // A row quantity of params.h.
 __device__ __forceinline__ float& row_of(const Problem& p, int quantity, int64_t i) {
-  return p.state[(kStateRows + quantity) * p.N + i];
+  return p.state[(kStateGeometry + quantity) * p.N + i];
 }
 __device__ __forceinline__ float radius_of(const Problem& p, int64_t i) {
   return p.radius[p.per_row_radius ? i : 0];
@@ -56,7 +55,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   const auto* T = static_cast<const Scalar*>(p.T) + i * p.width;
   const auto* A = static_cast<const Scalar*>(p.A) + i * p.width;
   const int lane = threadIdx.x % kWarp;
-  if (lane < kStateRows + kRows) p.state[lane * p.N + i] = 0;
+  if (lane < kStateGeometry + kGeometryRows) p.state[lane * p.N + i] = 0;
   float ta = 0, ee = 0, et = 0, ea = 0, tt = 0, aa = 0;
   SUPCLAP_UNROLL_BY(4)
   for (int64_t d = lane * Piece::size; d < p.width; d += kWarp * Piece::size) {
@@ -73,7 +72,7 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
     row_of(p, kPositive, i) = ta;
     SUPCLAP_ROLLED
     for (int plane = 0; plane < kPlanes; ++plane)
-      p.running[plane * p.N + i] = plane < kSimilarity && plane % 2 == 0 ? kHidden : 0;
+      p.running[plane * p.N + i] = plane < 2 * kSimilarity && plane % 2 == 0 ? kHidden : 0;
   }
   if (!p.radius) return;
   const float r = sqrtf(ee + kEps * kEps), c = radius_of(p, i) / r;
@@ -97,20 +96,20 @@ __device__ void prepare_row(const Problem& p, int64_t i) {
   if (lane != 0) return;
   row_of(p, kGap, i) = r, row_of(p, kC, i) = c;
   row_of(p, kStepText, i) = et, row_of(p, kStepAudio, i) = ea;
-  if (p.mode == kNone) return;
+  if (p.mode == kPlain) return;
   row_of(p, kTileC, i) = literal ? 0 : c, row_of(p, kOffset, i) = literal ? kHidden : 0;
   row_of(p, kTextInverse, i) = text, row_of(p, kAudioInverse, i) = audio;
 }
 
 __device__ __forceinline__ bool is_literal(const Problem& p, int64_t i) {
-  return p.mode != kNone && row_of(p, kOffset, i) != 0;
+  return p.mode != kPlain && row_of(p, kOffset, i) != 0;
 }
 
 // <t_i, a_i>, <t_sup_i, a_i> / |t_sup_i| and <a_sup_i, t_i> / |a_sup_i|; 0 where the mode has none.
 struct Positive {
   float s, x, y;
   __device__ Positive(const Problem& p, int64_t i) : s(row_of(p, kPositive, i)), x(0), y(0) {
-    if (p.mode == kNone) return;
+    if (p.mode == kPlain) return;
     const float c = row_of(p, kC, i);
     x = (s + c * row_of(p, kStepAudio, i)) * row_of(p, kTextInverse, i);
     y = (s - c * row_of(p, kStepText, i)) * row_of(p, kAudioInverse, i);
@@ -188,7 +187,7 @@ __device__ __forceinline__ float omega_of(const Problem& p, int64_t i) {
 // Largest weight of a row's products, over its omega.
 __device__ __forceinline__ float weight_gain(const Problem& p, int64_t i) {
   float gain = 2;
-  if (p.mode == kNone || is_literal(p, i)) return gain;
+  if (p.mode == kPlain || is_literal(p, i)) return gain;
   const float inverse = fmaxf(row_of(p, kTextInverse, i), row_of(p, kAudioInverse, i));
   return gain + 2 * fabsf(p.alpha) * (1 + 2 * fabsf(row_of(p, kTileC, i))) * inverse;
 }

@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     grid_barrier();
   }
 
-  if (blockIdx.x == gridDim.x - 1 && p.mode != kNone)
+  if (blockIdx.x == gridDim.x - 1 && p.mode != kPlain)
     list_literal(p, to.literal, work.literal_count(), reinterpret_cast<int*>(memory));
   const float unit = gradient ? work.find_unit() : 1;
   int I, J;
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   grid_barrier();
 
-  const int literal = p.mode == kNone ? 0 : *work.literal_count();
+  const int literal = p.mode == kPlain ? 0 : *work.literal_count();
   if (literal > 0) {
     SUPCLAP_ROLLED
     for (int n = blockIdx.x; n < literal; n += gridDim.x)

@@ -45,13 +45,13 @@ __device__ __forceinline__ Products exchanged(const Products& z) { return {z.P, 
 // Hidden in all four, if the pair does not take part; else times k2.
 __device__ __forceinline__ Products to_logits(Products z, float k2, bool hidden, int mode) {
   return {hidden ? kHidden : k2 * z.S, hidden ? kHidden : k2 * z.P,
-          hidden || mode == kNone ? kHidden : k2 * z.Q,
+          hidden || mode == kPlain ? kHidden : k2 * z.Q,
           hidden || mode != kMirror ? kHidden : k2 * z.K};
 }
 
 // The rows on one side of a tile: what is known of them, quantity by quantity, `stride` apart.
 struct Side {
-  const float* rows;     // [kRows of params.h, stride], of the tile's first row
+  const float* rows;     // [kGeometryRows, stride], of the tile's first row
   const float* factors;  // [8, factor_stride]
   int64_t stride, factor_stride;
   const int64_t* ids;  // of the first row, or null
@@ -69,7 +69,7 @@ struct Side {
 // Rows from first + at on, of the n from `first` on, as the sweeps left them in `state`.
 __device__ __forceinline__ Side side_of(const Problem& p, int64_t first, int at, int n) {
   const int64_t start = first + at;
-  return {p.state + kStateRows * p.N + start,
+  return {p.state + kStateGeometry * p.N + start,
           p.factors + start,
           p.N,
           p.N,
@@ -95,7 +95,7 @@ struct Support {
   float c, text, audio, offset;  // c, 1 / |t_sup|, 1 / |a_sup|, 0 or kHidden
   __device__ Support() : c(0), text(1), audio(1), offset(0) {}
   __device__ Support(const Side& side, int x, int mode) : Support() {
-    if (mode == kNone) return;
+    if (mode == kPlain) return;
     c = side.row(kTileC, x);
     text = side.row(kTextInverse, x, 1);
     audio = side.row(kAudioInverse, x, 1);
@@ -202,7 +202,7 @@ struct Half {
     if (infonce) g += slope(S, fa.m[kAudioRows], fa.f[kAudioRows], true);
     base = g * S;
     W = total = g;
-    if (mode == kNone) return;
+    if (mode == kPlain) return;
     const float x = support_logit(S, Q, t.c, t.text);
     float h = slope(x + t.offset + b, ft.m[kSupportRows], ft.f[kSupportRows], infonce);
     if (mode == kShared) h += slope(x + t.offset, fa.m[kOtherRows], fa.f[kOtherRows], true);
@@ -243,7 +243,7 @@ template <class Shape, class Logits, class Store>
 __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, const Side& J, float b,
                                              int mode, bool infonce, bool diagonal, Slot slot_i,
                                              Slot slot_j, float* scratch, const Store& store) {
-  constexpr int kC = Shape::kColumns, kSums = kTileSums;
+  constexpr int kC = Shape::kColumns;
   float column[kC][kColumnSums] = {};
   SUPCLAP_ROLLED
   for (int r = 0; r < Shape::kRows; ++r) {
@@ -251,7 +251,7 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
     const Support own(I, x, mode);
     const Factors own_f(I, x, mode, infonce);
     const auto logits = z(r);
-    float row[kSums] = {}, w[4][kC];
+    float row[kTileSums] = {}, w[4][kC];
     SUPCLAP_UNROLL
     for (int c = 0; c < kC; ++c) {
       const int y = Shape::column(c);
@@ -265,14 +265,14 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
     }
     store(r, w);
     SUPCLAP_UNROLL
-    for (int sum = 0; sum < kSums; ++sum) {
-      if (sum >= kRhoText && mode == kNone) continue;
+    for (int sum = 0; sum < kTileSums; ++sum) {
+      if (sum >= kRhoText && mode == kPlain) continue;
       const float total = warp_sum<Shape::kLanes>(row[sum]);
       if (threadIdx.x % Shape::kLanes == 0 && x < I.count)
         slot_i.at[sum * slot_i.plane + x] = total;
     }
   }
-  if (diagonal || mode == kNone) return;
+  if (diagonal || mode == kPlain) return;
   SUPCLAP_UNROLL
   for (int sum = 0; sum < kColumnSums; ++sum) {
     SUPCLAP_UNROLL

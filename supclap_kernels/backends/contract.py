@@ -9,17 +9,7 @@ from torch import Tensor
 
 from ..options import Options
 from .panel import PLACEHOLDER, Tiling, kept_elements
-
-STATISTICS = 12
-"""Rows of `state` that hold (m, l, l without the positive) of four directions."""
-STATE_ROWS = STATISTICS + 10
-"""... and the geometry of the rows: Problem::state and Problem::rows of csrc/params.h."""
-
-
-GAP, C, TILE_C, OFFSET, TEXT_INVERSE, AUDIO_INVERSE, POSITIVE = range(7)
-"""Rows of that geometry which Python reads."""
-NONE, ONE_SIDED, SHARED, MIRROR = range(4)
-"""Modes of the support vectors, as the GPU kernels number them."""
+from .state import GAP, MIRROR, ONE_SIDED, PLAIN, POSITIVE, SHARED, STATE_GEOMETRY
 
 
 class Inputs(NamedTuple):
@@ -41,7 +31,7 @@ def grams(has_radius: bool, options: Options) -> int:
 
 def mode(has_radius: bool, options: Options) -> int:
     if not options.support(has_radius):
-        return NONE
+        return PLAIN
     if options.mirror(has_radius):
         return MIRROR
     return SHARED if options.shared(has_radius) else ONE_SIDED
@@ -117,13 +107,14 @@ def negatives_between(T: Tensor, A: Tensor, ids: Tensor | None, I: slice, J: sli
 
 def row_values(inputs: Inputs, terms: Tensor, state: Tensor) -> Tensor:
     """(10,) float64: sums over rows of what SVRStats averages over them, in its order."""
-    given = terms[:4] if inputs.weight is None else terms[:4] * inputs.weight
-    rows = state[STATISTICS:]
-    geometry = [torch.full_like(rows[GAP], math.nan)] * 3
+    losses = terms[:4] if inputs.weight is None else terms[:4] * inputs.weight
+    geometry = state[STATE_GEOMETRY:]
+    radius_values = [torch.full_like(geometry[GAP], math.nan)] * 3
     if inputs.radius is not None:
-        R = inputs.radius.to(state.dtype).expand_as(rows[GAP])
-        geometry = [R, rows[GAP], 1.0 - R / rows[GAP]]
-    return torch.stack([*given, *(1.0 - terms[4:]), rows[POSITIVE], *geometry]).double().sum(dim=1)
+        R = inputs.radius.to(state.dtype).expand_as(geometry[GAP])
+        radius_values = [R, geometry[GAP], 1.0 - R / geometry[GAP]]
+    values = [*losses, *(1.0 - terms[4:]), geometry[POSITIVE], *radius_values]
+    return torch.stack(values).double().sum(dim=1)
 
 
 def statistics(values: Tensor, N: int, similarity: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from ..options import Options
 from ..reference import accumulator_dtype
 from . import contract
 from .backend import Backend, Call, Towers
-from .contract import STATE_ROWS, Inputs, grams
+from .contract import Inputs, grams
 from .literal import LiteralRows
 from .panel import PLACEHOLDER, Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
+from .state import DIRECTIONS, GAP, OFFSET, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
 from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 TILING = {
@@ -51,14 +52,12 @@ class CpuCall:
         self.grams = grams(has_radius, options)
         self.layout = Layout.choose(N, self.grams, TILING[dtype], options.workspace, split)
         self.products = self.choose_products()
-        directions, sums = self.native.DIRECTIONS, self.native.SUMS
-        assert STATE_ROWS == 3 * directions + self.native.ROWS
         # All that is (., N): the statistics and the rows' geometry, which backward gets from
         # forward; factors and omega; running and sums.
         new = torch.zeros if options.gradient_in_forward else torch.empty  # sweep 2 reads it first
         self.state = new(STATE_ROWS, N, dtype=dtype, device="cpu") if state is None else state
-        self.factors = self.new_empty(2 * directions + 1, N)
-        self.wide = self.new_empty(2 * directions + sums, N, dtype=torch.float64)
+        self.factors = self.new_empty(2 * DIRECTIONS + 1, N)
+        self.wide = self.new_empty(2 * DIRECTIONS + ROW_SUMS, N, dtype=torch.float64)
         self.R, self.w = self.vector(inputs.radius), self.vector(inputs.weight)
         self.code = None
         if inputs.ids is not None:
@@ -75,11 +74,11 @@ class CpuCall:
         p.T, p.A = native.address(self.T), native.address(self.A)
         p.R, p.w, p.code = (native.address(x) for x in (self.R, self.w, self.code))
         p.state, row = self.state.data_ptr(), N * dtype.itemsize
-        p.rows = p.state + 3 * directions * row
+        p.rows = p.state + STATE_GEOMETRY * row
         p.factors = self.factors.data_ptr()
-        p.omega = p.factors + 2 * directions * row
+        p.omega = p.factors + 2 * DIRECTIONS * row
         p.running = self.wide.data_ptr()
-        p.sums = p.running + 2 * directions * N * 8
+        p.sums = p.running + 2 * DIRECTIONS * N * 8
         if state is None:
             self.native.prepare_rows(p)
         self.literal = self.literal_rows() if self.native.count_literal(p) else None
@@ -87,10 +86,6 @@ class CpuCall:
     def vector(self, x: Tensor | None) -> Tensor | None:
         """(N,) or 0-d values as the kernels read them."""
         return None if x is None else x.to(self.dtype).contiguous()
-
-    def row(self, name: str) -> Tensor:
-        """One of the rows' quantities, (N,)."""
-        return self.state[3 * self.native.DIRECTIONS + self.native.ROW[name]]
 
     def operand(self, X: Tensor) -> Tensor:
         """The rows as the products see them: contiguous, wide, normalised if asked."""
@@ -115,7 +110,7 @@ class CpuCall:
 
     def literal_rows(self) -> LiteralRows:
         assert self.R is not None
-        index = self.row("offset").nonzero()[:, 0]
+        index = self.state[STATE_GEOMETRY + OFFSET].nonzero()[:, 0]
         k, b, R = self.problem.k, self.problem.b, self.R.expand(self.N)
         modes = (self.mirror, self.shared, self.split)
         return LiteralRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
@@ -126,13 +121,12 @@ class CpuCall:
     @property
     def log_sums(self) -> Tensor:
         """float64"""
-        directions = self.native.DIRECTIONS
-        return self.wide[: 2 * directions].view(2, directions, self.N)
+        return self.wide[: 2 * DIRECTIONS].view(2, DIRECTIONS, self.N)
 
     @property
     def sums(self) -> Tensor:
         """float64: Problem::sums"""
-        return self.wide[2 * self.native.DIRECTIONS :]
+        return self.wide[2 * DIRECTIONS :]
 
     # The epilogue of the panel engine.
     def hide_pairs(self, tile: Tile, panel: Tensor) -> None:
@@ -159,7 +153,7 @@ class CpuCall:
 
     def literal_statistics(self) -> None:
         if self.literal is not None:
-            self.literal.statistics(self.log_sums, self.native.HIDDEN)
+            self.literal.statistics(self.log_sums)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         loss = self.new_empty(self.N) if self.problem.per_row else self.new_empty()
@@ -198,10 +192,10 @@ class CpuCall:
         if with_statistics:
             self.literal_statistics()
         if self.literal is not None:
-            directions = self.native.DIRECTIONS
-            state = self.state[: 3 * directions].view(3, directions, self.N)
-            factors = self.factors[: 2 * directions].view(2, directions, self.N)
-            self.literal.gradients(state, factors, self.sums, self.native.SUM, dT, dA)
+            statistics = self.state[:STATE_GEOMETRY].view(3, DIRECTIONS, self.N)
+            factors = self.factors[: 2 * DIRECTIONS].view(2, DIRECTIONS, self.N)
+            gap = self.state[STATE_GEOMETRY + GAP]
+            self.literal.gradients(statistics, factors, gap, self.sums, dT, dA)
 
     def finish_gradients(
         self, dA: Tensor | None, dT: Tensor | None, out: Towers = (None, None)
@@ -231,7 +225,7 @@ class CpuBackend(Backend):
         return contract.saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
 
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-        accumulator, module = accumulator_dtype(dtype), native.module()
+        accumulator = accumulator_dtype(dtype)
         size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
         cast, matrix = dtype != accumulator, N * D
         rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
@@ -239,8 +233,8 @@ class CpuBackend(Backend):
             N, grams(has_radius, options), TILING[accumulator], options.workspace
         )
         saved = self.saved_elements(N, D, dtype, has_radius, options, True) * size
-        state, factors = STATE_ROWS * N * size, (2 * module.DIRECTIONS + 2) * N * size
-        rows = state + factors + (2 * module.DIRECTIONS + module.SUMS) * N * wide
+        state, factors = STATE_ROWS * N * size, (2 * DIRECTIONS + 2) * N * size
+        rows = state + factors + (2 * DIRECTIONS + ROW_SUMS) * N * wide
         scratch = layout.scratch_elements * size
         kept = not options.gradient_in_forward and saved > PLACEHOLDER * size
         operands = 2 * matrix * size if cast or options.normalize else 0

@@ -21,8 +21,9 @@ from ..options import Options
 from . import contract, tiles
 from .backend import Backend, Call
 from .contract import Inputs, grams
-from .gpu_call import PLANES, SUMS, GpuCall, lanes_of, scratch_dtypes, scratch_shapes
+from .gpu_call import GpuCall, lanes_of, scratch_dtypes, scratch_shapes
 from .panel import PLACEHOLDER, Layout, Tiling
+from .state import PLANES, ROW_SUMS, STATE_ROWS
 
 PARTIAL = 3
 """Bytes of partial results for each position of a block, at most (16 planes over BLOCK_I rows)."""
@@ -69,19 +70,19 @@ class GpuBackend(Backend):
         packed = options.normalize or width != D
         copies = packed + self.engine.rounds_rows(dtype, self.fused)
         operands = 2 * N * width * dtype.itemsize * copies
-        held = 4 * contract.STATE_ROWS * N + saved + operands + 4 * N * svr
+        held = 4 * STATE_ROWS * N + saved + operands + 4 * N * svr
         total, returned = 2 * N * width * 4, 2 * N * D * dtype.itemsize
         outputs = 0 if dtype == torch.float32 and width == D and not single else returned
         literal = self.engine.literal_bytes(N, width)
         first = self.scratch_bytes(layout, dtype, not kept, True, single)
         second = self.scratch_bytes(layout, dtype, not kept, single, True)
         after = max(literal * svr, outputs * (not single) + 4 * 3 * N)
-        gradients = 4 * (1 + 8 + SUMS + 1) * N + total + max(second, after)
+        gradients = 4 * (1 + 8 + ROW_SUMS) * N + total + max(second, after)
         forward_peak = held + 4 * PLANES * N + (gradients if single else first)
         backward_peak = held + gradients
         if single:
             wide = 2 * N * D * 4
-            backward_peak = 4 * contract.STATE_ROWS * N + saved + wide
+            backward_peak = 4 * STATE_ROWS * N + saved + wide
             backward_peak += returned * (dtype != torch.float32)
         return max(forward_peak, backward_peak) - returned
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..options import Options
 from . import contract, tiles
 from .backend import Towers
-from .contract import MIRROR, NONE, SHARED, STATE_ROWS, Inputs, grams
+from .contract import Inputs, grams
 from .lanes import in_flight
 from .panel import (
     Layout,
@@ -26,9 +26,7 @@ from .panel import (
     panel_of,
 )
 from .products import DeviceProducts
-
-PLANES, SUMS = 10, 6
-"""Of the partial statistics (a pair for each direction, and SIMILARITY), and of the sums."""
+from .state import MIRROR, PLAIN, PLANES, ROW_SUMS, SHARED, STATE_ROWS, TILE_SUMS
 
 
 class Scratch(NamedTuple):
@@ -65,8 +63,8 @@ def scratch_shapes(
         size if weights else None,
         (PLANES, i, side) if statistics else None,
         (PLANES, j, side) if statistics else None,
-        (SUMS, i, side) if weights else None,
-        (SUMS, j, side) if weights else None,
+        (TILE_SUMS, i, side) if weights else None,
+        (TILE_SUMS, j, side) if weights else None,
     )
 
 
@@ -113,7 +111,7 @@ class GpuCall:
         self.grams = grams(has_radius, options)
         self.layout = Layout.choose(N, self.grams, tiling, options.workspace, split)
         # Which directions and sums a tile adds to: bit d for its rows, and for its columns.
-        svr, two = self.mode != NONE, self.mode in (SHARED, MIRROR)
+        svr, two = self.mode != PLAIN, self.mode in (SHARED, MIRROR)
         self.directions = 0b0011 | svr * 0b0100 | two * 0b1000
         self.sums_of_columns = svr * 0b010100 | (self.mode == MIRROR) * 0b101000
         self.stored = self.weights_dtype(self.dtype)
@@ -254,7 +252,7 @@ class GpuCall:
         scratch = (kept is None, True, False)
         lanes = self.lanes(*scratch)
         in_flight(self.device, self.layout.tiles(), lanes, free, self.merge_tile)
-        if self.mode != NONE:
+        if self.mode != PLAIN:
             self.literal_statistics()
 
     def sweep_gradients(
@@ -275,7 +273,7 @@ class GpuCall:
 
         scratch = (kept is None, with_statistics, True)
         in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, ordered)
-        if self.mode != NONE:
+        if self.mode != PLAIN:
             if with_statistics:
                 self.literal_statistics()
             self.literal_gradients(dT, dA)
@@ -294,7 +292,7 @@ class GpuCall:
         self.omega = self.new_empty(self.N)
         self.unit = self.new_empty(2)[0]  # the other one is csrc/cuda's
         self.factors = self.new_zeros(8, self.N)
-        self.sums = self.new_zeros(SUMS + 1, self.N)  # and RHO_LITERAL
+        self.sums = self.new_zeros(ROW_SUMS, self.N)
         self.prepare_factors(contiguous(upstream))
 
     def accumulators(self, needs: tuple[bool, ...], out: Towers = (None, None)) -> Towers:

@@ -11,6 +11,7 @@ from .gpu import GpuBackend
 from .gpu_call import Scratch
 from .gpu_cuda import CudaCall
 from .panel import Tile
+from .state import PLAIN
 
 WANTED = True
 """Tests and benchmarks turn it off: then panels take every batch that does not fit on the chip."""
@@ -27,7 +28,7 @@ class HopperCall(CudaCall):
 
 def takes(dtype: torch.dtype, has_radius: bool, options: Options) -> bool:
     """16-bit embeddings with support vectors."""
-    alone = contract.mode(has_radius, options) == contract.NONE
+    alone = contract.mode(has_radius, options) == PLAIN
     if not WANTED or dtype == torch.float32 or (alone and not ALONE):
         return False
     on_hopper = native.shim() is not None or torch.cuda.get_device_capability() == (9, 0)

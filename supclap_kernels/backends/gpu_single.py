@@ -17,11 +17,12 @@ from .. import dispatch, native
 from ..options import Options
 from . import contract, gpu_hopper
 from .backend import Backend, Call
-from .contract import STATE_ROWS, Inputs
-from .gpu_call import SUMS, similarity_of
+from .contract import Inputs
+from .gpu_call import similarity_of
 from .gpu_cuda import CUDA_PANEL, DTYPES, Given
 from .gpu_hopper import HOPPER
 from .panel import PLACEHOLDER
+from .state import PLAIN, ROW_SUMS, STATE_ROWS
 
 SIDE = 0
 """Of the tiles: 16, 32, 64, or by the size of the batch (csrc/cuda/single.cu)."""
@@ -51,7 +52,7 @@ def larger(dtype: torch.dtype, has_radius: bool, options: Options) -> Backend:
     """What computes batches that do not fit: where an H200 measured it, the fastest."""
     if gpu_hopper.takes(dtype, has_radius, options):
         return HOPPER
-    plain = options.infonce and contract.mode(has_radius, options) == contract.NONE
+    plain = options.infonce and contract.mode(has_radius, options) == PLAIN
     if gpu_hopper.WANTED and plain and dtype != torch.float32 and dispatch.triton_state() == "ok":
         return dispatch.implementation("triton")
     return CUDA_PANEL
@@ -63,7 +64,7 @@ def larger_of(inputs: Inputs, options: Options) -> Backend:
 
 def sums_elements(N: Any, width: int) -> Any:
     """Length of the buffer in which a launch leaves what backward needs for the gradients."""
-    return 2 * N * width + (SUMS + 2) * N + 2
+    return 2 * N * width + (ROW_SUMS + 1) * N + 2
 
 
 def give_sums(given: Given, buffer: Tensor, needs: tuple[bool, ...]) -> None:
@@ -72,7 +73,7 @@ def give_sums(given: Given, buffer: Tensor, needs: tuple[bool, ...]) -> None:
     dT = buffer.data_ptr()
     dA = dT + 4 * N * width
     sums = dA + 4 * N * width
-    omega = sums + 4 * (SUMS + 1) * N
+    omega = sums + 4 * ROW_SUMS * N
     unit = omega + 4 * N
     given.problem.give(
         dT=dT if needs[1] else 0, dA=dA if needs[0] else 0,

@@ -10,16 +10,17 @@ from torch import Tensor
 from . import tiles
 from . import triton_epilogue as epilogue
 from .gpu import GpuBackend
-from .gpu_call import PLANES, SUMS, GpuCall, Scratch
+from .gpu_call import GpuCall, Scratch
 from .gpu_literal import LiteralRows
 from .panel import Tile
+from .state import PLANES, TILE_SUMS
 from .triton_backward import tile_backward
 from .triton_finish import finish_gradients
 from .triton_forward import tile_forward
 from .triton_rows import finish_statistics, pack_rows, prepare_rows, row_factors, row_weights
 from .triton_tiles import INTERPRETED
 
-ROW_GRID = {"BLOCK_N": tiles.ROWS, "BLOCK_D": tiles.ROW_COLUMNS, "num_warps": 4}
+ROW_GRID = {"BLOCK_N": tiles.ROW_BLOCK, "BLOCK_D": tiles.ROW_COLUMNS, "num_warps": 4}
 
 
 def architecture(device: torch.device) -> int:
@@ -84,7 +85,7 @@ class TritonCall(GpuCall):
         return 4 * (min(blocks, tiles.LITERAL_PARTS) * tiles.LITERAL_ROWS * width + 2 * N)
 
     def prepare_launches(self) -> None:
-        self.row_grid = (triton.cdiv(self.N, tiles.ROWS),)
+        self.row_grid = (triton.cdiv(self.N, tiles.ROW_BLOCK),)
         self.vector_grid = (triton.cdiv(self.N, tiles.VECTOR),)
         self.literal_rows_found: LiteralRows | None = None
 
@@ -165,7 +166,7 @@ class TritonCall(GpuCall):
                 )
             used = self.sums_of_columns | (not column) * 0b11
             if sums is not None and used:
-                epilogue.merge_sums[blocks, SUMS](sums, self.sums, *place, used, **shape)
+                epilogue.merge_sums[blocks, TILE_SUMS](sums, self.sums, *place, used, **shape)
 
     @property
     def literal(self) -> LiteralRows:

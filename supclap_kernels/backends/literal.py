@@ -14,6 +14,7 @@ from torch import Tensor
 from ..gradients import MIN_LENGTH
 from ..options import Options
 from ..reference import EPS
+from .state import BIAS, HIDDEN, OTHER_ROWS, RHO_LITERAL, SUPPORT_AUDIO, SUPPORT_ROWS, SUPPORT_TEXT
 
 CHUNK_COPIES = 8
 """float64 values alive for each logit of a chunk: product, logit, slope, and what makes them."""
@@ -86,31 +87,33 @@ class LiteralRows:
                 z.masked_fill_(self.second[own][:, None] == self.second[None, :], float("-inf"))
             yield rows, product, z
 
-    def statistics(self, running: Tensor, lowest: float) -> None:
+    def statistics(self, running: Tensor) -> None:
         """Put the literal rows' (m, l) of the negatives into `running` (2, directions, N),
         float64."""
         m, l = running
-        for direction, (s, Y, _, inverse) in enumerate(self.sides, start=2):
+        for direction, (s, Y, _, inverse) in enumerate(self.sides, start=SUPPORT_ROWS):
             for rows, _, z in self.chunks(s, Y, inverse):
                 own = self.index[rows]
                 if not self.infonce:
                     l[direction, own] = -F.logsigmoid(-z).sum(dim=1)
                     continue
-                top = z.amax(dim=1).clamp_min(lowest)
+                top = z.amax(dim=1).clamp_min(HIDDEN)
                 m[direction, own] = top
                 l[direction, own] = (z - top[:, None]).exp().sum(dim=1)
                 if self.shared:
-                    new = torch.maximum(m[3], z.amax(dim=0).clamp_min(lowest))
-                    l[3] = l[3] * (m[3] - new).exp() + (z - new).exp().sum(dim=0)
-                    m[3] = new
+                    new = torch.maximum(m[OTHER_ROWS], z.amax(dim=0).clamp_min(HIDDEN))
+                    l[OTHER_ROWS] = l[OTHER_ROWS] * (m[OTHER_ROWS] - new).exp() + (
+                        z - new
+                    ).exp().sum(dim=0)
+                    m[OTHER_ROWS] = new
 
     def positive_slopes(self, direction: int, state: Tensor, f: Tensor) -> Tensor:
         """(f,): gradient with respect to the logits of the literal rows' positives."""
         if self.infonce:
             others = state[2]
             h = -f[direction] * others[direction]
-            return (h - f[3] * others[3] if self.shared else h)[self.index]
-        s, Y, _, inverse = self.sides[direction - 2]
+            return (h - f[OTHER_ROWS] * others[OTHER_ROWS] if self.shared else h)[self.index]
+        s, Y, _, inverse = self.sides[direction - SUPPORT_ROWS]
         z = self.k * inverse * (s * Y[self.index].double()).sum(dim=1) + self.b
         return -f[direction, self.index] * (-z).sigmoid()
 
@@ -118,18 +121,18 @@ class LiteralRows:
         self,
         state: Tensor,
         factors: Tensor,
+        gap: Tensor,
         sums: Tensor,
-        rows_of: dict[str, int],
         dT: Tensor | None,
         dA: Tensor | None,
     ) -> None:
         """Add the literal rows' SVR gradient to dT, dA (N, D; None: frozen) and to `sums`.
 
         state (3, directions, N): m, l, l without the positive; factors (2, directions, N): m, and
-        the upstream weight over l; sums: Problem::sums of csrc/params.h.
+        the upstream weight over l; gap (N,): r as `finish_gradients` reads it; sums (ROW_SUMS, N).
         """
         m, f = factors.double()
-        for direction, (s, Y, sign, inverse) in enumerate(self.sides, start=2):
+        for direction, (s, Y, sign, inverse) in enumerate(self.sides, start=SUPPORT_ROWS):
             dX, dY = (dT, dA) if sign > 0 else (dA, dT)
             v = sign * self.step / self.r[:, None]
             positive = self.positive_slopes(direction, state.double(), f)
@@ -138,12 +141,12 @@ class LiteralRows:
                 if self.infonce:
                     h = (z - m[direction, own][:, None]).exp() * f[direction, own][:, None]
                     if self.shared:
-                        h = h + (z - m[3]).exp() * f[3]
+                        h = h + (z - m[OTHER_ROWS]).exp() * f[OTHER_ROWS]
                 else:
                     h = z.sigmoid() * f[direction, own][:, None]
-                support = rows_of["support_text" if sign > 0 else "support_audio"]
+                support = SUPPORT_TEXT if sign > 0 else SUPPORT_AUDIO
                 sums[support, own] += (h * product).sum(dim=1)
-                sums[rows_of["bias"], own] += h.sum(dim=1)
+                sums[BIAS, own] += h.sum(dim=1)
                 if self.second is None:
                     h.scatter_(1, own[:, None], positive[rows, None])
                 H = self.k * inverse[rows, None] * h
@@ -156,7 +159,7 @@ class LiteralRows:
                 if self.renormalize:
                     unit = s[rows] * inverse[rows, None]
                     ds -= (ds * unit).sum(dim=1, keepdim=True) * unit
-                sums[rows_of["rho_literal"], own] += (ds * v[rows]).sum(dim=1)
+                sums[RHO_LITERAL, own] += (ds * v[rows]).sum(dim=1) * gap[own]
                 if dX is not None:
                     dX[own] += ((1.0 - self.c[rows, None]) * ds).to(dX.dtype)
                 if dY is not None:

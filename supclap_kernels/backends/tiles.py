@@ -45,7 +45,7 @@ class Blocks(NamedTuple):
 PANEL_STATISTICS = Blocks(32, 128, warps=8)
 PANEL_WEIGHTS = Blocks(16, 128, warps=4)
 """Epilogues of the panel engine: 128-bit loads and stores along a row of 128, and no spills."""
-ROWS, ROW_COLUMNS = 8, 64
+ROW_BLOCK, ROW_COLUMNS = 8, 64
 """Rows of a program in the O(N D) kernels, and columns at a time."""
 VECTOR = 256
 """Rows of a program in the O(N) kernels."""

@@ -11,7 +11,7 @@ many weights besides.
 import triton
 import triton.language as tl
 
-from .triton_tiles import HIDDEN, MIRROR, NONE, SIMILARITY, merge_pair, tile_epilogue
+from .triton_tiles import HIDDEN, MIRROR, PLAIN, SIMILARITY, merge_pair, tile_epilogue
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def load_panel(
         panel += block
         P = tl.load(panel + at)
     Q, K = S, S
-    if MODE != NONE:
+    if MODE != PLAIN:
         Q = tl.load(panel + block + at)
     if MODE == MIRROR:
         K = tl.load(panel + 2 * block + at)

@@ -8,7 +8,7 @@ csrc/cpu/rows.h).
 import triton
 import triton.language as tl
 
-from .triton_rows import load_pair, load_radius, positive_products
+from .triton_rows import MIN_NORM, load_pair, load_radius, positive_products
 from .triton_tiles import (
     AUDIO_INVERSE,
     AUDIO_ROWS,
@@ -16,14 +16,14 @@ from .triton_tiles import (
     BIAS,
     GAP,
     MIRROR,
-    NONE,
     OFFSET,
     OTHER_ROWS,
+    PLAIN,
     RHO_AUDIO,
     RHO_LITERAL,
     RHO_TEXT,
-    ROWS,
     SHARED,
+    STATE_GEOMETRY,
     STATE_L,
     STATE_OTHERS,
     STEP_AUDIO,
@@ -83,11 +83,11 @@ def row_terms(
     sigma_t, sigma_a, rho = zero, zero, zero
     if radius is not None:
         R = load_radius(radius, i, inside, PER_ROW_RADIUS)
-        r = tl.load(state + (ROWS + GAP) * N + i, mask=inside, other=1.0)
+        r = tl.load(state + (STATE_GEOMETRY + GAP) * N + i, mask=inside, other=1.0)
         hinge = tl.where(R > r, beta * w, 0.0)
         dR = hinge - tl.where(R < 0.0, beta * w, 0.0)
-    if MODE != NONE:
-        rows = state + ROWS * N + i
+    if MODE != PLAIN:
+        rows = state + STATE_GEOMETRY * N + i
         c = tl.load(rows + C * N, mask=inside, other=0.0)
         et = tl.load(rows + STEP_TEXT * N, mask=inside, other=0.0)
         ea = tl.load(rows + STEP_AUDIO * N, mask=inside, other=0.0)
@@ -165,7 +165,7 @@ def finish_side(
             along += g * x
             square += x * x
         length = tl.sqrt_rn(tl.sum(square, 1))
-        length = tl.maximum(length, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+        length = tl.maximum(length, MIN_NORM, propagate_nan=tl.PropagateNan.ALL)
         inward = tl.sum(along, 1) / length / length
     for d0 in range(0, width, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)[None, :]

@@ -11,7 +11,7 @@ each position elsewhere, since a visit of (I, J) serves (J, I) as well.
 import triton
 import triton.language as tl
 
-from .triton_tiles import INTERPRETED, MIRROR, NONE, tile_epilogue
+from .triton_tiles import INTERPRETED, MIRROR, PLAIN, tile_epilogue
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def tile_products(
         t_j, a_j = load_operand(T + row_j, d0, BLOCK_D), load_operand(A + row_j, d0, BLOCK_D)
         S = tl.dot(t_i, a_j.T, S, input_precision=PRECISION)  # [BLOCK_I, D] @ [D, BLOCK_J]
         P = tl.dot(a_i, t_j.T, P, input_precision=PRECISION)
-        if MODE != NONE:
+        if MODE != PLAIN:
             Q = tl.dot(a_i, a_j.T, Q, input_precision=PRECISION)
         if MODE == MIRROR:
             K = tl.dot(t_i, t_j.T, K, input_precision=PRECISION)

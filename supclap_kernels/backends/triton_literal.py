@@ -19,8 +19,8 @@ from .triton_tiles import (
     OFFSET,
     OTHER_ROWS,
     RHO_LITERAL,
-    ROWS,
     SHARED,
+    STATE_GEOMETRY,
     SUPPORT_AUDIO,
     SUPPORT_ROWS,
     SUPPORT_TEXT,
@@ -41,7 +41,7 @@ def list_literal(state, index, count, N, BLOCK: tl.constexpr):
     total = 0
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        offset = tl.load(state + (ROWS + OFFSET) * N + i, mask=i < N, other=0.0)
+        offset = tl.load(state + (STATE_GEOMETRY + OFFSET) * N + i, mask=i < N, other=0.0)
         literal = (offset != 0.0).to(tl.int32)
         tl.store(index + total + tl.cumsum(literal, 0) - 1, i, mask=literal == 1)
         total += tl.sum(literal, 0)
@@ -98,8 +98,8 @@ def literal_products(
 def literal_row_scalars(state, i, in_i, N, DIRECTION: tl.constexpr):
     """c and 1 / |s|."""
     inverse_row = TEXT_INVERSE if DIRECTION == SUPPORT_ROWS else AUDIO_INVERSE
-    c = tl.load(state + (ROWS + C) * N + i, mask=in_i, other=0.0)
-    return c, tl.load(state + (ROWS + inverse_row) * N + i, mask=in_i, other=0.0)
+    c = tl.load(state + (STATE_GEOMETRY + C) * N + i, mask=in_i, other=0.0)
+    return c, tl.load(state + (STATE_GEOMETRY + inverse_row) * N + i, mask=in_i, other=0.0)
 
 
 @triton.jit

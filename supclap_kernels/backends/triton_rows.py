@@ -7,6 +7,7 @@ maxima m in base 2. One program owns BLOCK_N rows; embeddings come as operands (
 import triton
 import triton.language as tl
 
+from .. import gradients, reference
 from .triton_tiles import (
     AUDIO_INVERSE,
     AUDIO_ROWS,
@@ -14,14 +15,14 @@ from .triton_tiles import (
     HIDDEN,
     LOG2E,
     MIRROR,
-    NONE,
     OFFSET,
     OTHER_ROWS,
     PANEL_POSITIVE,
+    PLAIN,
     POSITIVE,
-    ROWS,
     SHARED,
     SIMILARITY,
+    STATE_GEOMETRY,
     STATE_L,
     STATE_OTHERS,
     STEP_AUDIO,
@@ -36,11 +37,10 @@ from .triton_tiles import (
     softplus,
 )
 
-EPS = tl.constexpr(1e-4)
-"""Smoothing of the gap, as in reference.py."""
-LITERAL_C, LITERAL_GAP, LITERAL_LENGTH = tl.constexpr(2.0), tl.constexpr(1 / 8), tl.constexpr(0.1)
-"""`is_literal` of gradients.py, and the shortest support vector, over the longest row."""
-MIN_LENGTH = tl.constexpr(1e-7)
+EPS = tl.constexpr(reference.EPS)
+LITERAL_C, LITERAL_GAP = tl.constexpr(gradients.LITERAL_C), tl.constexpr(gradients.LITERAL_GAP)
+LITERAL_LENGTH = tl.constexpr(gradients.LITERAL_LENGTH)
+MIN_LENGTH, MIN_NORM = tl.constexpr(gradients.MIN_LENGTH), tl.constexpr(gradients.MIN_NORM)
 LARGEST_WEIGHT = tl.constexpr(2.0**14)
 """Of a weight in its unit: float16 ends at 2^16."""
 
@@ -57,7 +57,7 @@ def pack_rows(
     row = i.to(tl.int64)[:, None]
     if length is not None:
         of = tl.load(length + i, mask=i < N, other=1.0)
-        of = tl.maximum(of, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+        of = tl.maximum(of, MIN_NORM, propagate_nan=tl.PropagateNan.ALL)
     for d0 in range(0, width, BLOCK_D):
         d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
         x = tl.load(X + row * stride_n + d * stride_d, mask=inside & (d < D), other=0.0)
@@ -97,7 +97,7 @@ def prepare_rows(
         start = 0.0 if direction == SIMILARITY else HIDDEN
         tl.store(running + 2 * direction * N + i, start + tl.zeros_like(i), mask=inside)
         tl.store(running + (2 * direction + 1) * N + i, tl.zeros_like(i), mask=inside)
-    rows = state + ROWS * N + i
+    rows = state + STATE_GEOMETRY * N + i
     ta = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     ee, et, ea, tt, aa = ta, ta, ta, ta, ta
     for d0 in range(0, width, BLOCK_D):
@@ -133,7 +133,7 @@ def prepare_rows(
         tl.store(rows + C * N, c, mask=inside)
         tl.store(rows + STEP_TEXT * N, tl.sum(et, 1), mask=inside)
         tl.store(rows + STEP_AUDIO * N, tl.sum(ea, 1), mask=inside)
-        if MODE != NONE:
+        if MODE != PLAIN:
             tl.store(rows + TILE_C * N, tl.where(literal, 0.0, c), mask=inside)
             tl.store(rows + OFFSET * N, tl.where(literal, HIDDEN, 0.0), mask=inside)
             tl.store(rows + TEXT_INVERSE * N, inverse_t, mask=inside)
@@ -143,10 +143,10 @@ def prepare_rows(
 @triton.jit
 def positive_products(state, i, inside, N, MODE: tl.constexpr):
     """<t_i, a_i>, <t_sup_i, a_i> and <a_sup_i, t_i>; 0 where the mode has none."""
-    rows = state + ROWS * N + i
+    rows = state + STATE_GEOMETRY * N + i
     s = tl.load(rows + POSITIVE * N, mask=inside, other=0.0)
     x, y = tl.zeros_like(s), tl.zeros_like(s)
-    if MODE != NONE:
+    if MODE != PLAIN:
         c = tl.load(rows + C * N, mask=inside, other=0.0)
         inverse = tl.load(rows + TEXT_INVERSE * N, mask=inside, other=0.0)
         x = (s + c * tl.load(rows + STEP_AUDIO * N, mask=inside, other=0.0)) * inverse
@@ -201,7 +201,7 @@ def finish_statistics(
     audio, support, constraint = tl.zeros_like(text), tl.zeros_like(text), tl.zeros_like(text)
     if INFONCE:
         audio = finish_direction(running, state, AUDIO_ROWS, s, i, inside, N, INFONCE)
-    if MODE != NONE:
+    if MODE != PLAIN:
         support = finish_direction(running, state, SUPPORT_ROWS, x, i, inside, N, INFONCE)
     if MODE == SHARED:
         support += finish_direction(running, state, OTHER_ROWS, x, i, inside, N, INFONCE)
@@ -209,11 +209,11 @@ def finish_statistics(
         support += finish_direction(running, state, OTHER_ROWS, y, i, inside, N, INFONCE)
     if radius is not None:
         R = load_radius(radius, i, inside, PER_ROW_RADIUS)
-        r = tl.load(state + (ROWS + GAP) * N + i, mask=inside, other=0.0)
+        r = tl.load(state + (STATE_GEOMETRY + GAP) * N + i, mask=inside, other=0.0)
         constraint = tl.where(R > r, R - r, 0.0) + tl.where(R < 0.0, -R, 0.0)
         constraint = tl.where(R == R, constraint, R)
     loss = text + audio + beta * constraint
-    if MODE != NONE:
+    if MODE != PLAIN:
         loss += alpha * support
     if weight is not None:
         loss *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
@@ -223,7 +223,7 @@ def finish_statistics(
         tl.store(terms + N + i, audio, mask=inside)
         tl.store(terms + 2 * N + i, support, mask=inside)
         tl.store(terms + 3 * N + i, constraint, mask=inside)
-        own = tl.load(state + (ROWS + PANEL_POSITIVE) * N + i, mask=inside, other=0.0)
+        own = tl.load(state + (STATE_GEOMETRY + PANEL_POSITIVE) * N + i, mask=inside, other=0.0)
         m_text = tl.load(running + 2 * TEXT_ROWS * N + i, mask=inside, other=0.0)
         m_audio = tl.load(running + 2 * AUDIO_ROWS * N + i, mask=inside, other=0.0)
         tl.store(terms + 4 * N + i, (m_text >= own).to(tl.float32), mask=inside)
@@ -252,8 +252,8 @@ def row_weights(
         w *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(omega + i, w, mask=inside)
     gain = tl.full([BLOCK_N], 2.0, tl.float32)
-    if MODE != NONE:
-        rows = state + ROWS * N + i
+    if MODE != PLAIN:
+        rows = state + STATE_GEOMETRY * N + i
         c = tl.load(rows + TILE_C * N, mask=inside, other=0.0)
         inverse_t = tl.load(rows + TEXT_INVERSE * N, mask=inside, other=0.0)
         inverse_a = tl.load(rows + AUDIO_INVERSE * N, mask=inside, other=0.0)
@@ -286,7 +286,7 @@ def row_factors(
     tl.store(unit, one)
     w = tl.load(omega + i, mask=inside, other=0.0) / one
     for direction in tl.static_range(SIMILARITY):
-        used = MODE != NONE if direction == SUPPORT_ROWS else True
+        used = MODE != PLAIN if direction == SUPPORT_ROWS else True
         used = MODE == SHARED or MODE == MIRROR if direction == OTHER_ROWS else used
         if used:
             f = alpha * w if direction >= SUPPORT_ROWS else w

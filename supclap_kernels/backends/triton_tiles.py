@@ -14,29 +14,31 @@ import os
 import triton
 import triton.language as tl
 
+from . import state
+
 LOG2E = tl.constexpr(1.4426950408889634)
-HIDDEN = tl.constexpr(-1e30)
-"""Finite: the difference of two hidden logits is 0, and not NaN."""
+HIDDEN = tl.constexpr(state.HIDDEN)
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """The interpreter multiplies and rounds only float32 correctly."""
 
-# Directions of the softmax, and rows of `rows` and `sums`, as in csrc/params.h; products in `sums`
-# are in the units of the logits.
-TEXT_ROWS, AUDIO_ROWS, SUPPORT_ROWS, OTHER_ROWS = (tl.constexpr(n) for n in range(4))
-GAP, C, TILE_C, OFFSET, TEXT_INVERSE = (tl.constexpr(n) for n in range(5))
-AUDIO_INVERSE, POSITIVE, STEP_TEXT, STEP_AUDIO, PANEL_POSITIVE = (
-    tl.constexpr(n) for n in range(5, 10)
-)
-BASE, BIAS, RHO_TEXT, RHO_AUDIO, SUPPORT_TEXT, SUPPORT_AUDIO, RHO_LITERAL = (
-    tl.constexpr(n) for n in range(7)
-)
-SIMILARITY = tl.constexpr(4)
-"""After the directions, in partial results and `running`: sum of the negatives' logits, count."""
-STATE_L, STATE_OTHERS, ROWS = (tl.constexpr(n) for n in (4, 8, 12))
-"""Where `state` (22, N) has, after m of 4 directions, l, l without the positive, and `rows`."""
-# Modes of the support vectors.
-NONE, ONE_SIDED, SHARED, MIRROR = (tl.constexpr(n) for n in range(4))
+# The layout of backends/state.py; products in `sums` are in the units of the logits.
+TEXT_ROWS, AUDIO_ROWS = tl.constexpr(state.TEXT_ROWS), tl.constexpr(state.AUDIO_ROWS)
+SUPPORT_ROWS, OTHER_ROWS = tl.constexpr(state.SUPPORT_ROWS), tl.constexpr(state.OTHER_ROWS)
+SIMILARITY = tl.constexpr(state.SIMILARITY)
+STATE_L, STATE_OTHERS = tl.constexpr(state.STATE_L), tl.constexpr(state.STATE_OTHERS)
+STATE_GEOMETRY = tl.constexpr(state.STATE_GEOMETRY)
+GAP, C = tl.constexpr(state.GAP), tl.constexpr(state.C)
+TILE_C, OFFSET = tl.constexpr(state.TILE_C), tl.constexpr(state.OFFSET)
+TEXT_INVERSE, AUDIO_INVERSE = tl.constexpr(state.TEXT_INVERSE), tl.constexpr(state.AUDIO_INVERSE)
+STEP_TEXT, STEP_AUDIO = tl.constexpr(state.STEP_TEXT), tl.constexpr(state.STEP_AUDIO)
+POSITIVE, PANEL_POSITIVE = tl.constexpr(state.POSITIVE), tl.constexpr(state.PANEL_POSITIVE)
+BASE, BIAS = tl.constexpr(state.BASE), tl.constexpr(state.BIAS)
+RHO_TEXT, RHO_AUDIO = tl.constexpr(state.RHO_TEXT), tl.constexpr(state.RHO_AUDIO)
+RHO_LITERAL = tl.constexpr(state.RHO_LITERAL)
+SUPPORT_TEXT, SUPPORT_AUDIO = tl.constexpr(state.SUPPORT_TEXT), tl.constexpr(state.SUPPORT_AUDIO)
+PLAIN, ONE_SIDED = tl.constexpr(state.PLAIN), tl.constexpr(state.ONE_SIDED)
+SHARED, MIRROR = tl.constexpr(state.SHARED), tl.constexpr(state.MIRROR)
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def side_statistics(
     """Partial (m, l) of one axis of a tile: the negatives of its texts, audios, support vectors."""
     reduce_direction(S + b, out, at, plane, in_own, AXIS, INFONCE)
     reduce_direction(P + b, out + 2 * AUDIO_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
-    if MODE != NONE:
+    if MODE != PLAIN:
         c, inverse, offset = support_rows(rows, TEXT_INVERSE, own, in_own, N, AXIS)
         x = support_logit(S, Q, c, inverse, offset) + b
         reduce_direction(x, out + 2 * SUPPORT_ROWS * plane, at, plane, in_own, AXIS, INFONCE)
@@ -285,7 +287,7 @@ def half_weights(
         g += slope(S, factors, AUDIO_ROWS, a, in_a, N, A_AXIS, INFONCE)
     base = tl.sum(g * S, 1)
     W, total, V_A, V_T = g, g, g, g
-    if MODE != NONE:
+    if MODE != PLAIN:
         W, total, V_A = support_weights(
             S, Q, W, total, rows, factors, b, t, a, in_t, in_a, sums_t, at_t, plane_t, N, T_AXIS,
             SUPPORT_ROWS, TEXT_INVERSE, RHO_TEXT, SUPPORT_TEXT, MODE == SHARED, INFONCE,
@@ -318,14 +320,14 @@ def tile_weights(
     )  # fmt: skip
     if not DIAGONAL:
         out += block
-    if MODE != NONE or not DIAGONAL:
+    if MODE != PLAIN or not DIAGONAL:
         V_A2, V_T2, base2, total2 = half_weights(
             P, Q, K, rows, factors, b, j, i, in_j, in_i, None if DIAGONAL else out,
             columns, at_j, plane_j, sums_i, at_i, plane_i, N, 0, MODE, INFONCE,
         )  # fmt: skip
         if not DIAGONAL:
             base, total = base + base2, total + total2
-        if MODE != NONE:
+        if MODE != PLAIN:
             tl.store(out + block, (V_A + V_A2).to(out.dtype.element_ty))
         if MODE == MIRROR:
             tl.store(out + 2 * block, (V_T + V_T2).to(out.dtype.element_ty))
@@ -345,7 +347,7 @@ def tile_epilogue(
     DIAGONAL: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """All that happens to one tile of products."""
-    rows = state + ROWS * N
+    rows = state + STATE_GEOMETRY * N
     k2 = logit_scale_2(scale)
     b = logit_bias_2(bias, INFONCE)
     i, j, in_i, in_j = i0 + x, j0 + y, x < ni, y < nj

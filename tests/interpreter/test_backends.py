@@ -24,7 +24,7 @@ from supclap_kernels.backends import gpu_literal, gpu_triton, tiles
 
 def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
     monkeypatch.setattr(tiles, "GPU_PAD", pad)
-    monkeypatch.setattr(tiles, "ROWS", rows)
+    monkeypatch.setattr(tiles, "ROW_BLOCK", rows)
     monkeypatch.setitem(gpu_triton.ROW_GRID, "BLOCK_N", rows)
     monkeypatch.setattr(gpu_literal, "BLOCK_J", columns)
     monkeypatch.setattr(tiles, "LITERAL_SPLIT", split)

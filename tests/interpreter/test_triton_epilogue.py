@@ -12,8 +12,8 @@ from supclap_kernels.backends import triton_epilogue as epilogue
 from supclap_kernels.backends import triton_tiles as tiles
 from supclap_kernels.testing import Outputs, violations
 
-NONE, ONE_SIDED, SHARED, MIRROR = (
-    mode.value for mode in (tiles.NONE, tiles.ONE_SIDED, tiles.SHARED, tiles.MIRROR)
+PLAIN, ONE_SIDED, SHARED, MIRROR = (
+    mode.value for mode in (tiles.PLAIN, tiles.ONE_SIDED, tiles.SHARED, tiles.MIRROR)
 )
 LOG2E = tiles.LOG2E.value
 BLOCK_I, BLOCK_J = 16, 32
@@ -48,7 +48,7 @@ class Dense:
         generator = torch.Generator().manual_seed(0)
         T, A = (F.normalize(torch.randn(N, D, generator=generator), dim=1) for _ in "ta")
         self.T, self.A, self.mode, self.infonce = T, A, mode, infonce
-        self.svr, self.mirror = mode != NONE, mode == MIRROR
+        self.svr, self.mirror = mode != PLAIN, mode == MIRROR
         self.rows = torch.zeros(10, N)
         self.rows[2] = 0.5 * torch.randn(N, generator=generator)
         self.rows[4:6] = torch.rand(2, N, generator=generator) + 0.5
@@ -139,8 +139,8 @@ class Dense:
 @pytest.mark.parametrize("with_ids", [False, True], ids=["", "ids"])
 @pytest.mark.parametrize(
     "mode, infonce",
-    [(NONE, True), (ONE_SIDED, True), (SHARED, True), (MIRROR, True)]
-    + [(NONE, False), (ONE_SIDED, False), (MIRROR, False)],
+    [(PLAIN, True), (ONE_SIDED, True), (SHARED, True), (MIRROR, True)]
+    + [(PLAIN, False), (ONE_SIDED, False), (MIRROR, False)],
 )
 def test_one_panel(mode, infonce, with_ids, diagonal):
     exact, base = (Dense(mode, infonce, with_ids, x) for x in (torch.float64, torch.float32))

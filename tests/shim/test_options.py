@@ -18,8 +18,9 @@ from gpu_suite import (
 )
 
 from supclap_kernels.backends import gpu_single, tiles
-from supclap_kernels.backends.contract import POSITIVE, STATISTICS, Inputs
+from supclap_kernels.backends.contract import Inputs
 from supclap_kernels.backends.gpu_cuda import CUDA_PANEL
+from supclap_kernels.backends.state import POSITIVE, STATE_GEOMETRY
 from supclap_kernels.options import Options
 
 SUITE = suite("cuda", "panel")
@@ -63,7 +64,9 @@ def test_loss_of_sums_literal_above_their_reference():
     options = Options(bilateral="none", reduction="none")
     given = Inputs(unit, unit, None, torch.tensor(1.0), None, None, None)
     call = CUDA_PANEL.call(given, options)
-    call.state[STATISTICS + POSITIVE] = torch.tensor([-59.0, -61.0, -99.0, -120.0]) * math.log(2)
+    call.state[STATE_GEOMETRY + POSITIVE] = torch.tensor([-59.0, -61.0, -99.0, -120.0]) * math.log(
+        2
+    )
     call.running[0:4:2], call.running[1:4:2] = 0.0, 2.0**30
     rows, _ = call.finish_statistics()
     exact = 2 * (30 + torch.tensor([59.0, 61.0, 99.0, 120.0], dtype=torch.float64)) * math.log(2)
