@@ -97,8 +97,8 @@ struct Problem {
 };
 
 // One tile: rows I = [i0, i0 + ni) and columns J = [j0, j0 + nj), j0 > i0 or I = J. A panel holds
-// these blocks, each [ni, nj], one after the other: S_IJ = T_I A_J^T; S_JI^T = A_I T_J^T (if I !=
-// J); Q = A_I A_J^T (if svr); K = T_I T_J^T (if mirror).
+// these blocks, each [ni, nj], one after the other: S = T_I A_J^T; its mirrored product P = A_I
+// T_J^T = S_JI^T (if I != J); Q = A_I A_J^T (if svr); K = T_I T_J^T (if mirror).
 struct Tile {
   int64_t i0, ni, j0, nj;
 };

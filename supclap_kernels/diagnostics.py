@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
-from .options import check_choices, plain
+from .options import as_python_number, check_choices
 from .reference import (
     accumulator_dtype,
     direction_pairs,
@@ -69,7 +69,11 @@ def force_decomposition(
     Arguments as in `fused_svr_loss`; with `normalize`, forces act on the normalised rows.
     """
     check_choices(objective=objective, bilateral=bilateral)
-    alpha, beta, dtype = plain(alpha), plain(beta), accumulator_dtype(audio.dtype)
+    alpha, beta, dtype = (
+        as_python_number(alpha),
+        as_python_number(beta),
+        accumulator_dtype(audio.dtype),
+    )
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     infonce, N = objective == "infonce", len(text)
     A, T = audio.detach().to(dtype), text.detach().to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import collectives, dispatch, ops
 from .backends.contract import Inputs
 from .groups import GroupHandle, looked_up
-from .options import CHOICES, Options, check_choices, plain
+from .options import CHOICES, Options, as_python_number, check_choices
 from .radius import DynamicRadius, StaticRadius, radius_of
 from .reference import accumulator_dtype, svr_loss_reference
 from .stats import SVRStats
@@ -120,11 +120,11 @@ def checked_options(options: Options) -> Options:
         objective=options.objective, bilateral=options.bilateral, reduction=options.reduction,
         backend=options.backend,
     )  # fmt: skip
-    alpha, beta = plain(options.alpha), plain(options.beta)
+    alpha, beta = as_python_number(options.alpha), as_python_number(options.beta)
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not isinstance(value, int | float):
             raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    workspace = plain(options.workspace)
+    workspace = as_python_number(options.workspace)
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
     if workspace < 0:
@@ -243,7 +243,7 @@ def as_scalar(name: str, value: float | Tensor, audio: Tensor) -> Tensor:
                 f"{name} must be on {audio.device} like the embeddings, got {value.device}"
             )
         return value
-    value = plain(value)
+    value = as_python_number(value)
     if isinstance(value, bool) or not isinstance(
         value, int | float | torch.SymFloat | torch.SymInt
     ):

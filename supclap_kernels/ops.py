@@ -44,12 +44,12 @@ _library.define(
 )
 
 
-def _plainly(x: Tensor, function: Callable[..., tuple[Any, ...]], *given: Any) -> Any:
+def _without_autograd(x: Tensor, function: Callable[..., tuple[Any, ...]], *given: Any) -> Any:
     """Call a backend without autograd and autocast around its own products, on the device of x."""
     device = x.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _plainly(x, function, *given)
+            return _without_autograd(x, function, *given)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return function(*given)
@@ -60,7 +60,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, needs, options = Inputs(*arguments[:7]), arguments[7], Options(*arguments[8:])
     backend = dispatch.backend_for(inputs.audio, options)
     given = (inputs, options, tuple(needs))
-    loss, stats, state, saved = _plainly(inputs.audio, backend.forward, *given)
+    loss, stats, state, saved = _without_autograd(inputs.audio, backend.forward, *given)
     return loss, loss.new_empty(0) if stats is None else stats, state, saved
 
 
@@ -69,7 +69,7 @@ def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     backend = dispatch.backend_for(inputs.audio, options)
     state, saved, needs = arguments[7:10]
     given = (inputs, options, tuple(needs), upstream, state, saved)
-    found = _plainly(inputs.audio, backend.backward, *given)
+    found = _without_autograd(inputs.audio, backend.backward, *given)
     return tuple(state.new_empty(0, dtype=torch.float32) if g is None else g for g in found)
 
 
@@ -128,7 +128,7 @@ class SVRFunction(torch.autograd.Function):
         if backend is None:
             found = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
         else:
-            found = _plainly(tensors[0], backend.forward, Inputs(*tensors), options, needs)
+            found = _without_autograd(tensors[0], backend.forward, Inputs(*tensors), options, needs)
         loss, stats, state, saved = found
         ctx.save_for_backward(*tensors, state, saved)
         ctx.needs, ctx.options, ctx.backend = needs, options, backend
@@ -145,7 +145,7 @@ class SVRFunction(torch.autograd.Function):
             gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
         else:
             given = (inputs, options, needs, upstream, *tensors[7:])
-            gradients = _plainly(upstream, ctx.backend.backward, *given)
+            gradients = _without_autograd(upstream, ctx.backend.backward, *given)
         return (*_returned(gradients, needs, upstream, inputs), *[None] * 5)
 
 
@@ -156,7 +156,9 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.plan = arguments
-        loss, stats, memory = _plainly(tensors[0], _group_forward, ctx.plan, Inputs(*tensors))
+        loss, stats, memory = _without_autograd(
+            tensors[0], _group_forward, ctx.plan, Inputs(*tensors)
+        )
         ctx.names = list(memory)
         ctx.save_for_backward(*tensors, *memory.values())
         ctx.mark_non_differentiable(stats)
@@ -166,7 +168,7 @@ class GroupFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
         inputs, memory = Inputs(*tensors[:7]), dict(zip(ctx.names, tensors[7:], strict=True))
-        gradients = _plainly(upstream, _group_backward, ctx.plan, inputs, memory, upstream)
+        gradients = _without_autograd(upstream, _group_backward, ctx.plan, inputs, memory, upstream)
         return (*_returned(gradients, needs, upstream, inputs), None, None, None)
 
 
@@ -235,7 +237,7 @@ def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
         return SVRFunction.apply(*inputs, needs, given, backend)
     if backend is None:
         return torch.ops.supclap_kernels.svr_loss(*inputs, needs, *options)[:2]
-    return _plainly(inputs.audio, backend.forward, inputs, options, needs)[:2]
+    return _without_autograd(inputs.audio, backend.forward, inputs, options, needs)[:2]
 
 
 def group_loss(

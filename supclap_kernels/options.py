@@ -20,7 +20,7 @@ def check_choices(**given: str) -> None:
             raise ValueError(f"{name} must be one of {listed}; got {value!r}")
 
 
-def plain(value: Any) -> Any:
+def as_python_number(value: Any) -> Any:
     """Numbers of other libraries (numpy's, arrays without dimensions, fractions) as Python's; all
     else as it is."""
     if isinstance(value, int | float):

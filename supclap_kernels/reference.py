@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .groups import looked_up
-from .options import check_choices, plain
+from .options import as_python_number, check_choices
 from .stats import SVRStats
 
 EPS = 1e-4
@@ -121,7 +121,11 @@ def svr_loss_reference(
             objective=objective, bilateral=bilateral, alpha=alpha, beta=beta, normalize=normalize,
             renormalize=renormalize, reduction=reduction, return_stats=return_stats,
         )  # fmt: skip
-    alpha, beta, dtype = plain(alpha), plain(beta), accumulator_dtype(audio.dtype)
+    alpha, beta, dtype = (
+        as_python_number(alpha),
+        as_python_number(beta),
+        accumulator_dtype(audio.dtype),
+    )
     number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     T, A = text.to(dtype), audio.to(dtype)
     N = len(T)

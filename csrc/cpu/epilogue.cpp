@@ -50,17 +50,17 @@ struct Rows {
 // The blocks of one panel, each [ni, nj]; null where the mode has none.
 template <class Real>
 struct Blocks {
-  Real *S = nullptr, *S_swap = nullptr, *Q = nullptr, *K = nullptr;
+  Real *S = nullptr, *P = nullptr, *Q = nullptr, *K = nullptr;
   Blocks(const Problem& p, const Tile& tile, Real* panel) {
     const int64_t size = tile.ni * tile.nj;
     S = panel, panel += size;
-    if (tile.i0 != tile.j0) S_swap = panel, panel += size;
+    if (tile.i0 != tile.j0) P = panel, panel += size;
     if (p.svr) Q = panel, panel += size;
     if (p.svr && p.mirror) K = panel;
   }
   Blocks row(int64_t i, int64_t nj) const {
     Blocks result = *this;
-    Real** all[] = {&result.S, &result.S_swap, &result.Q, &result.K};
+    Real** all[] = {&result.S, &result.P, &result.Q, &result.K};
     for (Real** block : all)
       if (*block) *block += i * nj;
     return result;

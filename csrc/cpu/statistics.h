@@ -13,7 +13,7 @@ void half_logits(const Problem& p, const Tile& tile, const Blocks<Real>& row, in
                  HalfLogits<Real>& out, int64_t at) {
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(p.infonce ? 0 : p.b);
-  const Real* S = kSwap ? row.S_swap : row.S;
+  const Real* S = kSwap ? row.P : row.S;
   const int64_t row_index = tile.i0 + i, column = tile.j0, nj = tile.nj;
 #pragma omp simd
   for (int64_t j = 0; j < nj; ++j) out.s[at + j] = logit(S[j], k, b);
@@ -120,7 +120,7 @@ void hide_pairs(const Problem& p, const Tile& tile, void* panel) {
     const Blocks<Real> row = block.row(i, tile.nj);
     const auto hide = [&](int64_t j) {
       row.S[j] = Real(kHidden);
-      if (row.S_swap) row.S_swap[j] = Real(kHidden);
+      if (row.P) row.P[j] = Real(kHidden);
       if (row.Q) row.Q[j] = Real(kHidden);
       if (row.K) row.K[j] = Real(kHidden);
     };
@@ -135,7 +135,7 @@ template <class Real>
 void statistics(const Problem& p, const Tile& tile, const void* panel) {
   const Blocks<Real> block(p, tile, static_cast<Real*>(const_cast<void*>(panel)));
   const int64_t chunks = (tile.ni + kRowChunk - 1) / kRowChunk, nj = tile.nj;
-  const bool both = block.S_swap != nullptr, other = p.mirror || p.shared;
+  const bool both = block.P != nullptr, other = p.mirror || p.shared;
   Real* partial = new Real[kDirections * chunks * 2 * nj];
   const auto columns = [&](Direction d, int64_t chunk) {
     return partial + (d * chunks + chunk) * 2 * nj;

@@ -18,7 +18,7 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
                  kShared = kMode == Mode::kShared;
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
-  const Real* S = kSwap ? row.S_swap : row.S;
+  const Real* S = kSwap ? row.P : row.S;
   const Real *Q = row.Q, *K = row.K;
   const int64_t row_index = tile.i0 + i, column = tile.j0, nj = tile.nj;
   const Real *c = rows[kTileC], *offset = rows[kOffset];
@@ -105,9 +105,8 @@ void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* o
       Real V_A[kMaxTile], V_T[kMaxTile];
       for (int64_t j = 0; j < nj; ++j) V_A[j] = V_T[j] = 0;
       half_weights<Real, kInfonce, kMode, false>(p, tile, row, i, out_row.S, V_A, V_T, columns);
-      if (row.S_swap)
-        half_weights<Real, kInfonce, kMode, true>(p, tile, row, i, out_row.S_swap, V_A, V_T,
-                                                  columns);
+      if (row.P)
+        half_weights<Real, kInfonce, kMode, true>(p, tile, row, i, out_row.P, V_A, V_T, columns);
       if (out_row.Q)
         for (int64_t j = 0; j < nj; ++j) out_row.Q[j] = V_A[j];
       if (out_row.K)

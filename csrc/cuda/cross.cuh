@@ -71,12 +71,12 @@ __device__ __forceinline__ void cross_epilogue(const Problem& p, const PanelTile
                                                const float (&c)[kAccumulators],
                                                CrossScratch scratch, CrossSums& sums) {
   const CrossSlots slots(tile, to, place);
-  const bool turned = own.product.turned;
-  const bool repeated = turned && own.diagonal;  // P = S^T
+  const bool swapped = own.product.swapped;
+  const bool repeated = swapped && own.diagonal;  // P = S^T
   RowStore<Scalar> rows[CrossShape::kRows];
   SUPCLAP_UNROLL
   for (int u = 0; u < CrossShape::kRows; ++u)
-    rows[u].to = static_cast<Scalar*>(to.weights) + turned * tile.size +
+    rows[u].to = static_cast<Scalar*>(to.weights) + swapped * tile.size +
                  (place.x + CrossShape::row(u)) * tile.ld + place.y + RowStore<Scalar>::column();
   const auto store = [&](int u, int n, const float (&w)[2]) {
     // Rows and columns are padded to multiples of kGramColumns.

@@ -32,9 +32,9 @@ struct CrossColumns {
 
 // S or P of a tile pair: which directions its rows and its columns are of.
 struct CrossProduct {
-  bool turned;  // P
-  __device__ int rows() const { return turned ? kAudioRows : kTextRows; }
-  __device__ int columns() const { return turned ? kTextRows : kAudioRows; }
+  bool swapped;  // P
+  __device__ int rows() const { return swapped ? kAudioRows : kTextRows; }
+  __device__ int columns() const { return swapped ? kTextRows : kAudioRows; }
 };
 
 // One thread's products with what it knows of its rows.
@@ -232,7 +232,7 @@ __device__ __forceinline__ void cross_siglip(const CrossTile& tile, const float 
   using Shape = CrossShape;
   const bool statistics = to.slot.at;
   const AddSoftplus add;
-  const bool turned = tile.product.turned;
+  const bool swapped = tile.product.swapped;
   SoftplusSum row[Shape::kRows] = {};
   float top[Shape::kRows] = {kHidden, kHidden};
   SUPCLAP_UNROLL
@@ -245,7 +245,7 @@ __device__ __forceinline__ void cross_siglip(const CrossTile& tile, const float 
       SUPCLAP_UNROLL
       for (int side = 0; side < 2; ++side) {
         const int n = h * kChunk + e + side;
-        const float f = turned ? tile.columns.at[Shape::column(n)].f : 0;
+        const float f = swapped ? tile.columns.at[Shape::column(n)].f : 0;
         SoftplusSum loss[Shape::kRows];
         float z[Shape::kRows];
         SUPCLAP_UNROLL
@@ -254,7 +254,7 @@ __device__ __forceinline__ void cross_siglip(const CrossTile& tile, const float 
           const Logistic one(z[u]);
           loss[u] = one.loss, row[u] = add(row[u], one.loss);
           top[u] = fmaxf(top[u], z[u]);
-          w[u][side] = weights ? one.slope * (turned ? f : tile.own[u].f) : 0;
+          w[u][side] = weights ? one.slope * (swapped ? f : tile.own[u].f) : 0;
           sums.base[u] += w[u][side] * (z[u] - tile.b), sums.bias[u] += w[u][side];
         }
         column[e + side] = add(loss[0], loss[1]);
@@ -266,13 +266,14 @@ __device__ __forceinline__ void cross_siglip(const CrossTile& tile, const float 
     }
     if (!statistics || tile.diagonal) continue;
     scratch.chunk(0, h) = ranks ? join_columns(column_top, Max{}) : kHidden;
-    scratch.chunk(1, h) = turned ? join_columns(column, add).value() : 0;
+    scratch.chunk(1, h) = swapped ? join_columns(column, add).value() : 0;
   }
   if (!statistics) return;
   SUPCLAP_UNROLL
   for (int u = 0; u < Shape::kRows; ++u) {
     const LogSum sum{warp_max<Shape::kLanes>(top[u]), warp_sum<Shape::kLanes>(row[u].value())};
-    if (tile.is_row(u)) to.put(2 * tile.product.rows(), Shape::row(u), {sum.m, turned ? 0 : sum.l});
+    if (tile.is_row(u))
+      to.put(2 * tile.product.rows(), Shape::row(u), {sum.m, swapped ? 0 : sum.l});
   }
 }
 

@@ -77,18 +77,18 @@ struct KeptTiles {
   }
 
   // Logits at tiles[x, y], or, for the columns as rows, at tiles[y, x] with S and P exchanged.
-  __device__ Products read(const float* tiles, int x, int y, bool turned) const {
-    const float* at = tiles + (turned ? y * kPitch + x : x * kPitch + y);
+  __device__ Products read(const float* tiles, int x, int y, bool swapped) const {
+    const float* at = tiles + (swapped ? y * kPitch + x : x * kPitch + y);
     const Products z{at[0], at[kTile], grams() > 0 ? at[2 * kTile] : 0,
                      grams() > 1 ? at[3 * kTile] : 0};
-    return turned ? exchanged(z) : z;
+    return swapped ? exchanged(z) : z;
   }
 
-  // Partial (m, l) of the rows of tile `own` over those of tile `other`; `turned`: own is J.
+  // Partial (m, l) of the rows of tile `own` over those of tile `other`; `swapped`: own is J.
   // Slots have room for what no row or no direction of the mode reads.
   template <bool kInfonce>
   __device__ __noinline__ void side_statistics(int own_tile, int other_tile, const float* tiles,
-                                               bool turned) const {
+                                               bool swapped) const {
     constexpr int kC = Shape::kColumns;
     const Side own = side(own_tile, nullptr), other = side(other_tile, nullptr);
     const Slot to_slot = slot(to.part, own_tile, other_tile);
@@ -103,7 +103,7 @@ struct KeptTiles {
       const Support support(own, x, p.mode);
       Products z[kC];
       SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), turned);
+      for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), swapped);
       // Two directions at once: each is a chain of exchanges between lanes.
       SUPCLAP_ROLLED
       for (int first = 0; first < kDirections; first += 2) {
@@ -121,7 +121,7 @@ struct KeptTiles {
         for (int n = 0; n < 2; ++n)
           if (writes) to_slot.put(2 * (first + n), x, sum[n]);
       }
-      if (!p.stats || turned) continue;
+      if (!p.stats || swapped) continue;
       const LogSum sum = row_similarity<Shape>(z, own_tile == other_tile);
       if (writes) to_slot.put(2 * kSimilarity, x, sum);
     }

@@ -185,19 +185,19 @@ struct Single : KeptTiles<B> {
     SUPCLAP_ROLLED
     for (int e = threadIdx.x; e < B * B; e += kThreads) {
       const int x = e / B, y = e % B;
-      const int straight = x * Tiles::kPitch + y, turned = y * Tiles::kPitch + x;
+      const int straight = x * Tiles::kPitch + y, swapped = y * Tiles::kPitch + x;
       const int64_t here = (int64_t(I) * B + x) * padded() + int64_t(J) * B + y;
       const int64_t there = (int64_t(J) * B + x) * padded() + int64_t(I) * B + y;
       const auto put = [&](int n, int64_t at, float value) {
         matrix(n)[at] = narrow<Scalar>(value);
       };
       const float* back = tiles + Tiles::kTile;  // W_ji
-      put(1, here, tiles[straight]), put(0, here, diagonal ? tiles[turned] : back[straight]);
-      if (!diagonal) put(1, there, back[turned]), put(0, there, tiles[turned]);
+      put(1, here, tiles[straight]), put(0, here, diagonal ? tiles[swapped] : back[straight]);
+      if (!diagonal) put(1, there, back[swapped]), put(0, there, tiles[swapped]);
       SUPCLAP_ROLLED
       for (int n = 2; n < 2 + grams(); ++n) {
         put(n, here, tiles[n * Tiles::kTile + straight]);
-        if (!diagonal) put(n, there, tiles[n * Tiles::kTile + turned]);
+        if (!diagonal) put(n, there, tiles[n * Tiles::kTile + swapped]);
       }
     }
   }

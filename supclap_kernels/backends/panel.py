@@ -1,8 +1,8 @@
 """The panel engine: walks the tile pairs of the Gram matrix [T; A] [T; A]^T between products.
 
-A pair (I, J), J > I, holds S_IJ = T_I A_J^T, S_JI^T = A_I T_J^T and, where the mode needs them,
-Q_IJ = A_I A_J^T and K_IJ = T_I T_J^T; a diagonal tile holds no S_JI^T. Q and K are symmetric, so
-each is multiplied out once for a pair.
+A pair (I, J), J > I, holds S = T_I A_J^T, its mirrored product P = A_I T_J^T = S_JI^T and, where
+the mode needs them, Q = A_I A_J^T and K = T_I T_J^T; a diagonal tile holds no P. Q and K are
+symmetric, so each is multiplied out once for a pair.
 
     sweep 1   products, then `statistics`: partial log-sum-exps
     sweep 2   products (or the panels kept from sweep 1), then `weights`, then
@@ -156,7 +156,7 @@ class Blocks(NamedTuple):
     """The blocks of one panel as (ni, nj) views."""
 
     S: Tensor
-    S_swap: Tensor | None
+    P: Tensor | None
     Q: Tensor | None
     K: Tensor | None
 
@@ -180,8 +180,8 @@ def multiply_tile(tile: Tile, grams: int, panel: Tensor, products: Products) -> 
     out = blocks(tile, grams, panel)
     I, J = tile.I, tile.J
     products.logits(TEXT, I, AUDIO, J, out.S)
-    if out.S_swap is not None:
-        products.logits(AUDIO, I, TEXT, J, out.S_swap)
+    if out.P is not None:
+        products.logits(AUDIO, I, TEXT, J, out.P)
     if out.Q is not None:
         products.logits(AUDIO, I, AUDIO, J, out.Q)
     if out.K is not None:
@@ -238,19 +238,19 @@ def add_products(
 ) -> None:
     """The gradient's products of one tile; a frozen side (None) costs nothing."""
     I, J = tile.I, tile.J
-    W, W_swap, V_A, V_T = weight
+    W, W_P, V_A, V_T = weight
     if dT is not None:
         products.accumulate(rows(dT, I), W, AUDIO, J)
-        if W_swap is not None:
-            products.accumulate(rows(dT, J), W_swap.t(), AUDIO, I)
+        if W_P is not None:
+            products.accumulate(rows(dT, J), W_P.t(), AUDIO, I)
         if V_T is not None:
             products.accumulate(rows(dT, I), V_T, TEXT, J)
             if not tile.diagonal:
                 products.accumulate(rows(dT, J), V_T.t(), TEXT, I)
     if dA is not None:
         products.accumulate(rows(dA, J), W.t(), TEXT, I)
-        if W_swap is not None:
-            products.accumulate(rows(dA, I), W_swap, TEXT, J)
+        if W_P is not None:
+            products.accumulate(rows(dA, I), W_P, TEXT, J)
         if V_A is not None:
             products.accumulate(rows(dA, I), V_A, AUDIO, J)
             if not tile.diagonal:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..groups import WORLD, is_initialized
-from ..options import plain
+from ..options import as_python_number
 from .contrast import Contrast
 
 
@@ -47,7 +47,7 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.model, self.scale = model, plain(scale)
+        self.model, self.scale = model, as_python_number(scale)
         options["normalize"] = is_cosine(similarity_fct, options.get("normalize"))
         self.gathers = gather_across_devices and "group" not in options
         self.contrast = Contrast(radius, False, 0, 1, **options)
@@ -70,7 +70,7 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
             "similarity_fct": "cos_sim" if criterion.options["normalize"] else "dot_score",
             "gather_across_devices": self.gathers,
             "group": criterion.handle.name,
-            **{name: plain(value) for name, value in criterion.options.items()},
+            **{name: as_python_number(value) for name, value in criterion.options.items()},
         }
 
 
