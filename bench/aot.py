@@ -103,8 +103,8 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
     """Every kernel of every call (whose label contains `only`), once."""
     import triton
 
-    from supclap_kernels.backends import gpu_triton
-    from supclap_kernels.backends.contract import Inputs
+    from supclap_kernels.backends.call import Inputs
+    from supclap_kernels.backends.triton import call as triton_call
     from supclap_kernels.options import Options
     from supclap_kernels.testing import Case, make_inputs
 
@@ -115,7 +115,7 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
         launch = describe(kernel, label, arguments, given)
         found.setdefault((launch[:2], *launch[3:]), launch)
 
-    gpu_triton.architecture = lambda device: arch
+    triton_call.architecture = lambda device: arch
     triton.JITFunction.run = record
     needs = (True,) * 5
     for precision in ("ieee", "tf32"):
@@ -134,7 +134,7 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
                 given.ids, given.weight,
             )  # fmt: skip
             options = Options(**chosen, workspace=0)  # several tiles
-            for backend in (gpu_triton.PANEL, gpu_triton.TRITON):
+            for backend in (triton_call.PANEL, triton_call.TILE):
                 _, _, state, saved = backend.forward(inputs, options, needs)
                 backend.backward(inputs, options, needs, given.upstream, state, saved)
     return list(found.values())

@@ -5,9 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from .attach import attach_radius, detach_radius
 from .cached import cached_step
 from .diagnostics import ForceDecomposition, force_decomposition
-from .dispatch import available_backends, explain
+from .dispatch import available_backends, explain, memory_estimate
 from .loss import SVRLoss, fused_svr_loss
-from .memory import memory_estimate
 from .radius import DynamicRadius, StaticRadius
 from .reference import svr_loss_reference
 from .stats import SVRStats

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .radius import SavedRadius
+
 NAME = "supclap_radius"
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 """They list the parameters of their `module` when they are made."""
@@ -131,22 +133,6 @@ class HandsOn(nn.Module):
 
     def forward(self, given: Any) -> Any:
         return given
-
-
-class SavedRadius(nn.Module):
-    """A radius that was read from a file: its tensors, by their names. `attach_radius` gives them
-    to the radius that takes its place."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in state.items():
-            *parents, last = name.split(".")
-            place: nn.Module = self
-            for parent in parents:
-                if parent not in place._modules:
-                    place.add_module(parent, nn.Module())
-                place = place.get_submodule(parent)
-            place.register_parameter(last, nn.Parameter(value))
 
 
 def holder(model: nn.Module, radius: nn.Module) -> nn.Module:

@@ -1,129 +1,56 @@
-"""Which backend computes which call, and why."""
+"""Which way computes which call, and why: the only place that chooses.
+
+A backend that a user names ("triton", "cuda", "panel") has one or several ways, and every way has a
+name of its own, by which tests and benchmarks ask for it:
+
+    cpu            panels between library products and C++ epilogues
+    triton:tile    Triton's tile kernels               triton:panel   panels with Triton's epilogues
+    cuda:single    one launch, up to what fits on the chip (cuda:single:16, :32, :64 name its tiles)
+    cuda:hopper    the sweeps for Hopper               cuda:panel     panels with CUDA's epilogues
+    reference      eager PyTorch
+"""
 
 import functools
-import importlib
-import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import native
-from .backends import cpu
-from .options import Options, check_choices
-
-GPU_BACKENDS = ("triton", "panel", "cuda")
-NO_DEVICE = "no CUDA device"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's kernels run on CPU tensors, in its interpreter; it reads the variable once, too."""
-SHIM = bool(os.environ.get("SUPCLAP_SHIM"))
-"""Those of csrc/cuda run on CPU tensors, in the tests' stand-in for the CUDA run time."""
-ON_HOST = {"triton": INTERPRETED, "cuda": SHIM, "panel": INTERPRETED or SHIM}
-
-
-@functools.cache
-def triton_backends() -> tuple[Any, str]:
-    """The module with PANEL and TRITON and "ok", or None and why not. Imports Triton."""
-    try:
-        return importlib.import_module("supclap_kernels.backends.gpu_triton"), "ok"
-    except ImportError as error:
-        return None, f"Triton is missing ({error}); install it with `pip install triton`"
-
-
-def triton_state() -> str:
-    reason = triton_backends()[1]
-    if reason == "ok" and not INTERPRETED and not native.has_device():
-        return f"{NO_DEVICE} (Triton's interpreter takes CPU tensors: TRITON_INTERPRET=1)"
-    return reason
-
-
-def cuda_state() -> str:
-    if SHIM:
-        return "ok"
-    found, reason = native.load()
-    if found is None:
-        return reason
-    if not found.built_with_cuda:
-        return "not built: no nvcc at install"
-    return "ok" if native.has_device() else NO_DEVICE
-
-
-def panel_state() -> str:
-    """The panel engine takes the kernels of either."""
-    triton = triton_state()
-    return "ok" if triton == "ok" or cuda_state() == "ok" else triton
-
-
-@functools.cache
-def is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
-
-
-def measured(device: torch.device) -> bool:
-    """Whether the CUDA kernels were measured on such a device, and compiled for it."""
-    if cuda_state() != "ok" or not hasattr(native.cuda(), "gram_tile"):
-        return False
-    index = native.current_device() if device.index is None else device.index
-    return index >= 0 and is_hopper(index)
-
-
-STATES: dict[str, Callable[[], str]] = {
-    "reference": lambda: "ok",
-    "cpu": lambda: native.load()[1],
-    "triton": triton_state,
-    "cuda": cuda_state,
-    "panel": panel_state,
-}
-"""Whether each backend can run here: "ok", or why not."""
+from .backends import available
+from .backends.call import Backend, Inputs, Route
+from .backends.cuda import route as cuda_route
+from .options import PLAIN, Options, check_choices
 
 
 def available_backends() -> dict[str, str]:
     """Every backend by name: "ok", or why it cannot run here."""
-    return {name: state() for name, state in STATES.items()}
+    return {name: available.state(name) for name in available.FAMILIES}
 
 
-@torch.compiler.assume_constant_result
 def choose(
     backend: str, where: str | torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[str, str]:
-    """The backend that runs on this device, and why. Raises where the one asked for cannot."""
+    """The name of the backend or way for tensors on this device, and why; "auto" never is.
+
+    Raises ValueError for an unknown name, RuntimeError where the one asked for cannot run.
+    """
     check_choices(backend=backend)
-    device = torch.device(where).type
+    device = torch.device(where)
     if backend == "auto":
-        cpu = STATES["cpu"]()
-        if device == "cpu" and cpu == "ok":
-            return (
-                "cpu",
-                "the panel engine with C++ epilogues: measured faster than eager PyTorch, but for "
-                "the plain losses of fewer than 512 pairs",
-            )
-        if device == "cpu":
-            return "reference", f"fallback: {cpu}"
-        if device == "cuda" and dtype == torch.float64:
-            return "reference", "float64: the kernels compute in float32"
-        if device == "cuda" and measured(torch.device(where)):
-            return (
-                "cuda",
-                "one launch where the batch fits on the chip, else what an H200 measured fastest "
-                "for 16-bit embeddings",
-            )
-        if device == "cuda" and panel_state() == "ok":
-            return (
-                "reference",
-                "the GPU backends can run here, but were measured on Hopper only, with kernels "
-                "compiled for sm_90a: ask for backend='cuda', 'triton' or 'panel'",
-            )
-        return "reference", f"fallback: no kernel for {device} tensors here"
-    state = STATES[backend]()
-    if state != "ok":
-        raise RuntimeError(f"backend={backend!r} cannot run here: {state}. Use backend='auto'.")
-    if backend == "cpu" and device != "cpu":
-        raise RuntimeError(f"backend='cpu' takes CPU tensors, got {device}. Use backend='auto'.")
-    if backend in GPU_BACKENDS:
-        if device != "cuda" and not (device == "cpu" and ON_HOST[backend]):
+        return choose_automatically(device, dtype)
+    family = backend.partition(":")[0]
+    reason = available.state(backend, device.index)
+    if reason != "ok":
+        raise RuntimeError(f"backend={backend!r} cannot run here: {reason}. Use backend='auto'.")
+    if family == "cpu" and device.type != "cpu":
+        raise RuntimeError(
+            f"backend='cpu' takes CPU tensors, got {device.type}. Use backend='auto'."
+        )
+    if family in ("triton", "cuda", "panel"):
+        on_host = device.type == "cpu" and available.takes_cpu_tensors(family)
+        if device.type != "cuda" and not on_host:
             raise RuntimeError(
-                f"backend={backend!r} takes CUDA tensors, got {device}. Use backend='auto'."
+                f"backend={backend!r} takes CUDA tensors, got {device.type}. Use backend='auto'."
             )
         if dtype == torch.float64:
             raise RuntimeError(
@@ -132,24 +59,213 @@ def choose(
     return backend, "asked for"
 
 
-def explain(device: str | torch.device = "cpu", backend: str = "auto") -> str:
-    """One line: which backend a call with tensors on this device runs on, and why."""
-    name, reason = choose(backend, device)
-    return f"{name}: {reason}"
+# A compiled call takes the answer as a constant. torch.compiler.assume_constant_result sets this
+# attribute, too, but imports the whole compiler.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose_automatically(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if device.type == "cpu":
+        reason = available.state("cpu")
+        if reason != "ok":
+            return "reference", f"fallback: {reason}"
+        return (
+            "cpu",
+            "the panel engine with C++ epilogues: measured faster than eager PyTorch, but for the "
+            "plain losses of fewer than 512 pairs",
+        )
+    if device.type != "cuda":
+        return "reference", f"fallback: no kernel for {device.type} tensors here"
+    if dtype == torch.float64:
+        return "reference", "float64: the kernels compute in float32"
+    if available.hopper(device.index) == "ok":
+        return "cuda", "measured fastest on an H200 for 16-bit embeddings"
+    if available.state("panel") == "ok":
+        return (
+            "reference",
+            "the GPU backends can run here, but were measured on Hopper only, with kernels "
+            "compiled for sm_90a: ask for backend='cuda', 'triton' or 'panel'",
+        )
+    return "reference", "fallback: no kernel for cuda tensors here"
+
+
+@functools.lru_cache(maxsize=1024)
+def routes(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    mode: int,
+    infonce: bool,
+    staged: bool = False,
+) -> tuple[Route, ...]:
+    """The ways of such calls by the size of the batch, smallest first.
+
+    `staged`: the pass is called stage by stage (distributed.py), so it cannot be one launch.
+    """
+    name, reason = choose(backend, device, dtype)
+    if name == "triton":
+        return (Route("triton:tile", None, reason),)
+    if name == "panel":
+        takes = device.type == "cuda" or native.on_host()
+        way = "cuda:panel" if takes and available.cuda() == "ok" else "triton:panel"
+        return (Route(way, None, reason),)
+    index = device_index(device)
+    if name.startswith("cuda:single"):
+        if staged:
+            raise RuntimeError(
+                f"backend={name!r} is one launch for the batch of one process; with a group use "
+                "'cuda'"
+            )
+        side = int(name.removeprefix("cuda:single").lstrip(":") or 0)
+        largest = cuda_route.single.limit(D, dtype, mode, infonce, index, side)
+        return (Route(name, largest, reason),)
+    if name == "cuda:hopper" and dtype.itemsize != 2:
+        raise RuntimeError(f"backend={name!r} takes float16 and bfloat16, got {dtype}; use 'cuda'")
+    if name != "cuda":
+        return (Route(name, None, reason),)
+    steps = cuda_route.routes(index, dtype, D, mode, infonce, staged)
+    if backend == "auto" and mode == PLAIN and infonce and dtype.itemsize == 2:
+        if available.triton() == "ok":
+            steps[-1] = ("triton:tile", None)
+    return tuple(Route(way, largest, reason) for way, largest in steps)
+
+
+def device_index(device: torch.device) -> int:
+    """Of a CUDA device; -1 on the host."""
+    if device.type != "cuda":
+        return -1
+    return native.current_device() if device.index is None else device.index
+
+
+def routes_of(inputs: Inputs, options: Options, staged: bool = False) -> tuple[Route, ...]:
+    audio = inputs.audio
+    D = audio.shape[1]
+    if not isinstance(D, int):  # a compiler's symbol; only what fits on a chip depends on it
+        name = choose(options.backend, audio.device, audio.dtype)[0]
+        D = int(D) if name.startswith("cuda") else 0
+    mode = options.mode(inputs.radius is not None)
+    return routes(options.backend, audio.device, audio.dtype, D, mode, options.infonce, staged)
+
+
+def route(N: int, ways: tuple[Route, ...]) -> Route:
+    """The way of a batch of N pairs. Raises RuntimeError where it fits none of them."""
+    for way in ways:
+        if way.largest is None or N <= way.largest:
+            return way
+    raise RuntimeError(
+        f"backend={ways[-1].way!r} takes up to {ways[-1].largest} pairs here, got {N}; use 'cuda'"
+    )
 
 
 @functools.cache
-def implementation(name: str) -> Any:
-    """What has `forward`, `backward`, `saved_elements` and `memory` for a backend's name."""
-    if name == "cpu":
-        return cpu.CPU
-    if name == "cuda":
-        return importlib.import_module("supclap_kernels.backends.gpu_single").CUDA
-    if triton_state() != "ok":
-        return importlib.import_module("supclap_kernels.backends.gpu_cuda").CUDA_PANEL
-    return getattr(triton_backends()[0], name.upper())
+def implementation(way: str) -> Backend:
+    """What computes a way; imports it."""
+    family, _, kind = way.partition(":")
+    if family == "cpu":
+        from .backends.cpu.call import CPU
+
+        return CPU
+    if family == "triton":
+        from .backends.triton import call as triton
+
+        return triton.PANEL if kind == "panel" else triton.TILE
+    from .backends.cuda import single, sweeps
+
+    if kind.startswith("single"):
+        return single.Single(int(kind.removeprefix("single").lstrip(":") or 0))
+    return sweeps.HOPPER if kind == "hopper" else sweeps.PANEL
 
 
-def backend_for(audio: Tensor, options: Options) -> Any:
-    """The implementation of the operators for these tensors."""
-    return implementation(choose(options.backend, audio.device, audio.dtype)[0])
+def backend_for(inputs: Inputs, options: Options) -> Backend:
+    """What computes the operators for these tensors."""
+    return implementation(route(len(inputs.audio), routes_of(inputs, options)).way)
+
+
+def staged_backend(inputs: Inputs, options: Options) -> Backend:
+    """What computes a pass over a process group, stage by stage."""
+    return implementation(routes_of(inputs, options, staged=True)[-1].way)
+
+
+def saved_elements(inputs: Inputs, options: Options, keep: bool) -> Any:
+    """Length of the buffer that forward leaves for backward. N may be symbolic: no branch depends
+    on it, so that torch.compile compiles once for every N."""
+    N, D = inputs.audio.shape
+    call = (D, inputs.audio.dtype, inputs.radius is not None, options, keep)
+    *smaller, last = routes_of(inputs, options)
+    elements = implementation(last.way).saved_elements(N, *call)
+    for way in reversed(smaller):
+        assert way.largest is not None
+        fits = torch.sym_min(1, way.largest // N)
+        elements = fits * implementation(way.way).saved_elements(N, *call) + (1 - fits) * elements
+    return elements
+
+
+def explain(
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    *,
+    N: int | None = None,
+    D: int = 512,
+    dtype: torch.dtype = torch.float32,
+    objective: str = "infonce",
+    bilateral: str = "mirror",
+    radius: bool = True,
+) -> str:
+    """One line: which way takes such a call on this device, and why.
+
+    Args:
+        device, backend: as in `fused_svr_loss`.
+        N, D, dtype: of the embeddings; without N the ways of every size are named.
+        objective, bilateral: as in `fused_svr_loss`.
+        radius: whether there are support vectors.
+    """
+    check_choices(objective=objective, bilateral=bilateral)
+    options = Options(objective=objective, bilateral=bilateral)
+    call = (torch.device(device), dtype, D, options.mode(radius), options.infonce)
+    ways = routes(backend, *call)
+    if N is not None:
+        way = route(N, ways)
+        return f"{way.way}: {way.reason}"
+    names = [
+        way.way if way.largest is None else f"{way.way} up to N = {way.largest}" for way in ways
+    ]
+    return f"{', then '.join(names)}: {ways[-1].reason}"
+
+
+def memory_estimate(
+    N: int,
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    radius: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+    **options: Any,
+) -> int:
+    """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned
+    gradients.
+
+    Args:
+        N, D, dtype: of the embeddings.
+        radius: whether support vectors are used.
+        device, backend: as in `fused_svr_loss`.
+        options: objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace.
+    """
+    if N < 1 or D < 1:
+        raise ValueError(f"N and D must be positive, got N={N}, D={D}")
+    chosen = Options(**options)
+    check_choices(
+        objective=chosen.objective, bilateral=chosen.bilateral, reduction=chosen.reduction
+    )
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
+    call = (torch.device(device), dtype, D, chosen.mode(radius), chosen.infonce)
+    way = route(N, routes(backend, *call)).way
+    if way != "reference":
+        return implementation(way).memory(N, D, dtype, radius, chosen)
+    # Eager autograd: about four matrices for each direction (product, logits, hidden pairs,
+    # softmax), and their gradients.
+    directions = 2 + radius * (1 + (chosen.bilateral != "none"))
+    itemsize = max(4, dtype.itemsize)
+    return (4 * directions + 2) * N * N * itemsize

@@ -4,7 +4,7 @@ The N x N problem is cut by rank. A block of the Gram matrix off its diagonal ho
 ranks' rows, and one of them computes it: rank r visits r + 1, ..., r + (W - 1) / 2, and where W is
 even the ranks r and r + W / 2 share theirs, half of the rows each. So every rank has the same work,
 S, Q and K are multiplied out once in the whole group, and the backends' own tiles and kernels do it
-(`split` of backends/backend.py).
+(`split` of backends/call.py).
 
     forward    rows of the visited -> partial log-sum-exps, home -> the loss of each row
     backward   softmax statistics of the visited -> partial gradients, home -> row terms
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch
-from .backends import contract
-from .backends.backend import Call
-from .backends.contract import Inputs
+from .backends import statistics
+from .backends.call import Call, Inputs, in_own_dtypes
 from .backends.state import STATE_GEOMETRY
-from .collectives import Mail, mean_over_ranks
+from .collectives import Mail, agree, describe, mean_over_ranks
+from .ops import for_autograd, without_autograd
 from .options import Options
 
 
@@ -96,7 +96,7 @@ class Pass:
 
     def __init__(self, plan: Plan, inputs: Inputs, memory: Memory | None = None) -> None:
         self.plan, self.inputs, self.memory = plan, inputs, memory or {}
-        self.backend = dispatch.backend_for(inputs.audio, plan.options)
+        self.backend = dispatch.staged_backend(inputs, plan.options)
         # Sums: what N divides is not known to a visit.
         within = plan.options._replace(reduction="none" if plan.per_row else "sum")
         self.own: Call = self.backend.call(inputs, within, self.memory.get(("state", 0, 0)))
@@ -202,10 +202,10 @@ class Pass:
         self.memory["state", 0, 0] = own.state
         stats = loss.new_empty(0)
         if terms is not None:
-            values = contract.row_values(self.inputs, terms, own.state)
+            values = statistics.row_values(self.inputs.radius, self.inputs.weight, terms, own.state)
             total = torch.cat((values, self.negatives + own.similarity()))
             dist.all_reduce(total, group=plan.group)
-            stats = contract.statistics(total[:-2], sum(plan.sizes), total[-2:]).to(loss.dtype)
+            stats = statistics.means(total[:-2], sum(plan.sizes), total[-2:]).to(loss.dtype)
         if plan.per_row:
             return loss, stats
         total = loss.double() if loss.device.type == "cpu" else loss
@@ -216,7 +216,7 @@ class Pass:
         call.sweep_statistics(self.kept(step, call))
         if self.plan.options.stats:
             sides = slice(0, call.split), slice(call.split, len(call.T))
-            self.negatives += contract.negatives_between(call.T, call.A, call.inputs.ids, *sides)
+            self.negatives += statistics.negatives_between(call.T, call.A, call.inputs.ids, *sides)
         return [rows_first(call.log_sums)]
 
     def merge(self, part: slice, results: list[Tensor]) -> None:
@@ -237,7 +237,7 @@ class Pass:
     def backward(
         self, upstream: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """dA, dT, dR and (dk, db), as `contract.returned` takes them."""
+        """dA, dT, dR and (dk, db), as `in_own_dtypes` takes them."""
         own, plan = self.own, self.plan
         given = [own.state[:STATE_GEOMETRY].t()]
         if plan.per_row:
@@ -293,3 +293,57 @@ def per_row(x: Tensor | None) -> Tensor | None:
 def results_of(call: Call, towers: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
     """Sums over pairs (N, SUMS), and sums of products (N, D) of the towers that are trained."""
     return [rows_first(call.sums), *(x for x in towers if x is not None)]
+
+
+class GroupFunction(torch.autograd.Function):
+    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, plan), in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.plan = arguments
+        outputs = without_autograd(tensors[0], group_forward, ctx.plan, Inputs(*tensors))
+        loss, stats, memory = outputs
+        ctx.names = list(memory)
+        ctx.save_for_backward(*tensors, *memory.values())
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(Inputs._fields)
+        tensors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        inputs, memory = Inputs(*tensors), dict(zip(ctx.names, kept, strict=True))
+        gradients = without_autograd(upstream, group_backward, ctx.plan, inputs, memory, upstream)
+        no_gradient = (None,) * 3  # of ids, weight, plan
+        needs = ctx.needs_input_grad[:5]
+        return *for_autograd(gradients, needs, upstream, inputs), *no_gradient
+
+
+def group_forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Memory]:
+    work = Pass(plan, inputs)
+    return *work.forward(), work.memory
+
+
+def group_backward(
+    plan: Plan, inputs: Inputs, memory: Memory, upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = Pass(plan, inputs, memory).backward(upstream)
+    return in_own_dtypes(inputs, plan.needs, *gradients)
+
+
+def group_loss(
+    inputs: Inputs, options: Options, group: Any, exchange: str
+) -> tuple[Tensor, Tensor]:
+    """The loss over a process group of several ranks, after all of them agreed on the call."""
+    recording = torch.is_grad_enabled()
+    needs = [recording and x is not None and x.requires_grad for x in inputs[:5]]
+    way = dispatch.routes_of(inputs, options, staged=True)[-1].way
+    call = describe(*inputs[:3], *inputs[5:], **options._asdict())
+    call |= {"backend": way, "exchange": exchange, "bias": inputs.bias is not None}
+    towers = {"audio": needs[0], "text": needs[1]}
+    of_ranks = agree(group, {**call, **towers}, ("pairs", "workspace", *towers))
+    for n, name in enumerate(towers):  # what one rank needs, all help with
+        needs[n] = any(rank[name] for rank in of_ranks)
+    sizes = tuple(rank["pairs"] for rank in of_ranks)
+    plan = Plan(options, group, exchange == "ring", sizes, tuple(needs))
+    return GroupFunction.apply(*inputs, plan)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import collectives, dispatch, ops
-from .backends.contract import Inputs
+from . import collectives, dispatch, distributed, ops
+from .backends.call import Inputs
 from .groups import GroupHandle, looked_up
 from .options import CHOICES, Options, as_python_number, check_choices
 from .radius import DynamicRadius, StaticRadius, radius_of
@@ -110,7 +110,8 @@ def fused_svr_loss(
             **given,
         )  # fmt: skip
     call = (inputs, options)
-    loss, stats = ops.group_loss(*call, group, exchange) if across else ops.svr_loss(*call)
+    outputs = distributed.group_loss(*call, group, exchange) if across else ops.svr_loss(*call)
+    loss, stats = outputs
     return loss if stats is None or not return_stats else (loss, SVRStats(*stats.unbind()))
 
 

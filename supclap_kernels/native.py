@@ -27,24 +27,40 @@ def module() -> ModuleType:
     return found
 
 
+_on_host: Any = None
+
+
+def stand_in(launchers: Any) -> None:
+    """From now on `launchers` launch the kernels of csrc/cuda, and take CPU tensors: the kernels
+    compiled for the host (tests/shim), or launches that do nothing (bench/host.py)."""
+    global _on_host
+    _on_host = launchers
+    cuda.cache_clear()
+
+
 @functools.cache
-def shim() -> ModuleType | None:
-    """The CUDA kernels compiled for the host (tests/shim), if SUPCLAP_SHIM names that module: then
-    they take CPU tensors."""
+def load_stand_in() -> None:
+    """Loads the module that the environment variable SUPCLAP_SHIM names, if it names one."""
     path = os.environ.get("SUPCLAP_SHIM")
     if not path:
-        return None
+        return
     spec = importlib.util.spec_from_file_location("supclap_shim", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    shim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shim)
+    stand_in(shim.cuda)
+
+
+def on_host() -> bool:
+    """Whether the kernels of csrc/cuda take CPU tensors here."""
+    load_stand_in()
+    return _on_host is not None
 
 
 @functools.cache
 def cuda() -> Any:
-    """What launches the kernels of csrc/cuda: a submodule of `shim()`, if there, or `module()`."""
-    return (shim() or module()).cuda
+    """What launches the kernels of csrc/cuda."""
+    return _on_host if on_host() else module().cuda
 
 
 @functools.cache

@@ -12,10 +12,17 @@ CHOICES = {
 }
 
 
-def check_choices(**given: str) -> None:
+WAYS = (
+    "triton:tile", "triton:panel", "cuda:panel", "cuda:hopper",
+    "cuda:single", "cuda:single:16", "cuda:single:32", "cuda:single:64",
+)  # fmt: skip
+"""What `backend` may name besides, for tests and benchmarks: the ways of dispatch.py."""
+
+
+def check_choices(**choices: str) -> None:
     """Raise ValueError for an option that is none of its CHOICES."""
-    for name, value in given.items():
-        if value not in CHOICES[name]:
+    for name, value in choices.items():
+        if value not in CHOICES[name] and not (name == "backend" and value in WAYS):
             listed = ", ".join(repr(choice) for choice in CHOICES[name])
             raise ValueError(f"{name} must be one of {listed}; got {value!r}")
 
@@ -29,6 +36,10 @@ def as_python_number(value: Any) -> Any:
         value = value.item()
     is_other_real = isinstance(value, numbers.Real) and not isinstance(value, int | float)
     return float(value) if is_other_real else value
+
+
+PLAIN, ONE_SIDED, SHARED, MIRROR = range(4)
+"""The modes of the support vectors, as the kernels number them; PLAIN has none."""
 
 
 class Options(NamedTuple):
@@ -59,6 +70,18 @@ class Options(NamedTuple):
 
     def shared(self, has_radius: bool) -> bool:
         return self.support(has_radius) and self.bilateral == "shared" and self.infonce
+
+    def mode(self, has_radius: bool) -> int:
+        """PLAIN, ONE_SIDED, SHARED or MIRROR."""
+        if not self.support(has_radius):
+            return PLAIN
+        if self.mirror(has_radius):
+            return MIRROR
+        return SHARED if self.shared(has_radius) else ONE_SIDED
+
+    def grams(self, has_radius: bool) -> int:
+        """How many of the Gram matrices Q = A A^T and K = T T^T the mode needs."""
+        return self.support(has_radius) + self.mirror(has_radius)
 
     @property
     def gradient_in_forward(self) -> bool:

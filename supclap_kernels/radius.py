@@ -206,3 +206,19 @@ def summary(s: Tensor) -> Tensor:
     # The small constant keeps the root's gradient finite where all negatives are equal.
     spread = ((negatives - mean).square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
     return torch.cat((positive, top, mean, spread, negatives.logsumexp(dim=1, keepdim=True)), dim=1)
+
+
+class SavedRadius(nn.Module):
+    """A radius that was read from a file: its tensors, by their names. `attach_radius` gives them
+    to the radius that takes its place."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in state.items():
+            *parents, last = name.split(".")
+            place: nn.Module = self
+            for parent in parents:
+                if parent not in place._modules:
+                    place.add_module(parent, nn.Module())
+                place = place.get_submodule(parent)
+            place.register_parameter(last, nn.Parameter(value))

@@ -10,7 +10,7 @@ from covering import covering
 from torch import Tensor
 
 from supclap_kernels import fused_svr_loss
-from supclap_kernels.backends import gpu_call
+from supclap_kernels.backends import device_call
 from supclap_kernels.testing import (
     Case,
     Inputs,
@@ -138,9 +138,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guard:
     """The working memory of the panel engine inside NaN, too."""
     guard = Guard()
     empty = lambda self, *shape, dtype=torch.float32: guard.empty(shape, dtype)  # noqa: E731
-    monkeypatch.setattr(gpu_call.GpuCall, "new_empty", empty)
+    monkeypatch.setattr(device_call.DeviceCall, "new_empty", empty)
     zeros = lambda self, *shape: guard.empty(shape).zero_()  # noqa: E731
-    monkeypatch.setattr(gpu_call.GpuCall, "new_zeros", zeros)
+    monkeypatch.setattr(device_call.DeviceCall, "new_zeros", zeros)
     return guard
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from supclap_kernels import fused_svr_loss, native
 from supclap_kernels.backends import products
+from supclap_kernels.backends.state import DIRECTIONS, STATE_GEOMETRY
 from supclap_kernels.options import Options
 from supclap_kernels.testing import (
     Case,
@@ -207,8 +208,7 @@ def test_sums_belong_to_the_maxima_as_stored():
     needs, options = (True,) * 5, Options(bilateral="none", backend="cpu")
     tensors = (inputs.audio, inputs.text, None, inputs.logit_scale, None, None, None)
     _, _, state, _ = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
-    module = native.module()
-    m, l, others = state[: 3 * module.DIRECTIONS].view(3, module.DIRECTIONS, -1).double()
+    m, l, others = state[:STATE_GEOMETRY].view(3, DIRECTIONS, -1).double()
     positive = (inputs.text.double() * inputs.audio.double()).sum(dim=1).float().double()
     share = (inputs.logit_scale.double() * positive - m[0]).exp()
     assert int((share > 0.99).sum()) > 30

@@ -10,6 +10,7 @@ from covering import covering
 
 import supclap_kernels as sk
 from supclap_kernels import native
+from supclap_kernels.backends import available
 from supclap_kernels.testing import (
     Case,
     Inputs,
@@ -28,23 +29,17 @@ MODES = [{}, {"bilateral": "none"}, {"bilateral": "shared"}, {"objective": "sigl
 by_mode = pytest.mark.parametrize("options", MODES, ids=str)
 
 
-@pytest.fixture(params=["panel", "triton", "cuda", "cuda panel", "cuda hopper"])
-def backend(request, monkeypatch):
-    """ "cuda": one launch where the batch fits on the chip; with more words: as if it did not."""
-    from supclap_kernels.backends import gpu_hopper, gpu_single
-
-    if "cuda" in request.param and sk.available_backends()["cuda"] != "ok":
-        pytest.skip(sk.available_backends()["cuda"])
-    if request.param == "cuda hopper" and not hasattr(native.cuda(), "gram_tile"):
-        pytest.skip("installed without target 90a")
-    for name in ("WANTED", "ALONE"):
-        monkeypatch.setattr(gpu_hopper, name, request.param == "cuda hopper")
-    if " " in request.param:
-        monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
-    return request.param.split()[0]
+@pytest.fixture(params=["triton:panel", "triton:tile", "cuda", "cuda:panel", "cuda:hopper"])
+def backend(request):
+    """ "cuda": one launch where the batch fits on the chip."""
+    if available.state(request.param) != "ok":
+        pytest.skip(available.state(request.param))
+    return request.param
 
 
 def run(case: Case, backend: str, **options: Any) -> None:
+    if backend == "cuda:hopper" and case.dtype == torch.float32:
+        pytest.skip("16 bits only")
     rounded = case.dtype != torch.float32
     check(sk.fused_svr_loss, case, "cuda", rounded_weights=rounded, backend=backend, **options)
 
@@ -143,6 +138,8 @@ def test_gaps(backend, gap):
 @by_mode
 def test_tf32_is_allowed_by_pytorchs_switch(backend, options):
     """Ten bits of the products: as wrong as the closed form under the same switch."""
+    if backend == "cuda:hopper":
+        pytest.skip("16 bits only")
     case = Case(N=600, D=256, options=options)
     inputs = make_inputs(case, "cuda")
     exact = truth(case, inputs)
@@ -246,9 +243,10 @@ def test_more_than_2_to_the_31_elements():
     free, _ = torch.cuda.mem_get_info()
     if free < 24 * 2**30:
         pytest.skip("needs 24 GiB")
-    from supclap_kernels.backends.contract import Inputs
-    from supclap_kernels.backends.gpu_cuda import CUDA_PANEL
-    from supclap_kernels.backends.gpu_triton import TRITON
+    from supclap_kernels.backends.call import Inputs
+    from supclap_kernels.backends.cuda.sweeps import PANEL
+    from supclap_kernels.backends.state import POSITIVE, STATE_GEOMETRY
+    from supclap_kernels.backends.triton.call import TILE
     from supclap_kernels.options import Options
 
     N, D = 2**20 + 64, 2048
@@ -258,10 +256,10 @@ def test_more_than_2_to_the_31_elements():
     inputs = Inputs(audio, text, radius, scale, None, None, None)
     options = Options(bilateral="none")
     wanted = (audio[-64:].double() * text[-64:].double()).sum(dim=1)
-    for backend in (TRITON, CUDA_PANEL):
+    for backend in (TILE, PANEL):
         rules = backend.tiling(torch.bfloat16)
         call = backend.engine(inputs, options, rules, backend.fused)
-        positive = call.state[12 + 6, -64:].double()
+        positive = call.state[STATE_GEOMETRY + POSITIVE, -64:].double()
         assert float((positive - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 

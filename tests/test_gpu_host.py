@@ -1,18 +1,21 @@
 """The GPU backends without a GPU: passes on CPU tensors, with the kernels' launches left out."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_memory import traced
 
-from supclap_kernels import dispatch
-from supclap_kernels.backends.contract import Inputs
-from supclap_kernels.options import Options
+import supclap_kernels as sk
+from supclap_kernels import dispatch, native
+from supclap_kernels.backends import available
+from supclap_kernels.backends.call import Inputs
+from supclap_kernels.options import MIRROR, PLAIN, WAYS, Options
 from supclap_kernels.testing import Case, make_inputs
 
 triton = pytest.importorskip("triton")
-gpu = pytest.importorskip("supclap_kernels.backends.gpu_triton")
+gpu = pytest.importorskip("supclap_kernels.backends.triton.call")
 
 CASES = {
     "mirror": {},
@@ -48,7 +51,7 @@ def measured(case: Case, backend) -> int:
     return trace.peak - sum(g.numel() * g.element_size() for g in gradients if g is not None)
 
 
-@pytest.mark.parametrize("backend", [gpu.PANEL, gpu.TRITON], ids=["panel", "triton"])
+@pytest.mark.parametrize("backend", [gpu.PANEL, gpu.TILE], ids=["panel", "triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_estimate_within_a_tenth(name, backend, no_launches):
     options = {"workspace": 2**17, **CASES[name]}
@@ -61,8 +64,8 @@ def test_estimate_within_a_tenth(name, backend, no_launches):
 
 
 def test_tuned_blocks_are_opt_in(tmp_path, monkeypatch):
-    from supclap_kernels.backends.gpu_triton import kernel_blocks
-    from supclap_kernels.backends.tiles import Blocks
+    from supclap_kernels.backends.tile_sizes import Blocks
+    from supclap_kernels.backends.triton.call import kernel_blocks
 
     request = (True, False, 1, True, torch.bfloat16, 90)
     shipped = kernel_blocks(*request)
@@ -91,7 +94,7 @@ def test_rows_for_tf32_are_rounded_not_cut():
     assert torch.equal(rounded[:-1].double(), nearest) and rounded[-1] == float("inf")
 
 
-@pytest.mark.parametrize("backend", [gpu.PANEL, gpu.TRITON], ids=["panel", "triton"])
+@pytest.mark.parametrize("backend", [gpu.PANEL, gpu.TILE], ids=["panel", "triton"])
 def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
     monkeypatch.setattr(gpu, "precision", lambda dtype: "tf32")
     case = Case(N=700, D=512, options={"workspace": 2**17})
@@ -99,22 +102,65 @@ def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
     assert 0.9 <= guess / measured(case, backend) <= 1.1
 
 
-def test_auto_takes_what_was_measured(monkeypatch):
-    """On Hopper the CUDA kernels, and Triton's for large batches of InfoNCE alone."""
-    single = pytest.importorskip("supclap_kernels.backends.gpu_single")
-    monkeypatch.setattr(dispatch, "cuda_state", lambda: "ok")
-    monkeypatch.setattr(dispatch, "triton_state", lambda: "ok")
-    monkeypatch.setattr(dispatch, "is_hopper", lambda index: index == 1)
-    monkeypatch.setattr(dispatch.native, "cuda", lambda: SimpleNamespace(gram_tile=None))
-    assert dispatch.choose("auto", "cuda:1")[0] == "cuda"
-    assert dispatch.choose("auto", torch.device("cuda", 0))[0] == "reference"
-    assert dispatch.choose("auto", "cuda:1", torch.float64)[0] == "reference"
-    monkeypatch.setattr(dispatch.native, "cuda", SimpleNamespace)  # compiled for other targets
-    assert dispatch.choose("auto", "cuda:1")[0] == "reference"
-    assert single.larger(torch.bfloat16, False, Options()) is gpu.TRITON
-    assert single.larger(torch.float32, False, Options()) is single.CUDA_PANEL
-    with monkeypatch.context() as patch:
-        patch.setattr(single.gpu_hopper, "WANTED", False)
-        assert single.larger(torch.bfloat16, False, Options()) is single.CUDA_PANEL
-    monkeypatch.setattr(single.gpu_hopper, "takes", lambda *_: True)
-    assert single.larger(torch.bfloat16, True, Options()) is single.HOPPER
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if there were two GPUs, the second one of Hopper, and everything were built."""
+    launchers = SimpleNamespace(
+        gram_tile=None, Problem=SimpleNamespace, single_limit=lambda problem, side: 100
+    )
+    monkeypatch.setattr(available, "triton", lambda: "ok")
+    monkeypatch.setattr(available, "cuda", lambda: "ok")
+    monkeypatch.setattr(available, "capability", lambda index: (9, 0) if index == 1 else (8, 0))
+    monkeypatch.setattr(native, "cuda", lambda: launchers)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    dispatch.routes.cache_clear()
+    yield launchers
+    dispatch.routes.cache_clear()
+
+
+def ways(backend: str, device: str, dtype: torch.dtype, mode: int, **more) -> dict[str, int | None]:
+    routes = dispatch.routes(backend, torch.device(device), dtype, 64, mode, True, **more)
+    return {route.way: route.largest for route in routes}
+
+
+def test_auto_takes_what_was_measured(hopper):
+    """On Hopper the CUDA kernels, and Triton's for large batches of the plain InfoNCE."""
+    half, single = torch.bfloat16, torch.float32
+    assert ways("auto", "cuda:1", half, MIRROR) == {"cuda:single": 100, "cuda:hopper": None}
+    assert ways("auto", "cuda:1", half, PLAIN) == {"cuda:single": 100, "triton:tile": None}
+    assert ways("auto", "cuda:1", single, PLAIN) == {"cuda:single": 100, "cuda:panel": None}
+    assert ways("auto", "cuda:1", single, MIRROR) == {"cuda:single": 100, "cuda:panel": None}
+    assert ways("cuda", "cuda:1", half, PLAIN) == {"cuda:single": 100, "cuda:panel": None}
+    assert ways("auto", "cuda:0", half, MIRROR) == {"reference": None}
+    assert ways("auto", "cuda:1", torch.float64, MIRROR) == {"reference": None}
+    del hopper.gram_tile  # compiled for other targets
+    dispatch.routes.cache_clear()
+    assert ways("auto", "cuda:1", half, MIRROR) == {"reference": None}
+
+
+def test_every_way_has_a_name(hopper):
+    for name in WAYS:
+        largest = 100 if "single" in name else None
+        assert ways(name, "cuda:1", torch.bfloat16, MIRROR) == {name: largest}
+    assert ways("panel", "cuda:0", torch.float32, MIRROR) == {"cuda:panel": None}
+    assert ways("triton", "cuda:0", torch.float32, MIRROR) == {"triton:tile": None}
+    with pytest.raises(RuntimeError, match="no Hopper GPU"):
+        ways("cuda:hopper", "cuda:0", torch.bfloat16, MIRROR)
+    with pytest.raises(RuntimeError, match="takes float16 and bfloat16"):
+        ways("cuda:hopper", "cuda:1", torch.float32, MIRROR)
+
+
+def test_a_group_takes_no_single_launch(hopper):
+    staged = ways("auto", "cuda:1", torch.bfloat16, MIRROR, staged=True)
+    assert staged == {"cuda:hopper": None}
+    with pytest.raises(RuntimeError, match="one launch for the batch of one process"):
+        ways("cuda:single", "cuda:1", torch.bfloat16, MIRROR, staged=True)
+
+
+def test_explain_names_the_way_of_a_call(hopper):
+    call = {"device": "cuda:1", "dtype": torch.bfloat16, "D": 64}
+    assert sk.explain(**call, N=24).startswith("cuda:single: ")
+    assert sk.explain(**call, N=101).startswith("cuda:hopper: ")
+    assert sk.explain(**call, N=101, radius=False).startswith("triton:tile: ")
+    assert sk.explain(**call, N=101, radius=False, objective="siglip").startswith("cuda:panel: ")
+    assert sk.explain(**call).startswith("cuda:single up to N = 100, then cuda:hopper: ")

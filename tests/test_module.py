@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import supclap_kernels as sk
 from supclap_kernels import ops
-from supclap_kernels.backends.cpu import Inputs as OpInputs
+from supclap_kernels.backends.call import Inputs as OpInputs
 from supclap_kernels.options import Options
 from supclap_kernels.testing import (
     Case,

@@ -89,6 +89,21 @@ def test_zero_radius_doubles_a_direction():
         assert relative(svr_loss_reference(a, t, 0.0, k, bilateral=bilateral), 2 * plain) < 1e-14
 
 
+def test_short_support_vectors_are_literal():
+    """a is nearly -t and R is r / 2, so t_sup is short: differences of products would lose four
+    times as many of its digits as the rows themselves do."""
+    exact = make_inputs(Case(N=32, D=16, dtype=torch.float64, radius="row", gap=0.5))
+    exact.audio[3:9] = -exact.text[3:9]
+    exact.audio[3:9, 0] += 0.01
+    exact.radius[3:9] = (exact.audio[3:9] - exact.text[3:9]).norm(dim=1) / 2
+    names = ("audio", "text", "radius", "logit_scale")
+    rounded = [getattr(exact, name).float() for name in names]
+    gradients = loss_and_gradients(*rounded, renormalize=True)[1]
+    wanted = loss_and_gradients(*(x.double() for x in rounded), renormalize=True)[1]
+    for name, bound in (("audio", 2.5e-5), ("text", 2.5e-5), ("radius", 6e-6)):
+        assert relative(getattr(gradients, name).double(), getattr(wanted, name)) < bound, name
+
+
 def test_order_of_the_pairs_does_not_matter():
     inputs = make_inputs(Case(dtype=torch.float64, radius="row"))
     order = torch.randperm(len(inputs.audio), generator=torch.Generator().manual_seed(1))

@@ -2,12 +2,11 @@
 
 import pytest
 
-from supclap_kernels import gradients, native, reference
+from supclap_kernels import gradients, native, options, reference
 from supclap_kernels.backends import state
 
 compiled, reason = native.load()
 pytestmark = pytest.mark.skipif(compiled is None, reason=reason)
-NOT_NUMBERED = {"HIDDEN"}
 
 
 def test_constants_are_those_of_csrc():
@@ -21,18 +20,20 @@ def test_constants_are_those_of_csrc():
 
 
 def test_every_name_of_the_layout_is_that_of_csrc():
-    names = {name for name in vars(state) if name.isupper()} - NOT_NUMBERED
-    assert native.module().LAYOUT == {name: getattr(state, name) for name in names}
+    names = {name for name in vars(state) if name.isupper()} - {"HIDDEN"}
+    layout = {name: getattr(state, name) for name in names}
+    modes = {name: getattr(options, name) for name in ("PLAIN", "ONE_SIDED", "SHARED", "MIRROR")}
+    assert native.module().LAYOUT == layout | modes
 
 
 def test_triton_takes_the_same():
     pytest.importorskip("triton")
-    from supclap_kernels.backends import triton_rows, triton_tiles
+    from supclap_kernels.backends.triton import rows, tile
 
-    shared = {name for name in vars(state) if name.isupper()} & set(vars(triton_tiles))
+    shared = {name for name in vars(state) if name.isupper()} & set(vars(tile))
     assert len(shared) > 25
     for name in shared:
-        assert getattr(triton_tiles, name).value == getattr(state, name), name
-    assert triton_rows.EPS.value == reference.EPS
+        assert getattr(tile, name).value == getattr(state, name), name
+    assert rows.EPS.value == reference.EPS
     for name in ("LITERAL_C", "LITERAL_GAP", "LITERAL_LENGTH", "MIN_LENGTH", "MIN_NORM"):
-        assert getattr(triton_rows, name).value == getattr(gradients, name), name
+        assert getattr(rows, name).value == getattr(gradients, name), name

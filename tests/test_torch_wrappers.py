@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import supclap_kernels as sk
 from supclap_kernels import ops
-from supclap_kernels.backends.contract import Inputs
+from supclap_kernels.backends.call import Inputs
 
 
 def rows(N: int = 11) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ REPORTS = [(90, "", ""), *((a, *w) for a in (80, 100) for w in (("bfloat16", "")
 
 @pytest.mark.parametrize("arch, only, kernel", REPORTS, ids=lambda x: f"sm_{x}" if x else x)
 def test_kernels_compile_well(arch, only, kernel, native_triton):
-    from supclap_kernels.backends.tiles import SPILLS
+    from supclap_kernels.backends.tile_sizes import SPILLS
 
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(arch), only, kernel]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

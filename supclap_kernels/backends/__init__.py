@@ -1,1 +1,1 @@
-"""The kernels, one module for each place they run."""
+"""The kernels, a folder for each family, and what they share."""

@@ -29,8 +29,5 @@ SIMILARITY = DIRECTIONS
 """The pair of planes after the directions': sum and count of the negatives' logits."""
 PLANES = 2 * DIRECTIONS + 2
 
-PLAIN, ONE_SIDED, SHARED, MIRROR = range(4)
-"""The modes of the support vectors; PLAIN has none."""
-
 HIDDEN = -1e30
 """The logit of a hidden pair: finite, so that the difference of two is 0 and not NaN."""

@@ -9,7 +9,7 @@ from typing import Any
 from sentence_transformers.base.modules import Module
 from torch import nn
 
-from ..attach import SavedRadius
+from ..radius import SavedRadius
 
 
 class RadiusPart(Module):  # type: ignore[misc, unused-ignore]

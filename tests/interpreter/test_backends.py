@@ -19,21 +19,22 @@ from gpu_suite import (
     verify,
 )
 
-from supclap_kernels.backends import gpu_literal, gpu_triton, tiles
+from supclap_kernels.backends import tile_sizes
+from supclap_kernels.backends.triton import call, literal_rows
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
-    monkeypatch.setattr(tiles, "GPU_PAD", pad)
-    monkeypatch.setattr(tiles, "ROW_BLOCK", rows)
-    monkeypatch.setitem(gpu_triton.ROW_GRID, "BLOCK_N", rows)
-    monkeypatch.setattr(gpu_literal, "BLOCK_J", columns)
-    monkeypatch.setattr(tiles, "LITERAL_SPLIT", split)
+    monkeypatch.setattr(tile_sizes, "GPU_PAD", pad)
+    monkeypatch.setattr(tile_sizes, "ROW_BLOCK", rows)
+    monkeypatch.setitem(call.ROW_GRID, "BLOCK_N", rows)
+    monkeypatch.setattr(literal_rows, "BLOCK_J", columns)
+    monkeypatch.setattr(tile_sizes, "LITERAL_SPLIT", split)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped tiles, and few programs of the other kernels, which is faster."""
-    sizes(monkeypatch, tiles.GPU_PAD, rows=64, columns=64, split=tiles.LITERAL_SPLIT)
+    """The shipped tile_sizes, and few programs of the other kernels, which is faster."""
+    sizes(monkeypatch, tile_sizes.GPU_PAD, rows=64, columns=64, split=tile_sizes.LITERAL_SPLIT)
 
 
 @pytest.fixture
@@ -45,14 +46,16 @@ def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[Gu
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, programs, slots, parts and splits at a small N."""
+    """Several tile_sizes, programs, slots, parts and splits at a small N."""
     sizes(monkeypatch, pad=64, rows=32, columns=32, split=32)
-    monkeypatch.setattr(tiles, "PANEL_STATISTICS", tiles.Blocks(64, 32))
-    monkeypatch.setattr(tiles, "PANEL_WEIGHTS", tiles.Blocks(32, 64))
-    monkeypatch.setattr(tiles, "tile_blocks", lambda *_: tiles.Blocks(32, 64, 32, parts=2))
-    monkeypatch.setattr(tiles, "LITERAL_PARTS", 3)
-    monkeypatch.setattr(tiles, "VECTOR", 64)
-    monkeypatch.setattr(tiles, "MERGE_SLOTS", 2)
+    monkeypatch.setattr(tile_sizes, "PANEL_STATISTICS", tile_sizes.Blocks(64, 32))
+    monkeypatch.setattr(tile_sizes, "PANEL_WEIGHTS", tile_sizes.Blocks(32, 64))
+    monkeypatch.setattr(
+        tile_sizes, "tile_blocks", lambda *_: tile_sizes.Blocks(32, 64, 32, parts=2)
+    )
+    monkeypatch.setattr(tile_sizes, "LITERAL_PARTS", 3)
+    monkeypatch.setattr(tile_sizes, "VECTOR", 64)
+    monkeypatch.setattr(tile_sizes, "MERGE_SLOTS", 2)
 
 
 SUITE = suite("panel", "triton")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supclap_kernels.backends import triton_epilogue as epilogue
-from supclap_kernels.backends import triton_tiles as tiles
+from supclap_kernels.backends.triton import merge, panel
+from supclap_kernels.backends.triton import tile as tiles
 from supclap_kernels.testing import Outputs, violations
 
 PLAIN, ONE_SIDED, SHARED, MIRROR = (
@@ -147,14 +147,14 @@ def test_one_panel(mode, infonce, with_ids, diagonal):
     i, j = slice(0, 40), slice(0, 40) if diagonal else slice(40, 90)
     ni, nj = i.stop - i.start, j.stop - j.start
     grid = (-(-ni // BLOCK_I), -(-nj // BLOCK_J))
-    panel = base.panel(i, j)
+    products = base.panel(i, j)
     state = torch.cat((torch.full((12, N), float("nan")), base.rows))
-    inputs = (panel, state, base.ids, torch.tensor(SCALE), torch.tensor(BIAS))
+    inputs = (products, state, base.ids, torch.tensor(SCALE), torch.tensor(BIAS))
     place = (N, i.start, ni, j.start, nj, LD, LD * LD)
     constants = (BLOCK_I, BLOCK_J, diagonal, mode, infonce, True)
 
     (part_i, whole_i), (part_j, whole_j) = guarded(5, 2, grid[1], ni), guarded(5, 2, grid[0], nj)
-    epilogue.panel_statistics[grid](*inputs, part_i, part_j, *place, *constants)
+    panel.panel_statistics[grid](*inputs, part_i, part_j, *place, *constants)
     assert intact(whole_i, whole_j)
     for part, own, other in ((part_i, i, j), (part_j, j, i))[: 2 - diagonal]:
         wanted = exact.statistics(own, other)
@@ -172,10 +172,10 @@ def test_one_panel(mode, infonce, with_ids, diagonal):
         found = state[-1, i] - (0.0 if infonce else BIAS * LOG2E)
         accept({"positive": found}, {"positive": product.double()}, {"positive": product})
 
-    out, whole_out = guarded(*panel.shape)
+    out, whole_out = guarded(*products.shape)
     (sums_i, whole_i), (sums_j, whole_j) = guarded(6, grid[1], ni), guarded(6, grid[0], nj)
     results = (None, None, base.factors, out, sums_i, sums_j)
-    epilogue.panel_weights[grid](*inputs, *results, *place, *constants)
+    panel.panel_weights[grid](*inputs, *results, *place, *constants)
     assert intact(whole_i, whole_j, whole_out)
     found = {f"block {n}": x[:ni, :nj] for n, x in enumerate(out)}
     found |= {f"row {n}": x for n, x in enumerate(sums_i.sum(dim=1))}
@@ -196,7 +196,7 @@ def test_merge(infonce, slots):
     part[1] = float("nan")  # a direction without partials
     before = running.clone()
     grid = (-(-count // block[1]), 5)
-    epilogue.merge_statistics[grid](part, running, slots, count, first, N, 0b11101, infonce, *block)
+    merge.merge_statistics[grid](part, running, slots, count, first, N, 0b11101, infonce, *block)
     rows = slice(first, first + count)
     outside = torch.ones(N, dtype=torch.bool)
     outside[rows] = False

@@ -10,8 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from supclap_kernels import native
-from supclap_kernels.backends import gpu_single
+from supclap_kernels import dispatch, native
 
 LIMIT = int(os.environ.get("SHIM_LIMIT", "60"))
 """Seconds a case may take."""
@@ -43,13 +42,15 @@ class Device:
     """The stand-in's multiprocessors, the order in which threads run, and the side of tiles."""
 
     DEFAULT = (5, 0, 0)
+    way = "cuda"
+    """The one launch with these tiles, or what takes a batch by its size."""
 
     def set(self, multiprocessors: int, schedule: int, side: int) -> None:
         module = native.cuda()
         module.set_multiprocessors(multiprocessors)
         module.set_schedule(schedule)
-        gpu_single.SIDE = side
-        gpu_single.limit.cache_clear()
+        self.way = f"cuda:single:{side}" if side else "cuda"
+        dispatch.routes.cache_clear()
 
     def vary(self, n: int) -> None:
         """Every combination, one after the other."""

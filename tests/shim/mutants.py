@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from supclap_kernels import fused_svr_loss, native
-from supclap_kernels.backends import gpu_hopper, gpu_single, tiles
+from supclap_kernels.backends import tile_sizes
 from supclap_kernels.testing import Case, baseline, evaluate, floors, make_inputs, truth, violations
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -19,22 +19,23 @@ BARRIER = re.compile(
 )
 SMALL = {"N": 40, "D": 24, "radius": "row", "gap": 0.05}
 """Three tiles a side on three multiprocessors; some rows are literal."""
+SINGLE, PANEL, HOPPER = "cuda:single:16", "cuda:panel", "cuda:hopper"
 CASES = [
-    ("cuda", Case(**SMALL, options={"normalize": True})),
-    ("cuda", Case(**SMALL, dtype=torch.float16, options={"bilateral": "shared"})),
-    ("cuda", Case(**SMALL, options={"objective": "siglip", "renormalize": True})),
-    ("panel", Case(**SMALL, options={"renormalize": True, "normalize": True})),
-    ("panel", Case(**SMALL, dtype=torch.bfloat16, options={"bilateral": "shared"})),
-    ("panel", Case(**{**SMALL, "N": 140}, options={"objective": "siglip"})),
+    (SINGLE, Case(**SMALL, options={"normalize": True})),
+    (SINGLE, Case(**SMALL, dtype=torch.float16, options={"bilateral": "shared"})),
+    (SINGLE, Case(**SMALL, options={"objective": "siglip", "renormalize": True})),
+    (PANEL, Case(**SMALL, options={"renormalize": True, "normalize": True})),
+    (PANEL, Case(**SMALL, dtype=torch.bfloat16, options={"bilateral": "shared"})),
+    (PANEL, Case(**{**SMALL, "N": 140}, options={"objective": "siglip"})),
     # Several slices and steps along D, and lists of literal rows in several chunks.
-    ("cuda", Case(**{**SMALL, "D": 136}, options={"bilateral": "none"})),
-    ("cuda", Case(**{**SMALL, "D": 136}, options={"objective": "siglip"})),
-    ("cuda", Case(**{**SMALL, "D": 264}, dtype=torch.bfloat16, options={"bilateral": "none"})),
-    ("panel", Case(**{**SMALL, "N": 300, "D": 8}, options={"bilateral": "none"})),
+    (SINGLE, Case(**{**SMALL, "D": 136}, options={"bilateral": "none"})),
+    (SINGLE, Case(**{**SMALL, "D": 136}, options={"objective": "siglip"})),
+    (SINGLE, Case(**{**SMALL, "D": 264}, dtype=torch.bfloat16, options={"bilateral": "none"})),
+    (PANEL, Case(**{**SMALL, "N": 300, "D": 8}, options={"bilateral": "none"})),
     # More operands than stages, several rounds, both sweeps in one.
-    ("hopper", Case(**{**SMALL, "N": 140, "D": 330}, dtype=torch.bfloat16)),
-    ("hopper", Case(**SMALL, dtype=torch.float16, options={"objective": "siglip"})),
-    ("hopper", Case(N=300, D=330, radius="none", dtype=torch.bfloat16)),
+    (HOPPER, Case(**{**SMALL, "N": 140, "D": 330}, dtype=torch.bfloat16)),
+    (HOPPER, Case(**SMALL, dtype=torch.float16, options={"objective": "siglip"})),
+    (HOPPER, Case(N=300, D=330, radius="none", dtype=torch.bfloat16)),
 ]
 
 
@@ -80,16 +81,13 @@ def is_missed(backend: str, case: Case, schedule: int) -> bool:
 
 def missed_by(case: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether one of the CASES misses what is removed, in one of the schedules."""
-    backend, given = CASES[case]
+    way, missing = CASES[case]
     with monkeypatch.context() as patch:
-        patch.setattr(tiles, "GPU_TILE", 128)
-        if backend == "hopper":
-            patch.setattr(gpu_hopper, "WANTED", True)
-            patch.setattr(gpu_hopper, "ALONE", True)
-            patch.setattr(gpu_single, "limit_of", lambda *_: 0)
+        patch.setattr(tile_sizes, "GPU_TILE", 128)
+        if way == HOPPER:
             native.cuda().set_multiprocessors(1)  # which has all tiles
         schedules = range(native.cuda().SCHEDULES)
-        return any(is_missed(backend.replace("hopper", "cuda"), given, n) for n in schedules)
+        return any(is_missed(way, missing, n) for n in schedules)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -103,6 +101,6 @@ def test_nothing_is_missed_as_it_is(case, monkeypatch):
 @pytest.mark.usefixtures("removed")
 def test_barrier_is_missed(site, monkeypatch):
     native.cuda().remove_barrier(site, empty_log())
-    first = {"pan": "panel", "gra": "hopper", "cro": "hopper"}.get(site[:3], "cuda")
+    first = {"pan": PANEL, "gra": HOPPER, "cro": HOPPER}.get(site[:3], SINGLE)
     order = sorted(range(len(CASES)), key=lambda n: CASES[n][0] != first)
     assert any(missed_by(n, monkeypatch) for n in order), f"nobody misses the barrier at {site}"

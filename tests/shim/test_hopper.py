@@ -12,7 +12,7 @@ from gpu_suite import MODES, Case, Guard, guarded, suite, verify
 from torch.nn.functional import normalize
 
 from supclap_kernels import fused_svr_loss
-from supclap_kernels.backends import gpu_hopper, gpu_single, tiles
+from supclap_kernels.backends import tile_sizes
 from supclap_kernels.testing import (
     Inputs,
     baseline,
@@ -46,18 +46,15 @@ def case_of(mode: dict[str, str], options: dict[str, Any] | None = None, **field
 def check(case: Case, inputs: Inputs, workspace: int) -> None:
     """Inputs that no case describes, against the specification."""
     exact, base = truth(case, inputs), baseline(case, inputs, rounded_weights=True)
-    options = {"backend": "cuda", "workspace": workspace, **case.options}
+    options = {"backend": "cuda:hopper", "workspace": workspace, **case.options}
     result = evaluate(fused_svr_loss, inputs, **options)
     assert not violations(result, exact, base, floors(case, inputs, exact))
 
 
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, device: None) -> Iterator[Guard]:
-    """Nothing fits on the chip; tile pairs of 128; working memory inside NaN."""
-    monkeypatch.setattr(gpu_hopper, "WANTED", True)
-    monkeypatch.setattr(gpu_hopper, "ALONE", True)
-    monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 0)
-    monkeypatch.setattr(tiles, "GPU_TILE", 128)
+    """Tile pairs of 128; working memory inside NaN."""
+    monkeypatch.setattr(tile_sizes, "GPU_TILE", 128)
     guard = guarded(monkeypatch)
     yield guard
     assert guard.intact()
@@ -66,19 +63,19 @@ def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, device: None) 
 @pytest.mark.parametrize("n", range(len(SUITE)), ids=map(str, SUITE))
 def test_options(n, guard, device):
     device.vary(n)
-    verify(SUITE[n], guard, "cuda", workspace=SUITE[n].options["workspace"])
+    verify(SUITE[n], guard, "cuda:hopper", workspace=SUITE[n].options["workspace"])
 
 
 @by_mode
 def test_many_steps_and_rounds(mode, guard, device):
     """More operands than stages, and several tiles for each team of a block."""
     device.set(2, 1, 0)
-    verify(case_of(mode, N=270, D=330), guard, "cuda", workspace=0)
+    verify(case_of(mode, N=270, D=330), guard, "cuda:hopper", workspace=0)
 
 
 @by_mode
 def test_statistics(mode, guard):
-    check_stats(case_of(mode, N=140, D=20, gap=0.1), "cuda")
+    check_stats(case_of(mode, N=140, D=20, gap=0.1), "cuda:hopper")
 
 
 PLAIN = [
@@ -95,7 +92,7 @@ PLAIN = [
 def test_tiles_without_a_hidden_pair(mode, fields, guard, device):
     """Also literal rows, equal ids here and there, and logits far apart among them."""
     device.set(2, 1, 0)
-    verify(case_of(mode, N=290, D=40, **fields), guard, "cuda", workspace=0)
+    verify(case_of(mode, N=290, D=40, **fields), guard, "cuda:hopper", workspace=0)
 
 
 @by_mode
@@ -130,9 +127,9 @@ def test_signs(mode, negative, guard, device):
 def test_tile_pairs_of_several_tiles_each_way(mode, guard, device, monkeypatch):
     """A pair on the diagonal has tiles without a hidden pair, too; they take rows only."""
     device.set(3, 1, 0)
-    monkeypatch.setattr(tiles, "GPU_TILE", 256)
+    monkeypatch.setattr(tile_sizes, "GPU_TILE", 256)
     case = case_of(mode, N=300, D=40, gap=0.1, radius="row")
-    verify(case, guard, "cuda", workspace=2**26)
+    verify(case, guard, "cuda:hopper", workspace=2**26)
 
 
 @by_mode
@@ -158,7 +155,7 @@ by_alone = pytest.mark.parametrize("mode", ALONE, ids=str)
 def test_places_without_a_hidden_pair(mode, fields, side, guard, device, monkeypatch):
     """64 x 256 of one product, on the diagonal as well."""
     device.set(2, 1, 0)
-    monkeypatch.setattr(tiles, "GPU_TILE", side)
+    monkeypatch.setattr(tile_sizes, "GPU_TILE", side)
     case = case_of(mode, N=530, D=40, gap=0.05, seed=1, **fields)
     check(case, make_inputs(case), workspace=2**26)
 
@@ -169,7 +166,7 @@ def test_places_with_logits_too_literal_apart(mode, tower, guard, device, monkey
     """All rows close together but a few, on the other side: all of their logits are 2^-200 of the
     others', which are good. They are rows of one product, columns of the other."""
     device.set(2, 1, 0)
-    monkeypatch.setattr(tiles, "GPU_TILE", 256)
+    monkeypatch.setattr(tile_sizes, "GPU_TILE", 256)
     case = case_of(mode, N=530, D=40, gap=0.05, scale=80.0)
     inputs = make_inputs(case)
     for x in (inputs.audio, inputs.text):

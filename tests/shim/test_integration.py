@@ -21,8 +21,9 @@ from test_memory import traced
 
 import supclap_kernels as sk
 from supclap_kernels import dispatch, native
-from supclap_kernels.backends import gpu_cuda, gpu_single
-from supclap_kernels.backends.contract import Inputs
+from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.cuda import single, sweeps
+from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, check, make_inputs
 
 by_mode = pytest.mark.parametrize(
@@ -41,15 +42,22 @@ def test_results_do_not_depend_on_the_grid_or_the_order(options, dtype, device):
     for multiprocessors in (5, 8, 31):
         for schedule in range(native.cuda().SCHEDULES):
             device.set(multiprocessors, schedule, 16)
-            runs.append(fused(case, inputs, backend="cuda"))
+            runs.append(fused(case, inputs, backend=device.way))
     assert all(same(runs[0], other) for other in runs[1:])
 
 
 @by_mode
 def test_a_batch_that_does_not_fit_takes_the_panels(options, monkeypatch):
-    case = Case(N=300, D=40, radius="row", options=options)
-    monkeypatch.setattr(gpu_single, "limit_of", lambda *_: 299)
-    check(sk.fused_svr_loss, case, backend="cuda")
+    monkeypatch.setattr(single, "limit", lambda *_: 299)
+    dispatch.routes.cache_clear()
+    for N in (299, 300):
+        case = Case(N=N, D=40, radius="row", options=options)
+        inputs = make_inputs(case)
+        taken = fused(case, inputs, backend="cuda")
+        assert same(taken, fused(case, inputs, backend="cuda:panel")) == (N == 300)
+    with pytest.raises(RuntimeError, match="takes up to 299 pairs here, got 300"):
+        fused(case, inputs, backend="cuda:single")
+    dispatch.routes.cache_clear()
 
 
 @by_mode
@@ -91,7 +99,7 @@ def test_capacity():
     for name, chip in (("H200", (132, 227 * 1024)), ("A100", (108, 163 * 1024))):
         for mode in ("none", "one-sided", "mirror"):
             p = native.cuda().Problem()
-            p.width, p.dtype, p.infonce = 512, gpu_cuda.DTYPES[torch.bfloat16], True
+            p.width, p.dtype, p.infonce = 512, sweeps.DTYPES[torch.bfloat16], True
             p.mode = {"none": 0, "one-sided": 1, "mirror": 3}[mode]
             found[name, mode] = native.cuda().single_limit(p, 0, *chip)
     assert found == {
@@ -109,7 +117,7 @@ def test_which_backend_is_chosen():
         sk.fused_svr_loss(x, x, backend="cuda")
 
 
-@pytest.mark.parametrize("backend", [gpu_single.CUDA, gpu_cuda.CUDA_PANEL], ids=["cuda", "panel"])
+@pytest.mark.parametrize("backend", [single.Single(), sweeps.PANEL], ids=["cuda", "panel"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -126,12 +134,12 @@ def test_memory_estimate_within_a_tenth(options, backend, monkeypatch, device):
     device.set(40, 0, 0)
     for name in dir(native.cuda()):
         if (
-            name.startswith(("pack", "prepare", "panel", "literal", "start", "finish"))
+            name.startswith(("pack", "prepare", "panel", "literal", "list", "start", "finish"))
             or name == "single"
         ):
             monkeypatch.setattr(native.cuda(), name, lambda *_: None)
     case = Case(N=500, D=256, options={"workspace": 2**17, **options})
-    given, chosen = make_inputs(case), gpu_single.Options(**case.options)
+    given, chosen = make_inputs(case), Options(**case.options)
     inputs = Inputs(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
                     given.ids, given.weight)  # fmt: skip
     needs = (True, True, True, True, False)

@@ -17,9 +17,9 @@ from gpu_suite import (
     verify,
 )
 
-from supclap_kernels.backends import gpu_single, tiles
-from supclap_kernels.backends.contract import Inputs
-from supclap_kernels.backends.gpu_cuda import CUDA_PANEL
+from supclap_kernels.backends import tile_sizes
+from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.cuda.sweeps import PANEL
 from supclap_kernels.backends.state import POSITIVE, STATE_GEOMETRY
 from supclap_kernels.options import Options
 
@@ -30,7 +30,7 @@ SUITE = suite("cuda", "panel")
 def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[Guard]:
     """Inputs inside NaN; the working memory, too, which is no single buffer (panel)."""
     guard = guarded(monkeypatch)
-    monkeypatch.setattr(tiles, "GPU_TILE", 128)  # several tile pairs
+    monkeypatch.setattr(tile_sizes, "GPU_TILE", 128)  # several tile pairs
     yield guard
     assert guard.intact()
 
@@ -39,18 +39,15 @@ def guard(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator[Gu
 def test_options(n, guard, device):
     backend, case, _ = SUITE[n].values
     device.vary(n)
-    if backend == "cuda":
-        has_radius = case.radius != "none"
-        options = gpu_single.Options(**case.options)
-        assert gpu_single.limit_of(case.D, case.dtype, has_radius, options) >= case.N
-    verify(case, guard, backend, workspace=case.options["workspace"])
+    way = device.way if backend == "cuda" else backend
+    verify(case, guard, way, workspace=case.options["workspace"])
 
 
 @pytest.mark.parametrize("mode", SUPPORT_MODES, ids=str)
 @pytest.mark.parametrize("close", CLOSE.values(), ids=CLOSE.keys())
 def test_some_literal_rows(mode, close, backend, guard, device):
     device.vary(len(close))
-    check_literal_rows(mode, close, backend)
+    check_literal_rows(mode, close, device.way if backend == "cuda" else backend)
 
 
 @pytest.mark.parametrize("length, scale, upstream", RANGES)
@@ -62,8 +59,8 @@ def test_loss_of_sums_literal_above_their_reference():
     """A sum 2^30 times what its m stands for, and a positive 2^-99 times: finite, and right."""
     unit = torch.eye(4, 8)
     options = Options(bilateral="none", reduction="none")
-    given = Inputs(unit, unit, None, torch.tensor(1.0), None, None, None)
-    call = CUDA_PANEL.call(given, options)
+    inputs = Inputs(unit, unit, None, torch.tensor(1.0), None, None, None)
+    call = PANEL.call(inputs, options)
     call.state[STATE_GEOMETRY + POSITIVE] = torch.tensor([-59.0, -61.0, -99.0, -120.0]) * math.log(
         2
     )

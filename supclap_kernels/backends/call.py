@@ -1,14 +1,26 @@
 """What a backend is: a `Call`, the stages of one pass, and their order in forward and backward."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..options import Options
-from . import contract
-from .contract import Inputs, split_gradients
-from .panel import Layout, kept_panels
+from . import statistics
+from .panel import PLACEHOLDER, Layout, Tiling, kept_elements, kept_panels
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, detached, on one device."""
+
+    audio: Tensor
+    text: Tensor
+    radius: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    ids: Tensor | None
+    weight: Tensor | None
+
 
 Towers = tuple[Tensor | None, Tensor | None]
 """Of audio and of text; None where a tower is frozen."""
@@ -86,8 +98,16 @@ class Call(Protocol):
         in the radius' shape or None; (dk, db)."""
 
 
+class Route(NamedTuple):
+    """A way for batches of up to `largest` pairs (None: of any number), and why it was chosen."""
+
+    way: str
+    largest: int | None
+    reason: str
+
+
 class Backend:
-    """What dispatch calls."""
+    """What dispatch chooses: one way to compute the loss."""
 
     def call(
         self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
@@ -113,7 +133,8 @@ class Backend:
 
         `needs` says which of audio, text, radius, scale, bias will want a gradient.
         """
-        call, has_radius, keep = self.call(inputs, options), inputs.radius is not None, any(needs)
+        call = self.call(inputs, options)
+        has_radius, keep = inputs.radius is not None, any(needs)
         N, D = inputs.audio.shape
         size = self.saved_elements(N, D, inputs.audio.dtype, has_radius, options, keep)
         saved = call.new_empty(size)
@@ -123,10 +144,10 @@ class Backend:
             call.start_gradients(None)
             sums = call.accumulators(needs, out)
             call.sweep_gradients(*sums, None, with_statistics=True)
-            *_, dR_given, dk_db = call.finish_gradients(*sums, out)
+            *_, radius_gradient, dk_db = call.finish_gradients(*sums, out)
             scalars.copy_(dk_db)
-            if dR_given is not None:
-                dR[: dR_given.numel()].copy_(dR_given)
+            if radius_gradient is not None:
+                dR[: radius_gradient.numel()].copy_(radius_gradient)
         else:
             kept = kept_panels(saved)
             end = 0 if kept is None else call.layout.panel_elements
@@ -135,8 +156,8 @@ class Backend:
         loss, terms = call.finish_statistics()
         stats = None
         if terms is not None:
-            values = contract.row_values(inputs, terms, call.state)
-            stats = contract.statistics(values, N, call.similarity()).to(loss.dtype)
+            values = statistics.row_values(inputs.radius, inputs.weight, terms, call.state)
+            stats = statistics.means(values, N, call.similarity()).to(loss.dtype)
         return loss, stats, call.state, saved
 
     def backward(
@@ -150,10 +171,56 @@ class Backend:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of audio, text, radius, scale, bias, each in its own dtype, or None."""
         if options.gradient_in_forward:
-            gradients = contract.reduced_gradients(inputs, saved, upstream)
-            return contract.returned(inputs, needs, *gradients)
+            gradients = scaled_gradients(inputs, saved, upstream)
+            return in_own_dtypes(inputs, needs, *gradients)
         call = self.call(inputs, options, state)
         call.start_gradients(upstream)
         sums = call.accumulators(needs)
         call.sweep_gradients(*sums, kept_panels(saved))
-        return contract.returned(inputs, needs, *call.finish_gradients(*sums))
+        return in_own_dtypes(inputs, needs, *call.finish_gradients(*sums))
+
+
+def saved_elements(
+    N: Any, D: int, has_radius: bool, options: Options, itemsize: int, keep: bool, tiling: Tiling
+) -> Any:
+    """Length of the buffer that forward leaves for backward; N may be symbolic.
+
+    Kept panels, or (SigLIP) the gradients themselves, or PLACEHOLDER elements.
+    """
+    if not keep:
+        return PLACEHOLDER
+    if options.gradient_in_forward:
+        return 2 * N * D + N + 2
+    return kept_elements(N, options.grams(has_radius), itemsize, tiling, options.workspace)
+
+
+def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dA, dT (N, D), dR (N,) and (dk, db) as views of SigLIP's `saved`."""
+    dA, dT, dR, scalars = saved.split([N * D, N * D, N, 2])
+    return dA.view(N, D), dT.view(N, D), dR, scalars
+
+
+def scaled_gradients(
+    inputs: Inputs, saved: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """SigLIP's gradients, kept for an upstream gradient of 1, times `upstream`."""
+    dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, *inputs.audio.shape))
+    if inputs.radius is not None:
+        dR = dR[: inputs.radius.numel()].view(inputs.radius.shape).clone()
+    return dA, dT, dR, scalars
+
+
+def in_own_dtypes(
+    inputs: Inputs,
+    needs: tuple[bool, ...],
+    dA: Tensor | None,
+    dT: Tensor | None,
+    dR: Tensor | None,
+    scalars: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of audio, text, radius, scale, bias, each in its own dtype and shape; or None."""
+    dk, db = (scalars[n].clone() if needs[3 + n] else None for n in range(2))  # share no memory
+    return tuple(
+        value.to(x.dtype) if need and value is not None and x is not None else None
+        for value, x, need in zip((dA, dT, dR, dk, db), inputs[:5], needs, strict=True)
+    )

@@ -1,29 +1,30 @@
-"""The panel engine with the kernels of csrc/cuda: what launches those of a call."""
+"""The sweeps of the CUDA backend, tile pair by tile pair: panels between library products, or (on
+Hopper) one kernel for the products and what follows them, whose logits never leave the chip."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import native
-from ..options import Options
-from .contract import Inputs
-from .gpu import GpuBackend
-from .gpu_call import GpuCall, Scratch
-from .panel import Tile
+from ... import native
+from ...options import Options
+from ..call import Inputs
+from ..device import DeviceBackend
+from ..device_call import DeviceCall, Scratch
+from ..panel import Tile
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Given:
-    """A call as csrc/cuda/problem.h describes it: its numbers, and the tensors it came with."""
+class CudaProblem:
+    """A call as csrc/cuda/problem.h describes it: `fields`, and the tensors it came with."""
 
     def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
         self.inputs, self.native = inputs, native.cuda()
         self.alive: list[Tensor] = []
         audio, text, radius, scale, bias, ids, weight = inputs
         N, D = audio.shape
-        self.problem = self.native.Problem(
+        self.fields = self.native.Problem(
             N, D, width, DTYPES[audio.dtype], mode, options.infonce,
             options.renormalize, options.normalize, options.stats,
             radius is not None and radius.ndim == 1, options.alpha, options.beta,
@@ -43,10 +44,10 @@ class Given:
         return x.data_ptr()
 
     def set(self, **tensors: Tensor | None) -> None:
-        self.problem.give(**{name: native.address(x) for name, x in tensors.items()})
+        self.fields.give(**{name: native.address(x) for name, x in tensors.items()})
 
 
-class CudaCall(GpuCall):
+class CudaCall(DeviceCall):
     """A call that launches kernels of csrc/cuda."""
 
     @staticmethod
@@ -65,16 +66,20 @@ class CudaCall(GpuCall):
         return 4 * N
 
     def prepare_launches(self) -> None:
-        self.given = Given(self.inputs, self.options, self.mode, self.width)
-        self.native, self.problem, self.set = self.given.native, self.given.problem, self.given.set
-        self.problem.split = self.split
+        self.problem = CudaProblem(self.inputs, self.options, self.mode, self.width)
+        self.native, self.fields, self.set = (
+            self.problem.native,
+            self.problem.fields,
+            self.problem.set,
+        )
+        self.fields.split = self.split
         self.stream = native.stream(self.device)
         self.literal: tuple[Tensor, Tensor] | None = None
 
     def pack_rows(self, X: Tensor, out: Tensor) -> None:
         text = X is self.inputs.text
         self.set(**{"T" if text else "A": out})
-        self.native.pack_rows(self.problem, text, self.stream)
+        self.native.pack_rows(self.fields, text, self.stream)
 
     def start_call(self) -> None:
         """Before the first launch that reads the operands."""
@@ -83,13 +88,13 @@ class CudaCall(GpuCall):
     def prepare_state(self) -> None:
         self.start_call()
         self.set(running=self.running)
-        self.native.prepare_rows(self.problem, self.stream)
+        self.native.prepare_rows(self.fields, self.stream)
 
     def place(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> tuple[Any, ...]:
         where = (tile.i0, tile.ni, tile.j0, tile.nj, tile.ld, tile.size)
         start = 0 if panel is None else panel.data_ptr()
         stream = native.stream(self.device)  # of this lane
-        return (self.problem, *where, start, *map(native.address, scratch[1:]), stream)
+        return (self.fields, *where, start, *map(native.address, scratch[1:]), stream)
 
     def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
         self.native.panel_tile(*self.place(tile, panel, scratch))
@@ -103,42 +108,50 @@ class CudaCall(GpuCall):
             integers: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
             self.literal = torch.empty(self.N, **integers), torch.empty(1, **integers)
             addresses = map(native.address, self.literal)
-            self.native.list_literal(self.problem, *addresses, self.stream)
+            self.native.list_literal(self.fields, *addresses, self.stream)
         index, count = self.literal
         return index.data_ptr(), count.data_ptr()
 
     def literal_statistics(self) -> None:
-        self.native.literal_statistics(self.problem, *self.literal_rows(), self.stream)
+        self.native.literal_statistics(self.fields, *self.literal_rows(), self.stream)
 
     def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
         self.set(dT=dT, dA=dA)
-        self.native.literal_gradients(self.problem, *self.literal_rows(), self.stream)
+        self.native.literal_gradients(self.fields, *self.literal_rows(), self.stream)
 
     def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
         self.set(row_loss=rows, terms=terms)
-        self.native.finish_statistics(self.problem, self.stream)
+        self.native.finish_statistics(self.fields, self.stream)
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
         self.start_call()
-        self.problem.per_row_upstream = upstream is not None and upstream.ndim == 1
-        self.problem.upstream = self.given.kept(upstream)
+        self.fields.per_row_upstream = upstream is not None and upstream.ndim == 1
+        self.fields.upstream = self.problem.kept(upstream)
         bounds = self.new_empty(3, -(-self.N // self.native.THREADS))
         self.set(omega=self.omega, bounds=bounds)
         self.set(factors=self.factors, unit=self.unit, sums=self.sums)
-        self.native.start_gradients(self.problem, self.stream)
+        self.native.start_gradients(self.fields, self.stream)
 
     def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         rows, radius, totals = self.new_empty(2, self.N), self.new_empty(self.N), self.new_empty(3)
         counter = torch.zeros(1, dtype=torch.int32, device=self.device)
-        given = [x for x in (text, audio) if x is not None]
-        self.problem.out_single = any(x.dtype == torch.float32 for x in given)
+        outputs = [x for x in (text, audio) if x is not None]
+        self.fields.out_single = any(x.dtype == torch.float32 for x in outputs)
         self.set(dT=dT, dA=dA, out_text=text, out_audio=audio, counter=counter)
         self.set(row_scalars=rows, row_radius=radius)
         self.set(out_scale=totals[0], out_bias=totals[1], out_radius=totals[2])
-        self.native.finish_gradients(self.problem, self.stream)
+        self.native.finish_gradients(self.fields, self.stream)
         return radius, totals
 
 
-CUDA_PANEL = GpuBackend(CudaCall, fused=False)
+class HopperCall(CudaCall):
+    """A call whose tile pairs leave no logits."""
+
+    def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
+        self.native.gram_tile(*self.place(tile, None, scratch))
+
+
+PANEL = DeviceBackend(CudaCall, fused=False)
+HOPPER = DeviceBackend(HopperCall, fused=True)

@@ -10,9 +10,9 @@ compared rows are split among them.
 import triton
 import triton.language as tl
 
-from .triton_finish import positive_slope
-from .triton_rows import positive_products
-from .triton_tiles import (
+from .finish import positive_slope
+from .rows import positive_products
+from .tile import (
     AUDIO_INVERSE,
     BIAS,
     HIDDEN,

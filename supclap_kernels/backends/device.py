@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from . import contract, tiles
-from .backend import Backend, Call
-from .contract import Inputs, grams
-from .gpu_call import GpuCall, lanes_of, scratch_dtypes, scratch_shapes
+from . import tile_sizes
+from .call import Backend, Call, Inputs, saved_elements
+from .device_call import DeviceCall, lanes_of, scratch_dtypes, scratch_shapes
 from .panel import PLACEHOLDER, Layout, Tiling
 from .state import PLANES, ROW_SUMS, STATE_ROWS
 
@@ -33,13 +32,13 @@ def tiling(weight: int, fused: bool) -> Tiling:
     """Two tiles in flight, each with logits, weights (of `weight` bytes) and partial results; or
     one without logits."""
     scratch = weight + PARTIAL if fused else 2 * (4 + weight + PARTIAL)
-    return Tiling(tiles.GPU_TILE, tiles.GPU_PAD, tiles.GPU_PAD, scratch)
+    return Tiling(tile_sizes.GPU_TILE, tile_sizes.GPU_PAD, tile_sizes.GPU_PAD, scratch)
 
 
-class GpuBackend(Backend):
+class DeviceBackend(Backend):
     """`engine` launches; `fused`: its tile kernels compute the logits."""
 
-    def __init__(self, engine: type[GpuCall], fused: bool) -> None:
+    def __init__(self, engine: type[DeviceCall], fused: bool) -> None:
         self.engine, self.fused = engine, fused
 
     def tiling(self, dtype: torch.dtype) -> Tiling:
@@ -57,14 +56,14 @@ class GpuBackend(Backend):
         if self.fused and not options.gradient_in_forward:
             return PLACEHOLDER
         rules = self.tiling(dtype)
-        return contract.saved_elements(N, D, has_radius, options, 4, keep, rules)
+        return saved_elements(N, D, has_radius, options, 4, keep, rules)
 
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-        """What `GpuCall` allocates, in the same order."""
+        """What `DeviceCall` allocates, in the same order."""
         rules = self.tiling(dtype)
         svr, single = options.support(has_radius), options.gradient_in_forward
-        layout = Layout.choose(N, grams(has_radius, options), rules, options.workspace)
-        width = tiles.operand_width(D)
+        layout = Layout.choose(N, options.grams(has_radius), rules, options.workspace)
+        width = tile_sizes.operand_width(D)
         saved = 4 * self.saved_elements(N, D, dtype, has_radius, options, True)
         kept = not single and not self.fused and saved > 4 * PLACEHOLDER
         packed = options.normalize or width != D
@@ -89,7 +88,7 @@ class GpuBackend(Backend):
     def scratch_bytes(
         self, layout: Layout, dtype: torch.dtype, panel: bool, statistics: bool, weights: bool
     ) -> int:
-        """Of all tiles in flight: what `GpuCall.lanes` allocates."""
+        """Of all tiles in flight: what `DeviceCall.lanes` allocates."""
         infonce = not (statistics and weights)
         slots = lambda ni, nj: self.engine.slots_for(  # noqa: E731
             ni, nj, self.fused, weights, layout.grams, infonce, dtype

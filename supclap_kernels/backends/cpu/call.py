@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native
-from ..gradients import normalize_gradient
-from ..options import Options
-from ..reference import accumulator_dtype
-from . import contract
-from .backend import Backend, Call, Towers
-from .contract import Inputs, grams
+from ... import native
+from ...gradients import normalize_gradient
+from ...options import Options
+from ...reference import accumulator_dtype
+from ..call import Backend, Call, Inputs, Towers, saved_elements
+from ..panel import PLACEHOLDER, Layout, Tile, Tiling, sweep_gradients, sweep_statistics
+from ..products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
+from ..state import DIRECTIONS, GAP, OFFSET, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
+from ..statistics import negatives_between
+from ..tile_sizes import CPU_TILE, CPU_TILE_MINIMUM
 from .literal import LiteralRows
-from .panel import PLACEHOLDER, Layout, Tile, Tiling, sweep_gradients, sweep_statistics
-from .products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
-from .state import DIRECTIONS, GAP, OFFSET, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
-from .tiles import CPU_TILE, CPU_TILE_MINIMUM
 
 TILING = {
     dtype: Tiling(CPU_TILE, CPU_TILE_MINIMUM, 1, dtype.itemsize)
@@ -32,7 +31,7 @@ TILING = {
 
 
 class CpuCall:
-    """One pass (backend.Call): the operands, and the native Problem that points into them."""
+    """One pass (call.Call): the operands, and the native Problem that points into them."""
 
     unit: Any = None
     fused = False
@@ -49,7 +48,7 @@ class CpuCall:
         has_radius = inputs.radius is not None
         self.svr = options.support(has_radius)
         self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
-        self.grams = grams(has_radius, options)
+        self.grams = options.grams(has_radius)
         self.layout = Layout.choose(N, self.grams, TILING[dtype], options.workspace, split)
         self.products = self.choose_products()
         # All that is (., N): the statistics and the rows' geometry, which backward gets from
@@ -163,7 +162,7 @@ class CpuCall:
 
     def similarity(self) -> Tensor:
         whole = slice(0, self.N)
-        return contract.negatives_between(self.T, self.A, self.inputs.ids, whole, whole)
+        return negatives_between(self.T, self.A, self.inputs.ids, whole, whole)
 
     def start_gradients(self, upstream: Tensor | None) -> None:
         self.upstream = self.vector(upstream)
@@ -222,16 +221,14 @@ class CpuBackend(Backend):
         self, N: Any, D: int, dtype: torch.dtype, has_radius: bool, options: Options, keep: bool
     ) -> Any:
         wide = accumulator_dtype(dtype)
-        return contract.saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
+        return saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
 
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
         accumulator = accumulator_dtype(dtype)
         size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
         cast, matrix = dtype != accumulator, N * D
         rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
-        layout = Layout.choose(
-            N, grams(has_radius, options), TILING[accumulator], options.workspace
-        )
+        layout = Layout.choose(N, options.grams(has_radius), TILING[accumulator], options.workspace)
         saved = self.saved_elements(N, D, dtype, has_radius, options, True) * size
         state, factors = STATE_ROWS * N * size, (2 * DIRECTIONS + 2) * N * size
         rows = state + factors + (2 * DIRECTIONS + ROW_SUMS) * N * wide

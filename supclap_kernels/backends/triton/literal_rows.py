@@ -1,4 +1,4 @@
-"""Launches the kernels of triton_literal.py, without asking the device how many literal rows there
+"""Launches the kernels of literal.py, without asking the device how many literal rows there
 are."""
 
 from typing import Any
@@ -7,12 +7,16 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tiles
-from . import triton_literal as kernels
-from .triton_tiles import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
+from .. import tile_sizes
+from . import literal as kernels
+from .tile import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
 
-LITERAL, BLOCK_J, CHUNK = tiles.LITERAL_ROWS, tiles.LITERAL_COLUMNS, tiles.LITERAL_CHUNK
-BLOCK_D, ROW_CHUNK = tiles.LITERAL_DEPTH, tiles.OPERAND_COLUMNS
+LITERAL, BLOCK_J, CHUNK = (
+    tile_sizes.LITERAL_ROWS,
+    tile_sizes.LITERAL_COLUMNS,
+    tile_sizes.LITERAL_CHUNK,
+)
+BLOCK_D, ROW_CHUNK = tile_sizes.LITERAL_DEPTH, tile_sizes.OPERAND_COLUMNS
 
 
 class LiteralRows:
@@ -40,7 +44,7 @@ class LiteralRows:
         self.count = torch.empty((), dtype=torch.int32, device=T.device)
         kernels.list_literal[(1,)](self.state, self.index, self.count, N, BLOCK=1024, num_warps=4)
         self.blocks = triton.cdiv(N, LITERAL)
-        self.max_splits = triton.cdiv(N, tiles.LITERAL_SPLIT)
+        self.max_splits = triton.cdiv(N, tile_sizes.LITERAL_SPLIT)
         self.chunks = triton.cdiv(width, CHUNK)
 
     def rows(
@@ -103,7 +107,7 @@ class LiteralRows:
         The gradients of the support vectors themselves take LITERAL_PARTS x LITERAL rows at a time.
         """
         self.rows(factors, sums=sums)
-        capacity = min(self.blocks, tiles.LITERAL_PARTS)
+        capacity = min(self.blocks, tile_sizes.LITERAL_PARTS)
         part = self.state.new_empty(capacity * LITERAL, self.width)
         constants: dict[str, Any] = {
             "MODE": self.mode, "INFONCE": self.infonce, "LITERAL": LITERAL, "BLOCK_J": BLOCK_J,

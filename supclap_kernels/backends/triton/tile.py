@@ -14,7 +14,8 @@ import os
 import triton
 import triton.language as tl
 
-from . import state
+from ... import options
+from .. import state
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(state.HIDDEN)
@@ -37,8 +38,8 @@ BASE, BIAS = tl.constexpr(state.BASE), tl.constexpr(state.BIAS)
 RHO_TEXT, RHO_AUDIO = tl.constexpr(state.RHO_TEXT), tl.constexpr(state.RHO_AUDIO)
 RHO_LITERAL = tl.constexpr(state.RHO_LITERAL)
 SUPPORT_TEXT, SUPPORT_AUDIO = tl.constexpr(state.SUPPORT_TEXT), tl.constexpr(state.SUPPORT_AUDIO)
-PLAIN, ONE_SIDED = tl.constexpr(state.PLAIN), tl.constexpr(state.ONE_SIDED)
-SHARED, MIRROR = tl.constexpr(state.SHARED), tl.constexpr(state.MIRROR)
+PLAIN, ONE_SIDED = tl.constexpr(options.PLAIN), tl.constexpr(options.ONE_SIDED)
+SHARED, MIRROR = tl.constexpr(options.SHARED), tl.constexpr(options.MIRROR)
 
 
 @triton.jit

@@ -7,8 +7,8 @@ maxima m in base 2. One program owns BLOCK_N rows; embeddings come as operands (
 import triton
 import triton.language as tl
 
-from .. import gradients, reference
-from .triton_tiles import (
+from ... import gradients, reference
+from .tile import (
     AUDIO_INVERSE,
     AUDIO_ROWS,
     GAP,

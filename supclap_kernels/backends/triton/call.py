@@ -1,4 +1,4 @@
-"""The GPU backends with Triton kernels: what launches those of a call."""
+"""What launches the Triton kernels of a call."""
 
 import functools
 from typing import Any
@@ -7,20 +7,20 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tiles
-from . import triton_epilogue as epilogue
-from .gpu import GpuBackend
-from .gpu_call import GpuCall, Scratch
-from .gpu_literal import LiteralRows
-from .panel import Tile
-from .state import PLANES, TILE_SUMS
-from .triton_backward import tile_backward
-from .triton_finish import finish_gradients
-from .triton_forward import tile_forward
-from .triton_rows import finish_statistics, pack_rows, prepare_rows, row_factors, row_weights
-from .triton_tiles import INTERPRETED
+from .. import tile_sizes
+from ..device import DeviceBackend
+from ..device_call import DeviceCall, Scratch
+from ..panel import Tile
+from ..state import PLANES, TILE_SUMS
+from .finish import finish_gradients
+from .literal_rows import LiteralRows
+from .merge import merge_statistics, merge_sums
+from .panel import panel_statistics, panel_weights
+from .rows import finish_statistics, pack_rows, prepare_rows, row_factors, row_weights
+from .sweeps import tile_backward, tile_forward
+from .tile import INTERPRETED
 
-ROW_GRID = {"BLOCK_N": tiles.ROW_BLOCK, "BLOCK_D": tiles.ROW_COLUMNS, "num_warps": 4}
+ROW_GRID = {"BLOCK_N": tile_sizes.ROW_BLOCK, "BLOCK_D": tile_sizes.ROW_COLUMNS, "num_warps": 4}
 
 
 def architecture(device: torch.device) -> int:
@@ -45,23 +45,23 @@ def rounded_to_tf32(X: Tensor) -> Tensor:
 
 def kernel_blocks(
     fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype, arch: int = 90
-) -> tiles.Blocks:
+) -> tile_sizes.Blocks:
     """Of the kernel that reads or makes the logits in a sweep."""
     kernel = ("tile_" if fused else "panel_") + ("weights" if weights else "statistics")
-    found = tiles.tuned().get(f"{kernel} {grams} {infonce} {str(dtype)[6:]} {arch}")
+    found = tile_sizes.tuned().get(f"{kernel} {grams} {infonce} {str(dtype)[6:]} {arch}")
     if found is not None:
         return found
     if fused:
         ieee = dtype == torch.float32 and precision(dtype) == "ieee"
-        return tiles.tile_blocks(weights, grams, infonce, ieee, dtype.itemsize, arch)
-    return tiles.PANEL_WEIGHTS if weights else tiles.PANEL_STATISTICS
+        return tile_sizes.tile_blocks(weights, grams, infonce, ieee, dtype.itemsize, arch)
+    return tile_sizes.PANEL_WEIGHTS if weights else tile_sizes.PANEL_STATISTICS
 
 
-def slots_of(ni: int, nj: int, block: tiles.Blocks) -> tuple[int, int]:
+def slots_of(ni: int, nj: int, block: tile_sizes.Blocks) -> tuple[int, int]:
     return triton.cdiv(nj, block.j) * block.parts, triton.cdiv(ni, block.i)
 
 
-class TritonCall(GpuCall):
+class TritonCall(DeviceCall):
     """A call that launches Triton kernels."""
 
     @staticmethod
@@ -81,12 +81,12 @@ class TritonCall(GpuCall):
 
     @staticmethod
     def literal_bytes(N: int, width: int) -> int:
-        blocks = triton.cdiv(N, tiles.LITERAL_ROWS)
-        return 4 * (min(blocks, tiles.LITERAL_PARTS) * tiles.LITERAL_ROWS * width + 2 * N)
+        blocks = triton.cdiv(N, tile_sizes.LITERAL_ROWS)
+        return 4 * (min(blocks, tile_sizes.LITERAL_PARTS) * tile_sizes.LITERAL_ROWS * width + 2 * N)
 
     def prepare_launches(self) -> None:
-        self.row_grid = (triton.cdiv(self.N, tiles.ROW_BLOCK),)
-        self.vector_grid = (triton.cdiv(self.N, tiles.VECTOR),)
+        self.row_grid = (triton.cdiv(self.N, tile_sizes.ROW_BLOCK),)
+        self.vector_grid = (triton.cdiv(self.N, tile_sizes.VECTOR),)
         self.literal_rows_found: LiteralRows | None = None
 
     @functools.cached_property
@@ -116,7 +116,7 @@ class TritonCall(GpuCall):
             RENORMALIZE=self.options.renormalize, **ROW_GRID,
         )  # fmt: skip
 
-    def blocks(self, weights: bool) -> tiles.Blocks:
+    def blocks(self, weights: bool) -> tile_sizes.Blocks:
         kind = (self.grams, self.infonce, self.dtype)
         return kernel_blocks(self.fused, weights, *kind, architecture(self.device))
 
@@ -147,7 +147,7 @@ class TritonCall(GpuCall):
             source = self.multiplied
             place = (self.width, *place, *((tile.ld, tile.size) if weights else ()))
         else:
-            kernel = epilogue.panel_weights if weights else epilogue.panel_statistics
+            kernel = panel_weights if weights else panel_statistics
             source, place = (panel,), (*place, tile.ld, tile.size)
         kernel[grid](*source, *self.fixed, *parts, self.N, *place, **constants)
 
@@ -157,16 +157,16 @@ class TritonCall(GpuCall):
         if not tile.diagonal:
             sides.append((scratch.part_j, scratch.sums_j, j, tile.nj, tile.j0))
         for column, (part, sums, slots, count, first) in enumerate(sides):
-            blocks, place = triton.cdiv(count, tiles.MERGE_ROWS), (slots, count, first, self.N)
-            shape = {"SLOTS": tiles.MERGE_SLOTS, "BLOCK": tiles.MERGE_ROWS}
+            blocks, place = triton.cdiv(count, tile_sizes.MERGE_ROWS), (slots, count, first, self.N)
+            shape = {"SLOTS": tile_sizes.MERGE_SLOTS, "BLOCK": tile_sizes.MERGE_ROWS}
             if part is not None:
                 used = self.directions | (self.options.stats and not column) * 0b10000
-                epilogue.merge_statistics[blocks, PLANES // 2](
+                merge_statistics[blocks, PLANES // 2](
                     part, self.running, *place, used, INFONCE=self.infonce, **shape
                 )
             used = self.sums_of_columns | (not column) * 0b11
             if sums is not None and used:
-                epilogue.merge_sums[blocks, TILE_SUMS](sums, self.sums, *place, used, **shape)
+                merge_sums[blocks, TILE_SUMS](sums, self.sums, *place, used, **shape)
 
     @property
     def literal(self) -> LiteralRows:
@@ -189,14 +189,14 @@ class TritonCall(GpuCall):
             self.running, self.state, *self.fixed[2:], self.inputs.radius, self.inputs.weight,
             rows, terms, self.N, self.row_scale, self.options.alpha, self.options.beta,
             PER_ROW_RADIUS=self.per_row_radius, MODE=self.mode, INFONCE=self.infonce,
-            BLOCK_N=tiles.VECTOR,
+            BLOCK_N=tile_sizes.VECTOR,
         )  # fmt: skip
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
         alpha = self.options.alpha
         (count,) = self.vector_grid
         bounds = self.new_empty(2, count)
-        common: dict[str, Any] = {"MODE": self.mode, "BLOCK_N": tiles.VECTOR}
+        common: dict[str, Any] = {"MODE": self.mode, "BLOCK_N": tile_sizes.VECTOR}
         row_weights[self.vector_grid](
             upstream, self.inputs.weight, self.state, self.omega, bounds, self.N, self.row_scale,
             alpha, PER_ROW=upstream is not None and upstream.ndim == 1, **common,
@@ -222,4 +222,4 @@ class TritonCall(GpuCall):
         return rows[2].clone(), rows.sum(dim=1, dtype=torch.float64)
 
 
-PANEL, TRITON = GpuBackend(TritonCall, fused=False), GpuBackend(TritonCall, fused=True)
+PANEL, TILE = DeviceBackend(TritonCall, fused=False), DeviceBackend(TritonCall, fused=True)

@@ -1,7 +1,7 @@
-"""One pass of the GPU backends (gpu.py): the tensors on the device, and the order of the work.
+"""One pass of the GPU backends (device.py): the tensors on the device, and the order of the work.
 
-What launches kernels is a subclass of `Call`: for Triton's (gpu_triton.py), and for those of
-csrc/cuda (gpu_cuda.py).
+What launches kernels is a subclass of `Call`: for Triton's (triton/call.py), and for those of
+csrc/cuda (cuda/sweeps.py).
 """
 
 import math
@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import Options
-from . import contract, tiles
-from .backend import Towers
-from .contract import Inputs, grams
-from .lanes import in_flight
+from ..options import MIRROR, PLAIN, SHARED, Options
+from . import tile_sizes
+from .call import Inputs, Towers
 from .panel import (
     Layout,
     Tile,
@@ -26,7 +24,8 @@ from .panel import (
     panel_of,
 )
 from .products import DeviceProducts
-from .state import MIRROR, PLAIN, PLANES, ROW_SUMS, SHARED, STATE_ROWS, TILE_SUMS
+from .state import PLANES, ROW_SUMS, STATE_ROWS, TILE_SUMS
+from .streams import in_flight
 
 
 class Scratch(NamedTuple):
@@ -78,7 +77,7 @@ def scratch_dtypes(weights: torch.dtype) -> Scratch:
     return Scratch(single, weights, single, single, single, single)
 
 
-class GpuCall:
+class DeviceCall:
     """One pass (backend.Call)."""
 
     unit: Any = None
@@ -100,15 +99,15 @@ class GpuCall:
         self.options, self.fused, self.split = options, fused, split
         self.device, self.dtype = inputs.audio.device, inputs.audio.dtype
         self.N, self.D = N, D = inputs.audio.shape
-        self.width = tiles.operand_width(D)
+        self.width = tile_sizes.operand_width(D)
         self.infonce, has_radius = options.infonce, inputs.radius is not None
-        self.mode = contract.mode(has_radius, options)
+        self.mode = options.mode(has_radius)
         self.bias = inputs.bias
         if self.bias is None and not self.infonce:
             self.bias = self.new_zeros()
         self.row_scale = 1.0 / N if options.reduction == "mean" else 1.0
         self.per_row_radius = inputs.radius is not None and inputs.radius.ndim == 1
-        self.grams = grams(has_radius, options)
+        self.grams = options.grams(has_radius)
         self.layout = Layout.choose(N, self.grams, tiling, options.workspace, split)
         # Which directions and sums a tile adds to: bit d for its rows, and for its columns.
         svr, two = self.mode != PLAIN, self.mode in (SHARED, MIRROR)

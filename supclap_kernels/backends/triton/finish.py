@@ -8,8 +8,8 @@ csrc/cpu/rows.h).
 import triton
 import triton.language as tl
 
-from .triton_rows import MIN_NORM, load_pair, load_radius, positive_products
-from .triton_tiles import (
+from .rows import MIN_NORM, load_pair, load_radius, positive_products
+from .tile import (
     AUDIO_INVERSE,
     AUDIO_ROWS,
     BASE,
@@ -96,7 +96,7 @@ def row_terms(
         if MODE == SHARED:
             h += positive_slope(state, OTHER_ROWS, k2 * x + b, i, inside, N, INFONCE)
         h *= alpha * w
-        # Of a literal row, H and U are in RHO_LITERAL and dT, dA already (triton_literal.py).
+        # Of a literal row, H and U are in RHO_LITERAL and dT, dA already (literal.py).
         near = tl.load(rows + OFFSET * N, mask=inside, other=0.0) == 0.0
         H = tl.where(near, k * n_t * h, 0.0)
         support = row_sum(sums, SUPPORT_TEXT, i, inside, N) * product + h * x

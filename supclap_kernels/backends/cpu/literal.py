@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..gradients import MIN_LENGTH
-from ..options import Options
-from ..reference import EPS
-from .state import BIAS, HIDDEN, OTHER_ROWS, RHO_LITERAL, SUPPORT_AUDIO, SUPPORT_ROWS, SUPPORT_TEXT
+from ...gradients import MIN_LENGTH
+from ...options import Options
+from ...reference import EPS
+from ..state import BIAS, HIDDEN, OTHER_ROWS, RHO_LITERAL, SUPPORT_AUDIO, SUPPORT_ROWS, SUPPORT_TEXT
 
 CHUNK_COPIES = 8
 """float64 values alive for each logit of a chunk: product, logit, slope, and what makes them."""

@@ -1,17 +1,21 @@
-"""Triton tile kernel of sweep 1: products and statistics of one tile pair, nothing N x N in memory.
+"""Triton tile kernels of both sweeps: nothing N x N in memory but the weights of one tile pair.
 
     S = T_I A_J^T    P = A_I T_J^T    Q = A_I A_J^T    K = T_I T_J^T        as the mode needs them
 
-One program multiplies BLOCK_I x BLOCK_J of each, over D, and reduces them where they are, in
-registers. Traffic: the rows of T and A, and 8 bytes of partial results for each row, direction and
-block of columns. Costs 2 + grams units of 2 N^2 D flop on a diagonal tile, and half of that for
-each position elsewhere, since a visit of (I, J) serves (J, I) as well.
+One program multiplies BLOCK_I x BLOCK_J of each, over D, and works on them where they are, in
+registers. Sweep 1 (`tile_forward`) reduces them: its traffic is the rows of T and A, and 8 bytes of
+partial results for each row, direction and block of columns. Sweep 2 (`tile_backward`) turns them
+into the weights of the gradient's products, in a bounded panel that the library multiplies with
+rows of T and A, since the accumulators of the gradient, BLOCK x D float32, do not fit beside a
+tile: 2 bytes written (float32: 4) for each position and block. A sweep costs 2 + grams units of 2
+N^2 D flop on a diagonal tile, and half of that for each position elsewhere, since a visit of (I, J)
+serves (J, I) as well.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_tiles import INTERPRETED, MIRROR, PLAIN, tile_epilogue
+from .tile import INTERPRETED, MIRROR, PLAIN, tile_epilogue
 
 
 @triton.jit
@@ -90,4 +94,42 @@ def tile_forward(
             tl.program_id(1) * PARTS + part, tl.num_programs(1) * PARTS,
             tl.program_id(0), tl.num_programs(0),
             part_i, part_j, None, None, 0, None, None, N, DIAGONAL, MODE, INFONCE, STATS,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["N", "i0", "ni", "j0", "nj"],
+    do_not_specialize_on_alignment=["ids", "scale", "bias"],
+)
+def tile_backward(
+    T, A, state, ids, scale, bias,
+    part_i, part_j,  # as in `tile_forward`, or None. SigLIP's only sweep does the work of both
+    factors,  # (8, N) float32: m and weight / l of the four directions
+    out,  # weights, laid out as in `panel_weights`
+    sums_i,  # (6, PARTS column blocks, ni) float32: BASE ... SUPPORT_AUDIO of the tile's rows
+    sums_j,  # (6, row blocks, nj) float32: of its columns, RHO_TEXT and on; not on the diagonal
+    N, width, i0, ni, j0, nj, ld, block,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, DIAGONAL: tl.constexpr,
+    MODE: tl.constexpr, INFONCE: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Weights of A_J in dT_I (S's block), T_J in dA_I (P's), A_J in dA_I, T_J in dT_I."""
+    x = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.program_id(1) * BLOCK_J
+    S, P, Q, K = tile_products(
+        T, A, i0 + x, j0 + first + tl.arange(0, BLOCK_J), N, width,
+        BLOCK_I, BLOCK_J, BLOCK_D, MODE, PRECISION,
+    )  # fmt: skip
+    PART: tl.constexpr = BLOCK_J // PARTS
+    row = out + x.to(tl.int64)[:, None] * ld
+    for part in tl.static_range(PARTS):
+        y = first + part * PART + tl.arange(0, PART)
+        tile_epilogue(
+            column_part(S, part, PARTS), column_part(P, part, PARTS),
+            column_part(Q, part, PARTS), column_part(K, part, PARTS),
+            state, ids, scale, bias, i0, x, ni, j0, y, nj,
+            tl.program_id(1) * PARTS + part, tl.num_programs(1) * PARTS,
+            tl.program_id(0), tl.num_programs(0),
+            part_i, part_j, factors, row + y[None, :], block, sums_i, sums_j,
+            N, DIAGONAL, MODE, INFONCE, STATS,
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The Triton backend: tile kernels, or panels between Triton epilogues."""
