@@ -3,6 +3,8 @@
 import numbers
 from typing import Any, NamedTuple
 
+WORKSPACE = 256 * 2**20
+"""Bytes that the engine may use for similarities, where nothing is said."""
 CHOICES = {
     "objective": ("infonce", "siglip"),
     "bilateral": ("none", "mirror", "shared"),
@@ -52,7 +54,7 @@ class Options(NamedTuple):
     normalize: bool = False
     renormalize: bool = False
     reduction: str = "mean"
-    workspace: int = 256 * 2**20
+    workspace: int = WORKSPACE
     backend: str = "auto"
     stats: bool = False
     """the forward pass also returns the values of SVRStats"""
@@ -88,3 +90,7 @@ class Options(NamedTuple):
         """SigLIP needs no normaliser, so one sweep gives the loss and its gradient; the upstream
         gradient of a reduced loss is one number and is applied afterwards."""
         return not self.infonce and self.reduction != "none"
+
+
+OPTION_NAMES = (*Options._fields[:7], "exchange", *Options._fields[7:9], "return_stats")
+"""The options of a loss by the names that users give them, in the order they are shown."""

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_embeddings
 from ..groups import looked_up
-from ..loss import check_embeddings, fused_svr_loss
+from ..loss import fused_svr_loss
 from ..radius import radius_of
 from .contrast import number
 
