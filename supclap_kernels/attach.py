@@ -45,21 +45,21 @@ def attach_radius(model: nn.Module, radius: Radius) -> Radius:
         TypeError: not modules. ValueError: another kind of radius hangs on the model, or the model
             is wrapped already.
     """
-    for name, given in (("model", model), ("radius", radius)):
-        if not isinstance(given, nn.Module):
-            raise TypeError(f"{name} must be a module, got {type(given).__name__}")
+    for name, module in (("model", model), ("radius", radius)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a module, got {type(module).__name__}")
     bare, wrapper = unwrapped(model)
-    found = attached(bare)
-    if isinstance(found, SavedRadius):
-        radius.load_state_dict(found.state_dict())
+    earlier = attached(bare)
+    if isinstance(earlier, SavedRadius):
+        radius.load_state_dict(earlier.state_dict())
         detach_radius(bare)
-    elif found is not None:
-        if kind(found) != kind(radius):
+    elif earlier is not None:
+        if kind(earlier) != kind(radius):
             raise ValueError(
-                f"another radius hangs on this model, {described(found)}; got "
+                f"another radius hangs on this model, {described(earlier)}; got "
                 f"{described(radius)}: detach_radius(model) first, before the optimizer is made"
             )
-        return found
+        return earlier
     if wrapper is not None:
         raise ValueError(
             f"the model is in {wrapper} already, which has listed its parameters and would leave "
@@ -89,7 +89,7 @@ def detach_radius(model: nn.Module) -> nn.Module | None:
     return radius
 
 
-def shown_to_ddp(model: nn.Module, given: Any, output: Any) -> Any:
+def shown_to_ddp(model: nn.Module, inputs: Any, output: Any) -> Any:
     """Forward hook: in a DDP that looks for unused parameters, outputs that depend on the radius,
     with a gradient of nothing. Their values are the same; elsewhere they are not touched."""
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
@@ -131,8 +131,8 @@ class HandsOn(nn.Module):
         super().__init__()
         self.radius = radius
 
-    def forward(self, given: Any) -> Any:
-        return given
+    def forward(self, features: Any) -> Any:
+        return features
 
 
 def holder(model: nn.Module, radius: nn.Module) -> nn.Module:
@@ -151,12 +151,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
     wrapper = None
     while attached(model) is None:
         names = {cls.__name__ for cls in type(model).__mro__}
-        found = names & WRAPPERS
-        if found or "FSDPModule" in names:
-            wrapper = next(iter(found), "fully_shard")
+        wrappers = names & WRAPPERS
+        if wrappers or "FSDPModule" in names:
+            wrapper = next(iter(wrappers), "fully_shard")
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
-        elif found or "DataParallel" in names:
+        elif wrappers or "DataParallel" in names:
             model = model.get_submodule("module")
         else:
             break
@@ -165,8 +165,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
 
 def attached(model: nn.Module) -> Any:
     """The radius that hangs on this very module, or None."""
-    found = model._modules.get(NAME)
-    return found.radius if isinstance(model, nn.Sequential) and found is not None else found
+    child = model._modules.get(NAME)
+    return child.radius if isinstance(model, nn.Sequential) and child is not None else child
 
 
 def described(radius: nn.Module) -> str:

@@ -64,8 +64,7 @@ def cached_step(
     if min(sizes) < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     pieces = [
-        list(chunks(n, given, size))
-        for n, (given, size) in enumerate(zip(batch, sizes, strict=True))
+        list(chunks(n, rows, size)) for n, (rows, size) in enumerate(zip(batch, sizes, strict=True))
     ]
     towers = [Tower(n, *pair) for n, pair in enumerate(zip(encoders, readers, strict=True))]
     states: list[list[RandomState]] = []
@@ -123,41 +122,41 @@ class Tower(NamedTuple):
         return rows
 
 
-def tensors_of(given: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
     """Those with rows, at any depth."""
-    if isinstance(given, Tensor):
-        if given.ndim:
-            yield given
-    elif isinstance(given, Mapping | tuple | list):
-        for value in given.values() if isinstance(given, Mapping) else given:
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
             yield from tensors_of(value)
 
 
-def cut(given: Any, rows: slice) -> Any:
+def cut(batch: Any, rows: slice) -> Any:
     """The same with some rows of its tensors."""
-    if isinstance(given, Tensor):
-        return given[rows] if given.ndim else given
-    if isinstance(given, Mapping):
-        return {name: cut(value, rows) for name, value in given.items()}
-    if isinstance(given, tuple | list):
-        values = [cut(value, rows) for value in given]
-        named = isinstance(given, tuple) and hasattr(given, "_fields")
-        return type(given)(*values) if named else type(given)(values)
-    return given
+    if isinstance(batch, Tensor):
+        return batch[rows] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {name: cut(value, rows) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        values = [cut(value, rows) for value in batch]
+        named = isinstance(batch, tuple) and hasattr(batch, "_fields")
+        return type(batch)(*values) if named else type(batch)(values)
+    return batch
 
 
-def chunks(number: int, given: Any, size: int) -> Iterator[Any]:
+def chunks(number: int, batch: Any, size: int) -> Iterator[Any]:
     """The input of an encoder, `size` rows at a time."""
-    lengths = {len(x) for x in tensors_of(given)}
+    lengths = {len(x) for x in tensors_of(batch)}
     if not lengths:
-        raise ValueError(f"input {number} holds no tensors with rows, got {type(given).__name__}")
+        raise ValueError(f"input {number} holds no tensors with rows, got {type(batch).__name__}")
     if len(lengths) != 1:
         raise ValueError(
             f"an encoder's tensors must have one length, the batch; got {sorted(lengths)}"
         )
     (N,) = lengths
     for start in range(0, N, size):
-        yield cut(given, slice(start, start + size))
+        yield cut(batch, slice(start, start + size))
 
 
 class RandomState:

@@ -123,8 +123,8 @@ def check_vector(
             f"{name} must have shape ({N},), one for each pair; got {tuple(value.shape)}"
         )
     if value.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
+        names = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {names}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like the embeddings, got {value.device}")
 

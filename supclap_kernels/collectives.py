@@ -42,21 +42,21 @@ def as_integer(value: Any) -> int:
     return int(value)
 
 
-def agree(group: Any, own: dict[str, Any], free: Sequence[str] = ()) -> list[dict[str, int]]:
+def agree(group: Any, call: dict[str, Any], free: Sequence[str] = ()) -> list[dict[str, int]]:
     """What every rank says of its call, as integers. Raises on all ranks if one failed before it
-    came here (`own` is empty), or if they differ in more than `free`.
+    came here (`call` is empty), or if they differ in more than `free`.
 
     One small collective, whose result the host reads: ranks that disagreed would wait for each
     other without end.
     """
-    names = list(own) if own else []
+    names = list(call) if call else []
     length = 32
     layout = zlib.crc32(",".join(names).encode())  # backend="reference" says other things
-    said = [1, layout, *map(as_integer, own.values())] if own else [0]
-    vector = torch.tensor(said + [0] * (length - len(said)), device=device_of(group))
+    message = [1, layout, *map(as_integer, call.values())] if call else [0]
+    vector = torch.tensor(message + [0] * (length - len(message)), device=device_of(group))
     every = [part.tolist() for part in all_gather(vector, group)]
     failed = [rank for rank, values in enumerate(every) if values[0] == 0]
-    if not own:
+    if not call:
         return []
     if failed:
         raise RuntimeError(
@@ -64,15 +64,15 @@ def agree(group: Any, own: dict[str, Any], free: Sequence[str] = ()) -> list[dic
         )
     if any(values[1] != layout for values in every):
         raise ValueError("group: ranks must agree on backend: on some it is 'reference'")
-    found = [dict(zip(names, values[2:], strict=False)) for values in every]
-    for rank, values in enumerate(found):
+    calls = [dict(zip(names, values[2:], strict=False)) for values in every]
+    for rank, values in enumerate(calls):
         for name in names:
-            if name not in free and values[name] != found[0][name]:
+            if name not in free and values[name] != calls[0][name]:
                 raise ValueError(
                     f"group: ranks must agree on {name}, but rank 0 and rank {rank} differ; rank "
-                    f"{dist.get_rank(group)} has {own[name]!r}"
+                    f"{dist.get_rank(group)} has {call[name]!r}"
                 )
-    return found
+    return calls
 
 
 def describe(
@@ -181,16 +181,16 @@ def mean_over_ranks(x: Tensor, group: Any) -> Tensor:
 def whole_batch(group: Any, count: int, *tensors: Any) -> tuple[list[int], list[Any]]:
     """How many rows each rank has, and the rows of all (N, ...) for those of this one (count, ...);
     0-d tensors are replicated, the rest passes as it is."""
-    own = torch.tensor([count], device=device_of(group))
-    sizes = [int(part) for part in all_gather(own, group)]
-    found = []
+    counted = torch.tensor([count], device=device_of(group))
+    sizes = [int(part) for part in all_gather(counted, group)]
+    batch = []
     for x in tensors:
         if isinstance(x, Tensor) and x.ndim:
             x = GatherRows.apply(x, sizes, group)
         elif isinstance(x, Tensor):
             x = Replicated.apply(x, group)
-        found.append(x)
-    return sizes, found
+        batch.append(x)
+    return sizes, batch
 
 
 def over_group(
@@ -199,9 +199,9 @@ def over_group(
 ) -> Any:  # fmt: skip
     """`loss` of all ranks' rows on each of them; with reduction="none" its own rows of it."""
     agree(group, describe(audio, text, radius, ids, weight, **options), free=("pairs",))
-    sizes, given = whole_batch(group, len(audio), audio, text, radius, k, b, ids, weight)
-    found = loss(*given[:5], ids=given[5], weight=given[6], **options)
+    sizes, batch = whole_batch(group, len(audio), audio, text, radius, k, b, ids, weight)
+    result = loss(*batch[:5], ids=batch[5], weight=batch[6], **options)
     if options["reduction"] != "none":
-        return found
-    own = lambda rows: rows.split(sizes)[group.rank()]  # noqa: E731
-    return (own(found[0]), found[1]) if options["return_stats"] else own(found)
+        return result
+    own_rows = lambda rows: rows.split(sizes)[group.rank()]  # noqa: E731
+    return (own_rows(result[0]), result[1]) if options["return_stats"] else own_rows(result)

@@ -254,18 +254,18 @@ def memory_estimate(
     """
     if N < 1 or D < 1:
         raise ValueError(f"N and D must be positive, got N={N}, D={D}")
-    chosen = Options(**options)
+    settings = Options(**options)
     check_choices(
-        objective=chosen.objective, bilateral=chosen.bilateral, reduction=chosen.reduction
+        objective=settings.objective, bilateral=settings.bilateral, reduction=settings.reduction
     )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
-    call = (torch.device(device), dtype, D, chosen.mode(radius), chosen.infonce)
+    call = (torch.device(device), dtype, D, settings.mode(radius), settings.infonce)
     way = route(N, routes(backend, *call)).way
     if way != "reference":
-        return implementation(way).memory(N, D, dtype, radius, chosen)
+        return implementation(way).memory(N, D, dtype, radius, settings)
     # Eager autograd: about four matrices for each direction (product, logits, hidden pairs,
     # softmax), and their gradients.
-    directions = 2 + radius * (1 + (chosen.bilateral != "none"))
+    directions = 2 + radius * (1 + (settings.bilateral != "none"))
     itemsize = max(4, dtype.itemsize)
     return (4 * directions + 2) * N * N * itemsize

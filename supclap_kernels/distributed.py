@@ -117,9 +117,9 @@ class Pass:
         mail = Mail(self.plan.group)
         for x in tensors:
             mail.send(guest, x[there.theirs])
-        found = [mail.receive(here.rank, (count(here.theirs), *x.shape[1:]), x) for x in tensors]
+        arriving = [mail.receive(here.rank, (count(here.theirs), *x.shape[1:]), x) for x in tensors]
         mail.post()
-        return mail, found
+        return mail, arriving
 
     def bring(self, step: int, parts: list[Tensor], like: list[Tensor]) -> tuple[Mail, "Arrived"]:
         """Results for the visited's rows home; those for own rows of `like` (n, ...) arrive."""
@@ -127,9 +127,9 @@ class Pass:
         mail = Mail(self.plan.group)
         for x in parts:
             mail.send(here.rank, x)
-        found = [mail.receive(guest, (count(there.theirs), *x.shape[1:]), x) for x in like]
+        arriving = [mail.receive(guest, (count(there.theirs), *x.shape[1:]), x) for x in like]
         mail.post()
-        return mail, Arrived(there.theirs, found)
+        return mail, Arrived(there.theirs, arriving)
 
     def post_rows(self, step: int) -> tuple[Mail, list[Tensor]]:
         """Lets the rows of a step's visits travel, unless forward kept them."""
@@ -173,9 +173,9 @@ class Pass:
                 self.memory |= {("rows", step, n): x for n, x in enumerate(rows)}
             if count(here.theirs):
                 call = self.call_for(here, rows)
-                found, split = compute(step, here, call), call.split
-                add(here.own, [x[:split] for x in found])
-                results = [x[split:] for x in found]
+                partial, split = compute(step, here, call), call.split
+                add(here.own, [x[:split] for x in partial])
+                results = [x[split:] for x in partial]
             mail.wait()
             add(*arrived)
             mail, arrived = self.bring(step, results, like)
@@ -239,9 +239,9 @@ class Pass:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """dA, dT, dR and (dk, db), as `in_own_dtypes` takes them."""
         own, plan = self.own, self.plan
-        given = [own.state[:STATE_GEOMETRY].t()]
+        lent_rows = [own.state[:STATE_GEOMETRY].t()]
         if plan.per_row:
-            given.append(upstream)
+            lent_rows.append(upstream)
         else:
             upstream = upstream.to(own.state.dtype, copy=True)
             dist.all_reduce(upstream, group=plan.group)
@@ -249,12 +249,12 @@ class Pass:
         own.start_gradients(upstream)
         towers = own.accumulators(plan.needs)
         own.sweep_gradients(*towers, self.memory.get(("kept", 0, 0)))
-        lent = {step: self.lend(step, given) for step in plan.steps}
+        lent = {step: self.lend(step, lent_rows) for step in plan.steps}
 
         def visit_gradients(step: int, visit: Visit, call: Call) -> list[Tensor]:
             mail, arrived = lent[step]
             mail.wait()
-            both = [torch.cat((x[visit.own], y)) for x, y in zip(given, arrived, strict=True)]
+            both = [torch.cat((x[visit.own], y)) for x, y in zip(lent_rows, arrived, strict=True)]
             call.state[:STATE_GEOMETRY] = both[0].t()
             call.start_gradients(both[1] if plan.per_row else upstream)
             sums = call.accumulators(plan.needs)

@@ -21,10 +21,10 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def module() -> ModuleType:
-    found, reason = load()
-    if found is None:
+    compiled, reason = load()
+    if compiled is None:
         raise RuntimeError(f"supclap_kernels: {reason}")
-    return found
+    return compiled
 
 
 _on_host: Any = None

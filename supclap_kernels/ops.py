@@ -59,9 +59,10 @@ def _forward(
     audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
     ids: Tensor | None, weight: Tensor | None, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs, chosen = Inputs(audio, text, radius, scale, bias, ids, weight), Options(*options)
-    backend = dispatch.backend_for(inputs, chosen)
-    outputs = without_autograd(audio, backend.forward, inputs, chosen, tuple(needs))
+    inputs = Inputs(audio, text, radius, scale, bias, ids, weight)
+    settings = Options(*options)
+    backend = dispatch.backend_for(inputs, settings)
+    outputs = without_autograd(audio, backend.forward, inputs, settings, tuple(needs))
     loss, stats, state, saved = outputs
     return loss, loss.new_empty(0) if stats is None else stats, state, saved
 
@@ -72,9 +73,10 @@ def _backward(
     ids: Tensor | None, weight: Tensor | None,
     state: Tensor, saved: Tensor, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs, chosen = Inputs(audio, text, radius, scale, bias, ids, weight), Options(*options)
-    backend = dispatch.backend_for(inputs, chosen)
-    call = (inputs, chosen, tuple(needs), upstream, state, saved)
+    inputs = Inputs(audio, text, radius, scale, bias, ids, weight)
+    settings = Options(*options)
+    backend = dispatch.backend_for(inputs, settings)
+    call = (inputs, settings, tuple(needs), upstream, state, saved)
     gradients = without_autograd(audio, backend.backward, *call)
     return tuple(state.new_empty(0, dtype=torch.float32) if g is None else g for g in gradients)
 
@@ -92,13 +94,14 @@ def _fake_forward(
     audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
     ids: Tensor | None, weight: Tensor | None, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs, chosen = Inputs(audio, text, radius, scale, bias, ids, weight), Options(*options)
+    inputs = Inputs(audio, text, radius, scale, bias, ids, weight)
+    settings = Options(*options)
     dtype, N = accumulator_dtype(audio.dtype), audio.shape[0]
     return (
-        audio.new_empty((N,) if chosen.reduction == "none" else (), dtype=dtype),
-        audio.new_empty(len(SVRStats._fields) if chosen.stats else 0, dtype=dtype),
+        audio.new_empty((N,) if settings.reduction == "none" else (), dtype=dtype),
+        audio.new_empty(len(SVRStats._fields) if settings.stats else 0, dtype=dtype),
         audio.new_empty((STATE_ROWS, N), dtype=dtype),
-        audio.new_empty(dispatch.saved_elements(inputs, chosen, any(needs)), dtype=dtype),
+        audio.new_empty(dispatch.saved_elements(inputs, settings, any(needs)), dtype=dtype),
     )
 
 

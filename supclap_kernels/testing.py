@@ -235,17 +235,17 @@ def violations(
     result: Outputs, exact: Outputs, base: Outputs, floor: dict[str, float]
 ) -> list[str]:
     """Why the result is not accepted; empty if it is."""
-    found = []
+    reasons = []
     for name, wanted in exact.items():
         value = result[name]
         if value.shape != wanted.shape or value.dtype != base[name].dtype:
-            found.append(
+            reasons.append(
                 f"{name}: {value.dtype} {tuple(value.shape)}, "
                 f"wanted {base[name].dtype} {tuple(wanted.shape)}"
             )
             continue
         if not bool(torch.isfinite(value).all()):
-            found.append(f"{name}: not finite")
+            reasons.append(f"{name}: not finite")
             continue
         factor = 3.0 if name == "loss" else 2.0
         for measure, error, allowed in zip(
@@ -256,12 +256,12 @@ def violations(
         ):
             bound = factor * allowed + floor[name]
             if not error <= bound:
-                found.append(
+                reasons.append(
                     f"{name}: {measure} error {error:.3g} above {bound:.3g} "
                     f"(baseline {allowed:.3g}, floor {floor[name]:.3g}, "
                     f"largest value {float(wanted.abs().max()):.3g})"
                 )
-    return found
+    return reasons
 
 
 def uninformative(exact: Outputs, floor: dict[str, float]) -> list[str]:
@@ -287,8 +287,8 @@ def check(
     dull = uninformative(exact, floor)
     assert not dull, f"{case}: not informative for {', '.join(dull)}"
     result = evaluate(loss_function, inputs, **case.options, **options)
-    found = violations(result, exact, baseline(case, inputs, rounded_weights), floor)
-    assert not found, "\n  ".join([f"{case}:", *found])
+    reasons = violations(result, exact, baseline(case, inputs, rounded_weights), floor)
+    assert not reasons, "\n  ".join([f"{case}:", *reasons])
 
 
 def _changed(change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:

@@ -304,17 +304,17 @@ class DeviceCall:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """In float32 or their final dtype."""
         radius = self.inputs.radius
-        outputs = [self.output(total, given) for total, given in zip((dA, dT), out, strict=True)]
+        outputs = [self.output(total, place) for total, place in zip((dA, dT), out, strict=True)]
         rows, totals = self.finish_towers(dT, dA, outputs[1], outputs[0])
         dR = None
         if radius is not None:
             dR = rows if radius.ndim else totals[2].clone()
         return outputs[0], outputs[1], dR, totals[:2]
 
-    def output(self, total: Tensor | None, given: Tensor | None) -> Tensor | None:
-        """Where a tower's gradient goes: what is given, or the accumulator where it fits."""
-        if total is None or given is not None:
-            return given
+    def output(self, total: Tensor | None, out: Tensor | None) -> Tensor | None:
+        """Where a tower's gradient goes: `out`, if given, or the accumulator where it fits."""
+        if total is None or out is not None:
+            return out
         dtype = self.stored
         if dtype == torch.float32 and self.width == self.D:
             return total

@@ -65,17 +65,17 @@ class Bfloat16Products:
     def pack(self, side: int, J: slice, transposed: bool) -> tuple[Tensor, int]:
         """The packed rows that J is among, and where J starts in them."""
         start = max(n for n in self.starts if n <= J.start)
-        found = self.packed.get((side, start, transposed))
-        if found is None:
+        packed = self.packed.get((side, start, transposed))
+        if packed is None:
             end = min((n for n in self.starts if n > start), default=self.N)
             X, N = self.sides[side][start:end], end - start
             columns, depth = (N, self.width) if transposed else (self.width, N)
             groups, pairs = -(-columns // self.GROUP), -(-depth // 2)
-            found = X.new_empty(groups, pairs, self.GROUP, 2)
-            self.packed[side, start, transposed] = found
+            packed = X.new_empty(groups, pairs, self.GROUP, 2)
+            self.packed[side, start, transposed] = packed
             arguments = (X.data_ptr(), N, self.width, transposed)
-            self.module.bf16_pack(*arguments, found.data_ptr(), self.threads)
-        return found, J.start - start
+            self.module.bf16_pack(*arguments, packed.data_ptr(), self.threads)
+        return packed, J.start - start
 
     def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
         packed, first = self.pack(y, J, transposed=True)

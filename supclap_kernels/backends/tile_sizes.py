@@ -93,14 +93,14 @@ def tuned() -> dict[str, Blocks]:
 def read_tuned(path: str) -> dict[str, Blocks]:
     if not path:
         return {}
-    found = {key: Blocks(*values) for key, values in json.loads(Path(path).read_text()).items()}
-    for key, block in found.items():
+    blocks = {key: Blocks(*values) for key, values in json.loads(Path(path).read_text()).items()}
+    for key, block in blocks.items():
         if GPU_PAD % block.i or GPU_PAD % block.j or OPERAND_COLUMNS % max(block.d, 1):
             raise ValueError(
                 f"SUPCLAP_TILES={path}: {key}: i and j must divide {GPU_PAD}, and d "
                 f"{OPERAND_COLUMNS}; got {list(block)}"
             )
-    return found
+    return blocks
 
 
 SPILLS = {

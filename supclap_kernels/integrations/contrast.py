@@ -48,11 +48,11 @@ class Contrast(nn.Module):
     def check_ranks(self) -> None:
         """What the trainer counts is what the process group has."""
         group = self.criterion.group
-        given = (0, 1) if group is None else (group.rank(), group.size())
-        if given != (self.rank, self.world_size):
+        counted = (0, 1) if group is None else (group.rank(), group.size())
+        if counted != (self.rank, self.world_size):
             raise ValueError(
                 f"rank={self.rank}, world_size={self.world_size} do not fit the process group, in "
-                f"which this is rank {given[0]} of {given[1]}"
+                f"which this is rank {counted[0]} of {counted[1]}"
             )
 
     def agree_on_ranks(self) -> None:

@@ -38,10 +38,10 @@ def clap_loss(outputs: Any, logit_scale: float | Tensor, **options: Any) -> Any:
     radius = options.get("radius")
     if isinstance(radius, nn.Module):
         check_embeddings(*rows)
-        given = bool(options.get("normalize")), looked_up(options.get("group"))
-        options["radius"] = radius_of(radius, *rows, scale, *given)
-    found = fused_svr_loss(*rows, logit_scale=scale, **options)
+        normalize, group = bool(options.get("normalize")), looked_up(options.get("group"))
+        options["radius"] = radius_of(radius, *rows, scale, normalize, group)
+    result = fused_svr_loss(*rows, logit_scale=scale, **options)
     share = 0.5 if options.get("objective", "infonce") == "infonce" else 1.0
     if options.get("return_stats"):
-        return share * found[0], found[1]
-    return share * found
+        return share * result[0], result[1]
+    return share * result

@@ -76,15 +76,15 @@ class LiteralRows:
         """Rows, products <s, y> / |s| and logits (n, N) of s (f, D); pairs left out are -inf."""
         for start in range(0, len(s), self.size):
             rows = slice(start, min(start + self.size, len(s)))
-            own = self.index[rows]
+            literal = self.index[rows]
             product = torch.cat([s[rows] @ block.t() for _, block in wide_blocks(Y)], dim=1)
             product *= inverse[rows, None]
             z = self.k * product + self.b
-            z.scatter_(1, own[:, None], float("-inf"))
+            z.scatter_(1, literal[:, None], float("-inf"))
             if self.code is not None:
-                z.masked_fill_(self.code[own][:, None] == self.code[None, :], float("-inf"))
+                z.masked_fill_(self.code[literal][:, None] == self.code[None, :], float("-inf"))
             if self.second is not None:
-                z.masked_fill_(self.second[own][:, None] == self.second[None, :], float("-inf"))
+                z.masked_fill_(self.second[literal][:, None] == self.second[None, :], float("-inf"))
             yield rows, product, z
 
     def statistics(self, running: Tensor) -> None:
@@ -93,13 +93,13 @@ class LiteralRows:
         m, l = running
         for direction, (s, Y, _, inverse) in enumerate(self.sides, start=SUPPORT_ROWS):
             for rows, _, z in self.chunks(s, Y, inverse):
-                own = self.index[rows]
+                literal = self.index[rows]
                 if not self.infonce:
-                    l[direction, own] = -F.logsigmoid(-z).sum(dim=1)
+                    l[direction, literal] = -F.logsigmoid(-z).sum(dim=1)
                     continue
                 top = z.amax(dim=1).clamp_min(HIDDEN)
-                m[direction, own] = top
-                l[direction, own] = (z - top[:, None]).exp().sum(dim=1)
+                m[direction, literal] = top
+                l[direction, literal] = (z - top[:, None]).exp().sum(dim=1)
                 if self.shared:
                     new = torch.maximum(m[OTHER_ROWS], z.amax(dim=0).clamp_min(HIDDEN))
                     l[OTHER_ROWS] = l[OTHER_ROWS] * (m[OTHER_ROWS] - new).exp() + (
@@ -137,18 +137,18 @@ class LiteralRows:
             v = sign * self.step / self.r[:, None]
             positive = self.positive_slopes(direction, state.double(), f)
             for rows, product, z in self.chunks(s, Y, inverse):
-                own = self.index[rows]
+                literal = self.index[rows]
                 if self.infonce:
-                    h = (z - m[direction, own][:, None]).exp() * f[direction, own][:, None]
+                    h = (z - m[direction, literal][:, None]).exp() * f[direction, literal][:, None]
                     if self.shared:
                         h = h + (z - m[OTHER_ROWS]).exp() * f[OTHER_ROWS]
                 else:
-                    h = z.sigmoid() * f[direction, own][:, None]
+                    h = z.sigmoid() * f[direction, literal][:, None]
                 support = SUPPORT_TEXT if sign > 0 else SUPPORT_AUDIO
-                sums[support, own] += (h * product).sum(dim=1)
-                sums[BIAS, own] += h.sum(dim=1)
+                sums[support, literal] += (h * product).sum(dim=1)
+                sums[BIAS, literal] += h.sum(dim=1)
                 if self.second is None:
-                    h.scatter_(1, own[:, None], positive[rows, None])
+                    h.scatter_(1, literal[:, None], positive[rows, None])
                 H = self.k * inverse[rows, None] * h
                 # The gradient of s / |s|, and then of s: the part tangent to the sphere.
                 ds = torch.zeros_like(s[rows])
@@ -159,8 +159,8 @@ class LiteralRows:
                 if self.renormalize:
                     unit = s[rows] * inverse[rows, None]
                     ds -= (ds * unit).sum(dim=1, keepdim=True) * unit
-                sums[RHO_LITERAL, own] += (ds * v[rows]).sum(dim=1) * gap[own]
+                sums[RHO_LITERAL, literal] += (ds * v[rows]).sum(dim=1) * gap[literal]
                 if dX is not None:
-                    dX[own] += ((1.0 - self.c[rows, None]) * ds).to(dX.dtype)
+                    dX[literal] += ((1.0 - self.c[rows, None]) * ds).to(dX.dtype)
                 if dY is not None:
-                    dY[own] += (self.c[rows, None] * ds).to(dY.dtype)
+                    dY[literal] += (self.c[rows, None] * ds).to(dY.dtype)
