@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# These run in processes of their own: Triton reads its variable when it is imported (test_triton),
-# and the other names a module to load (test_shim).
+# These run in processes of their own: Triton reads its variable when it is imported
+# (backends/test_triton.py), and the other names a module to load (backends/test_shim.py).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 collect_ignore += [] if os.environ.get("SUPCLAP_SHIM") else ["shim"]
 

@@ -1,7 +1,7 @@
 """The GPU backends against the specification: their kernels on CPU tensors, in Triton's
 interpreter. Inputs and working memory lie inside NaN, and the borders are looked at afterwards.
 
-Run in a process with TRITON_INTERPRET=1 (tests/test_triton.py starts it).
+Run in a process with TRITON_INTERPRET=1 (tests/backends/test_triton.py starts it).
 """
 
 from collections.abc import Iterator

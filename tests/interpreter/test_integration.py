@@ -1,6 +1,6 @@
 """The GPU backends as operators, in Triton's interpreter.
 
-Run in a process with TRITON_INTERPRET=1 (tests/test_triton.py starts it).
+Run in a process with TRITON_INTERPRET=1 (tests/backends/test_triton.py starts it).
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The Triton epilogues of the panel engine, tile pair by tile pair, against dense matrices.
 
-Run in a process with TRITON_INTERPRET=1 (tests/test_triton.py starts it).
+Run in a process with TRITON_INTERPRET=1 (tests/backends/test_triton.py starts it).
 """
 
 import pytest

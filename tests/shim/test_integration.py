@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocations import traced
 from gpu_integration import (  # noqa: F401 - tests
     test_a_frozen_tower_costs_the_others_nothing,
     test_a_large_upstream_gradient_reaches_half_precision,
@@ -17,7 +18,6 @@ from gpu_integration import (  # noqa: F401 - tests
     test_vectors_of_any_stride,
 )
 from integration_cases import fused, same
-from test_memory import traced
 
 import supclap_kernels as sk
 from supclap_kernels import dispatch, native

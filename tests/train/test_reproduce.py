@@ -1,0 +1,244 @@
+"""The reproduction: its statistics, its corpora, a small one that is interrupted; the demo."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from inspect import signature
+
+import pytest
+import torch
+from clips import near
+from supclap import experiments, report
+from supclap import reproduce as module
+from supclap.cli import main
+from supclap.config import TrainConfig, UserError
+from supclap.evaluate import chance, evaluate_run
+from supclap.experiments import HARD, LOSSES, PRESETS, Run, planned
+from supclap.findings import Findings
+from supclap.logs import read_lines
+from supclap.manifest import read_manifest
+from supclap.synth import EVENTS, synthesise, synthesise_events
+from supclap.train import train
+from supclap.verdicts import T_95, Verdict, interval, mean_and_deviation
+from supclap.zeroshot import labelled_clips
+
+
+def test_intervals_by_hand():
+    values = [1.0, 2.0, 3.0, 6.0]
+    mean, deviation = mean_and_deviation(values)
+    assert near([mean, deviation], [3.0, math.sqrt(14 / 3)])
+    low, high = interval(values)
+    half = 3.182 * deviation / 2
+    assert near([low, high], [3 - half, 3 + half])
+    stats = pytest.importorskip("scipy.stats")
+    for freedom, point in enumerate(T_95[1:], 1):
+        assert near(point, stats.t.ppf(0.975, freedom), within=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([1.0, 1.1, 0.9], "holds"),
+        ([-1.0, -1.1, -0.9], "does not hold"),
+        ([1.0, -1.1, 0.9], "undecided"),
+        ([5.0], "undecided"),  # one run decides nothing
+        ([0.0, 0.0, 0.0], "undecided"),
+    ],
+)
+def test_verdicts(differences, word):
+    verdict = Verdict("a claim", "points", differences)
+    assert verdict.word == word == verdict.as_json()["verdict"]
+    said = {"holds": "It holds here", "does not hold": "It does not hold here"}
+    assert verdict.sentence().startswith(said.get(word, "Undecided by these seeds"))
+    assert json.loads(json.dumps(verdict.as_json()))["differences"] == differences
+
+
+def test_the_plan_has_every_loss_and_sweep():
+    for preset in PRESETS.values():
+        runs = planned(preset)
+        assert len({run.folder for run in runs}) == len(runs)
+        for name in LOSSES:
+            seeds = [run.seed for run in runs if (run.group, run.name) == ("ablation", name)]
+            assert seeds == list(range(preset.seeds))
+        assert {run.group for run in runs} == {
+            "ablation", "batch", "alpha", "noise", "cross", "radius"
+        }  # fmt: skip
+    assert len(LOSSES) == 10 and PRESETS["cpu"].seeds == 5 and len(PRESETS["cpu"].languages) == 8
+    assert set(PRESETS["cpu"].noises) == {10, 20, 40}
+
+
+def test_wrong_captions_are_those_of_others(tmp_path):
+    lines = [{"audio": f"{n}.wav", "captions": {"eng": [f"caption {n}"]}} for n in range(50)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for share in (0.1, 0.4):
+        (tmp_path / "noisy.jsonl").write_text(experiments.with_noise(path, share))
+        found = read_lines(tmp_path / "noisy.jsonl")
+        assert [line["audio"] for line in found] == [line["audio"] for line in lines]
+        wrong = sum(a != b for a, b in zip(found, lines, strict=True))
+        assert wrong == round(50 * share)
+        captions = sorted(line["captions"]["eng"][0] for line in found)
+        assert captions == sorted(line["captions"]["eng"][0] for line in lines)
+
+
+def test_single_events_have_their_labels(tmp_path):
+    synthesise_events(tmp_path, each=2)
+    clips, labels, _ = labelled_clips(tmp_path / "labels.csv")
+    assert len(clips) == 2 * len(EVENTS) and all(clip.path.is_file() for clip in clips)
+    assert len(set(labels)) == len(EVENTS) and "a click" in labels
+
+
+def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
+    """Ctrl-C after some runs; the same command does the rest; a third does nothing; the report
+    follows from the results."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "supclap", "reproduce", "--preset", "smoke", "--out", str(out)]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [*command, "--jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while len(list(out.glob("runs/*/result.json"))) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    printed, message = process.communicate(timeout=60)
+    assert process.returncode == 130, message[-2000:]
+    assert "the same command goes on" in message and "Traceback" not in message
+    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+    assert 5 <= len(done) < len(planned(PRESETS["smoke"]))
+
+    assert main(["reproduce", "--preset", "smoke", "--out", str(out), "--jobs", "2"]) == 0
+    assert time.monotonic() - start < 180
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    runs = planned(PRESETS["smoke"])
+    assert len(list(out.glob("runs/*/result.json"))) == len(runs)
+    first = (out / "report.md").read_text()
+    assert main(["reproduce", "--preset", "smoke", "--out", str(out)]) == 0
+    assert (out / "report.md").read_text() == first
+
+    for name in ("figure-1-drift", "figure-7-hard-negatives", "summary"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((out / "results.json").read_text())
+    for verdict in found["verdicts"]:
+        assert verdict["claim"] in first
+        low, high = verdict["interval95"] or (-math.inf, math.inf)
+        wanted = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+        assert verdict["verdict"] == wanted
+    titles = [table["title"] for table in found["tables"]]
+    assert titles[:4] == ["Ablation", "Languages", "Other acoustics", "Zero-shot"]
+    assert all(f"### {title}" in first for title in titles) and len(titles) == 8
+
+    # The first claim, recomputed from the runs' own evaluations.
+    def recall(name, seed):
+        folder = Run("ablation", name, seed).folder
+        result = json.loads((out / "runs" / folder / "result.json").read_text())["here"]
+        return 50 * (result["t2a"]["R@1"] + result["a2t"]["R@1"])
+
+    differences = [recall("bi-DynamicSVR", s) - recall("InfoNCE", s) for s in range(2)]
+    assert near(found["verdicts"][0]["differences"], differences, within=1e-9)
+    by_claim = {verdict["claim"]: verdict["differences"] for verdict in found["verdicts"]}
+    radii = [
+        [
+            line["radius"]
+            for line in read_lines(out / "runs" / f"ablation-bi-staticsvr-{s}/log.jsonl")
+        ]
+        for s in range(2)
+    ]
+    falls = [one[0] - one[-1] for one in radii]  # of ten steps and a few, a tenth is one
+    claimed = by_claim["the radius falls during training (bi-StaticSVR)"]
+    assert near(claimed, falls, within=1e-9) and max(falls) < 0
+
+    def first_at_the_goal(name, other, seed):
+        runs = [
+            [
+                (line["step"], (line["t2a"]["R@1"] + line["a2t"]["R@1"]) / 2)
+                for line in read_lines(out / "runs" / Run("ablation", n, seed).folder / "val.jsonl")
+            ]
+            for n in (name, other)
+        ]
+        goal = min(max(recall for _, recall in run) for run in runs)
+        return min(step for step, recall in runs[0] if recall >= goal)
+
+    pair = ("bi-DynamicSVR", "InfoNCE")
+    sooner = [first_at_the_goal(*pair[::-1], s) - first_at_the_goal(*pair, s) for s in range(2)]
+    assert by_claim["training converges faster"] == sooner
+    one = Findings(out, PRESETS["smoke"]).of("ablation", "bi-DynamicSVR")[0]
+    assert list(one["radius_by_hard"]) == [str(k) for k in HARD if k < 12]
+    assert len(one["similarities"]) == experiments.BINS
+    assert sum(one["similarities"]) == len(read_manifest(out / "here/test.jsonl")) * 2
+
+    with pytest.raises(UserError, match="holds runs of other settings"):
+        experiments.check_settings(out, "cpu")
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
+    bad = Run("ablation", "InfoNCE", 0, changes={"lr": -1.0})
+    monkeypatch.setattr(module, "planned", lambda preset: [bad])
+    monkeypatch.setattr(module, "make_corpora", lambda out, preset: None)
+    assert main(["reproduce", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "ablation-infonce-0: UserError: --lr must be a positive number" in said
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    for arguments, expected in (
+        (["--out", str(tmp_path / "other")], "not empty and not an earlier reproduction"),
+        (["--out", str(tmp_path / "x"), "--jobs", "0"], "--jobs must be at least 1"),
+    ):
+        assert main(["reproduce", "--preset", "smoke", *arguments]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_the_radius_is_told_by_hard_negatives(tmp_path):
+    """A predictor that returns its largest negative sees the hard ones."""
+    torch.manual_seed(0)
+    config = replace(
+        experiments.settings_of(Run("ablation", "bi-DynamicSVR", 0), tmp_path, PRESETS["smoke"]),
+        batch_size=8,
+    )
+    audio = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
+    text = torch.nn.functional.normalize(audio + 0.1 * torch.randn(40, 16), dim=1)
+    criterion = experiments.build_loss(config, 8)
+    with torch.no_grad():
+        for p in criterion.radius.network.parameters():
+            p.zero_()
+        first, _, middle, _, last = criterion.radius.network
+        first.weight[0, 1] = middle.weight[0, 0] = last.weight[0, 0] = 1.0
+    config.out.mkdir(parents=True)
+    from supclap.model import SupclapModel, save_model
+
+    save_model(config.out / "model.safetensors", SupclapModel(config.model), criterion=criterion)
+    found = experiments.radius_by_hard(config, text, audio, torch.arange(40))
+    assert list(found) == ["0", "6"] and found["6"] > found["0"]
+    rows = [(audio @ t).topk(2).values[1].item() / 0.07 for t in text]
+    gelu = torch.nn.functional.gelu
+    wanted = gelu(gelu(torch.tensor(rows))).mean().item()
+    assert near(found["6"], wanted, within=0.02 * wanted)
+
+
+def test_the_demo_model_finds_what_it_heard(tmp_path, one_thread):
+    """200 test clips, hard negatives among them: R@1 ten times chance, R@10 three times."""
+    corpus = tmp_path / "corpus"
+    synthesise(corpus)
+    demo = signature(report.demo).parameters  # its settings
+    assert demo["clips"].default == signature(synthesise).parameters["clips"].default
+    train(
+        TrainConfig(
+            data=corpus / "train.csv", val=corpus / "val.csv", out=tmp_path / "run",
+            epochs=demo["epochs"].default, seed=demo["seed"].default, svr="bi-static",
+        )
+    )  # fmt: skip
+    found, test = evaluate_run(tmp_path / "run", corpus / "test.csv")
+    assert len(test.clips) >= 200
+    scenes = read_lines(corpus / "scenes.jsonl")
+    assert {s["variant"] for s in scenes if s["split"] == "test"} == {"base", "order", "count"}
+    by_chance = chance(test.clip_of)
+    for way in ("t2a", "a2t"):
+        assert found[way]["R@1"] >= 10 * by_chance[way]["R@1"]
+        assert found[way]["R@10"] >= 3 * by_chance[way]["R@10"]
