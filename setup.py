@@ -53,7 +53,7 @@ PER_ISA_NAMES = ["avx2", "avx512"]  # beyond the baseline
 SINGLE_ISA_SOURCES = {Path("csrc/cpu/bf16_gemm.cpp"): "avx512bf16"}
 
 # For target 90a only.
-HOPPER_SOURCE = Path("csrc/cuda/gram.cu")
+HOPPER_SOURCE = Path("csrc/cuda/hopper/sweep.cu")
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -247,7 +247,7 @@ def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None) -> list[str]:
     notice(f"CUDA {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {names}")
     smaller = ["--compress-mode=size"] if toolkit.version >= (12, 8) else []
     hopper = [arch for arch in archs if arch.name == "90a"]
-    for source in sources("csrc/cuda/*.cu"):
+    for source in sources("csrc/cuda/**/*.cu"):
         targets = hopper if source == HOPPER_SOURCE else archs
         if targets:
             graph.compile("cuda", source, [*NVCC_FLAGS, *smaller, *gencode(targets)])

@@ -9,7 +9,7 @@
 #include "shim.h"
 #endif
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace supclap::cuda {
 

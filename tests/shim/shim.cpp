@@ -238,9 +238,7 @@ void run_blocks(size_t first, size_t end) {
 }  // namespace
 
 bool is_removed(Site site) {
-  if (removed.empty()) return false;
-  const std::string file = site.file;
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line) == removed;
+  return !removed.empty() && std::string(site.file) + ":" + std::to_string(site.line) == removed;
 }
 
 void wait(State state, char* tag) {

@@ -3,7 +3,7 @@
 // logarithms, a product for each row and each column.
 #pragma once
 
-#include "cuda/gram_plain.cuh"
+#include "cuda/hopper/full_tile.cuh"
 
 namespace supclap::cuda {
 

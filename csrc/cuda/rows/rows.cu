@@ -1,7 +1,7 @@
 // Launchers of the kernels that have rows, not tiles.
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/row_kernels.cuh"
+#include "cuda/rows/kernels.cuh"
 
 namespace supclap::cuda {
 

@@ -5,7 +5,7 @@
 // T. A block has one row (or one compared row) at a time; its warps take turns with the products.
 #pragma once
 
-#include "cuda/finish.cuh"
+#include "cuda/rows/finish.cuh"
 
 namespace supclap::cuda {
 

@@ -1,7 +1,7 @@
 // Launcher of gram.cuh, for sm_90a.
 #include <utility>
 
-#include "cuda/cross.cuh"
+#include "cuda/hopper/plain_loss.cuh"
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
 

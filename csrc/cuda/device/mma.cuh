@@ -6,7 +6,7 @@
 //     C (16, 8):  c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace supclap::cuda {
 

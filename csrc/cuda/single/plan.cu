@@ -3,7 +3,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/single.cuh"
+#include "cuda/single/kernel.cuh"
 
 namespace supclap::cuda {
 

@@ -6,7 +6,7 @@
 // noticed afterwards, and the tile is done again by gram_tile.cuh.
 #pragma once
 
-#include "cuda/gram_tile.cuh"
+#include "cuda/hopper/general.cuh"
 
 namespace supclap::cuda {
 

@@ -2,7 +2,7 @@
 // vectors, the constraint, normalisation, and the one cast (MATH.md, row terms).
 #pragma once
 
-#include "cuda/rows.cuh"
+#include "cuda/rows/rows.cuh"
 
 namespace supclap::cuda {
 

@@ -6,8 +6,8 @@
 // first of the slots of kGramRows rows or kGramColumns columns that it covers.
 #pragma once
 
-#include "cuda/cross_tile.cuh"
-#include "cuda/gram.cuh"
+#include "cuda/hopper/plain_loss_tile.cuh"
+#include "cuda/hopper/sweep.cuh"
 
 namespace supclap::cuda {
 

@@ -7,7 +7,7 @@
 // of 128 bytes after the other, the 16-byte pieces of row r at places piece ^ r % 8.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 #ifdef __CUDACC__
 #include <cuda.h>

@@ -10,7 +10,7 @@
 // the panel engine (panel.cuh), and so is what merges the partial results.
 #pragma once
 
-#include "cuda/gram_siglip.cuh"
+#include "cuda/hopper/siglip.cuh"
 
 namespace supclap::cuda {
 

@@ -1,7 +1,7 @@
 // Work that is O(N D) before the sweeps, and O(N) between them: one warp, or one thread, a row.
 #pragma once
 
-#include "cuda/logits.cuh"
+#include "cuda/tile/logits.cuh"
 
 namespace supclap::cuda {
 

@@ -10,7 +10,7 @@
 
 #include <type_traits>
 
-#include "cuda/mma.cuh"
+#include "cuda/device/mma.cuh"
 
 namespace supclap::cuda {
 

@@ -2,8 +2,8 @@
 // statistics, and weights in place of them. Nothing here knows the embeddings' dtype.
 #pragma once
 
-#include "cuda/literal.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/rows/literal.cuh"
+#include "cuda/tile/tile.cuh"
 
 namespace supclap::cuda {
 

@@ -10,7 +10,7 @@
 // groups of lanes of the whole block through shared memory.
 #pragma once
 
-#include "cuda/logits.cuh"
+#include "cuda/tile/logits.cuh"
 
 namespace supclap::cuda {
 

@@ -1,7 +1,7 @@
 // Scalar formulas on logits in base 2; names as in formulas.h and the Triton kernels.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 #include "formulas.h"
 
 namespace supclap::cuda {

@@ -1,7 +1,7 @@
 // The kernels that have rows, not tiles: a warp, a thread or a block for each.
 #pragma once
 
-#include "cuda/literal.cuh"
+#include "cuda/rows/literal.cuh"
 
 namespace supclap::cuda {
 

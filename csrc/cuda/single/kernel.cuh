@@ -17,8 +17,8 @@
 // as many. Everything is added in a fixed order: results do not depend on the number of blocks.
 #pragma once
 
-#include "cuda/kept_tiles.cuh"
-#include "cuda/products.cuh"
+#include "cuda/single/tiles.cuh"
+#include "cuda/single/products.cuh"
 
 namespace supclap::cuda {
 

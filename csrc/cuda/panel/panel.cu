@@ -1,7 +1,8 @@
 // Launchers of panel.cuh.
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/panel.cuh"
+#include "cuda/panel/merge.cuh"
+#include "cuda/panel/panel.cuh"
 
 namespace supclap::cuda {
 

@@ -2,7 +2,7 @@
 // weights. A thread has two rows and 64 columns; columns are reduced as in gram_tile.cuh.
 #pragma once
 
-#include "cuda/gram_siglip.cuh"
+#include "cuda/hopper/siglip.cuh"
 
 namespace supclap::cuda {
 

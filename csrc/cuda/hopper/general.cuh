@@ -6,9 +6,9 @@
 // four warps through shared memory.
 #pragma once
 
-#include "cuda/hopper.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/device/hopper.cuh"
+#include "cuda/rows/rows.cuh"
+#include "cuda/tile/tile.cuh"
 
 namespace supclap::cuda {
 
