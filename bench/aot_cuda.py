@@ -1,7 +1,7 @@
 """What nvcc made of the CUDA kernels in this checkout's build.
 
     python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100
-    python -m bench.aot --backend hopper        of csrc/cuda/hopper/sweep.cu, compiled for the purpose
+    python -m bench.aot --backend hopper   of csrc/cuda/hopper/sweep.cu, compiled for the purpose
 
 prints one JSON object per kernel: registers, stack, spills and static shared memory from the
 build's log, dynamic shared memory (the most it asks for), and from the machine code how many

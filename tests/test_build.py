@@ -1,7 +1,7 @@
 """The build: which instruction sets and GPU targets are compiled, and what becomes of a bad nvcc.
 
-No test here compiles the module: the questions are in csrc/toolchain.py and the graph in setup.py,
-and both are called with compilers made for the purpose.
+No test here compiles the module: the questions are in build_tools/toolchain.py and the graph in
+setup.py, and both are called with compilers made for the purpose.
 """
 
 import json
@@ -22,7 +22,7 @@ from supclap_kernels import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"))  # not as __main__: builds nothing
-toolchain = sys.modules["toolchain"]
+toolchain = sys.modules["build_tools.toolchain"]
 BuildError = toolchain.BuildError
 
 needs_cuda_build = pytest.mark.skipif(
