@@ -47,11 +47,11 @@ def dynamic_shared(name: str) -> int:
     module = native.cuda()
     if "panel_tile" in name:
         return int(module.PANEL_SHARED)
-    if "gram_kernel" in name or "cross_kernel" in name:
-        return int(module.GRAM_SHARED)
+    if "hopper_kernel" in name or "hopper_plain_kernel" in name:
+        return int(module.HOPPER_SHARED)
     if "single_kernel" not in name:
         return 4 * (2 * 2048 + int(module.THREADS)) * ("literal_" in name and "list" not in name)
-    p = module.Problem()
+    p = module.CudaProblem()
     p.width, p.infonce, p.mode = 2048, True, 3
     p.dtype = next(number for word, number in DTYPES.items() if word in name)
     side = int(re.findall(r"Li(\d+)E", name)[0])

@@ -62,7 +62,7 @@ def is_hopper(index: int) -> bool:
 
 def measured(device: torch.device) -> bool:
     """Whether the CUDA kernels were measured on such a device, and compiled for it."""
-    if cuda_state() != "ok" or not hasattr(native.cuda(), "gram_tile"):
+    if cuda_state() != "ok" or not hasattr(native.cuda(), "hopper_tile"):
         return False
     index = native.current_device() if device.index is None else device.index
     return index >= 0 and is_hopper(index)

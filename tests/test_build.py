@@ -306,7 +306,7 @@ def test_cuda_module_lists_its_targets():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_launch_without_a_device_names_the_kernel():
     assert _native.cuda.device_count() == 0
-    p = _native.cuda.Problem()
+    p = _native.cuda.CudaProblem()
     p.N = p.D = p.width = 4
     with pytest.raises(RuntimeError, match="^prepare_rows: .+"):
         _native.cuda.prepare_rows(p, 0)

@@ -35,7 +35,7 @@ def backend(request, monkeypatch):
 
     if "cuda" in request.param and sk.available_backends()["cuda"] != "ok":
         pytest.skip(sk.available_backends()["cuda"])
-    if request.param == "cuda hopper" and not hasattr(native.cuda(), "gram_tile"):
+    if request.param == "cuda hopper" and not hasattr(native.cuda(), "hopper_tile"):
         pytest.skip("installed without target 90a")
     for name in ("WANTED", "ALONE"):
         monkeypatch.setattr(gpu_hopper, name, request.param == "cuda hopper")
@@ -111,11 +111,11 @@ def test_towers_in_either_order_in_memory(backend, options, first, second, N):
     inputs = make_inputs(case, "cuda")
     memory = torch.stack([getattr(inputs, tower) for tower in (first, second)])
     inputs = replace(inputs, **{first: memory[0], second: memory[1]})
-    if hasattr(native.cuda(), "gram_whole"):
-        p = native.cuda().Problem()
+    if hasattr(native.cuda(), "hopper_copies_whole"):
+        p = native.cuda().CudaProblem()
         p.N, p.width, p.dtype = N, 192, 1
         p.give(T=inputs.text.data_ptr(), A=inputs.audio.data_ptr())
-        assert native.cuda().gram_whole(p)
+        assert native.cuda().hopper_copies_whole(p)
     accepted(case, inputs, backend)
 
 

@@ -105,7 +105,7 @@ def test_auto_takes_what_was_measured(monkeypatch):
     monkeypatch.setattr(dispatch, "cuda_state", lambda: "ok")
     monkeypatch.setattr(dispatch, "triton_state", lambda: "ok")
     monkeypatch.setattr(dispatch, "is_hopper", lambda index: index == 1)
-    monkeypatch.setattr(dispatch.native, "cuda", lambda: SimpleNamespace(gram_tile=None))
+    monkeypatch.setattr(dispatch.native, "cuda", lambda: SimpleNamespace(hopper_tile=None))
     assert dispatch.choose("auto", "cuda:1")[0] == "cuda"
     assert dispatch.choose("auto", torch.device("cuda", 0))[0] == "reference"
     assert dispatch.choose("auto", "cuda:1", torch.float64)[0] == "reference"

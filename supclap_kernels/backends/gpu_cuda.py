@@ -23,7 +23,7 @@ class Given:
         self.alive: list[Tensor] = []
         audio, text, radius, scale, bias, ids, weight = inputs
         N, D = audio.shape
-        self.problem = self.native.Problem(
+        self.problem = self.native.CudaProblem(
             N, D, width, DTYPES[audio.dtype], mode, options.infonce,
             options.renormalize, options.normalize, options.stats,
             radius is not None and radius.ndim == 1, options.alpha, options.beta,

@@ -1,4 +1,4 @@
-"""The sweeps as one kernel for each tile pair on Hopper (csrc/cuda/gram.cuh, cross.cuh): the "cuda"
+"""The sweeps as one kernel for each tile pair on Hopper (csrc/cuda/hopper): the "cuda"
 backend's way to batches that do not fit on the chip."""
 
 import torch
@@ -23,7 +23,7 @@ class HopperCall(CudaCall):
     """A call whose tile pairs leave no logits."""
 
     def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
-        self.native.gram_tile(*self.place(tile, None, scratch))
+        self.native.hopper_tile(*self.place(tile, None, scratch))
 
 
 def takes(dtype: torch.dtype, has_radius: bool, options: Options) -> bool:
@@ -32,7 +32,7 @@ def takes(dtype: torch.dtype, has_radius: bool, options: Options) -> bool:
     if not WANTED or dtype == torch.float32 or (alone and not ALONE):
         return False
     on_hopper = native.shim() is not None or torch.cuda.get_device_capability() == (9, 0)
-    return on_hopper and hasattr(native.cuda(), "gram_tile")
+    return on_hopper and hasattr(native.cuda(), "hopper_tile")
 
 
 HOPPER = GpuBackend(HopperCall, fused=True)

@@ -1,5 +1,5 @@
 """The "cuda" backend: the whole loss in one launch where its tiles fit on the chip (csrc/cuda/
-single.cuh), else the panel engine.
+single), else the panel engine.
 
 The launch that computes the loss also computes the gradients, for an upstream gradient of 1, if any
 is wanted; backward is one small launch that applies the upstream gradient and casts. With
@@ -25,7 +25,7 @@ from .panel import PLACEHOLDER
 from .state import PLAIN, ROW_SUMS, STATE_ROWS
 
 SIDE = 0
-"""Of the tiles: 16, 32, 64, or by the size of the batch (csrc/cuda/single.cu)."""
+"""Of the tiles: 16, 32, 64, or by the size of the batch (csrc/cuda/single/plan.cu)."""
 
 
 def width_of(D: int, dtype: torch.dtype) -> int:
@@ -38,7 +38,7 @@ def width_of(D: int, dtype: torch.dtype) -> int:
 def limit(D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int, side: int) -> int:
     """The largest batch whose tiles fit on the chip of the device `index`, the current one."""
     module = native.cuda()
-    p = module.Problem()
+    p = module.CudaProblem()
     p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
     return int(module.single_limit(p, side))
 
@@ -210,7 +210,7 @@ class Single(Backend):
         if N > limit_of(D, dtype, has_radius, options):
             return larger(dtype, has_radius, options).memory(N, D, dtype, has_radius, options)
         module, width = native.cuda(), width_of(D, dtype)
-        p = module.Problem()
+        p = module.CudaProblem()
         p.N, p.D, p.width, p.dtype, p.infonce = N, D, width, DTYPES[dtype], options.infonce
         p.mode, p.normalize = contract.mode(has_radius, options), options.normalize
         p.text_n = p.audio_n = width

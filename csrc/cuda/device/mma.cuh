@@ -12,7 +12,7 @@ namespace supclap::cuda {
 
 #ifdef __CUDACC__
 
-// c += a b, of one 16-bit type.
+// c += a b, where a and b have one 16-bit type.
 #define SUPCLAP_MMA(Scalar, type)                                            \
   __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], \
                                       const uint32_t (&b)[2], Scalar) {      \

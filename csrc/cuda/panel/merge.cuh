@@ -1,21 +1,23 @@
-// What adds the partial results of one tile pair to the running ones, whichever kernel wrote them.
+// Adds the partial results of one tile pair to the running ones, whichever kernel wrote them.
 #pragma once
 
 #include "cuda/tile/logits.cuh"
 
 namespace supclap::cuda {
 
-// The slots of partial results, shared by the warps of a block that has a row for each lane.
+// How a block shares the slots of partial results: a lane has a row, and the warps take turns with
+// its slots.
 struct MergeShape {
-  int x, first;  // row, and this thread's first slot; its others are kWarps apart
+  int x, first;  // the row, and this thread's first slot; its next ones are kWarps apart
   __device__ MergeShape()
       : x(blockIdx.x * kWarp + threadIdx.x % kWarp), first(threadIdx.x / kWarp) {}
 };
 constexpr int kMergeScratch = kThreads * int(sizeof(LogSum));
 
 // Adds one tile pair's partial statistics to `running`. Grid: (n / kWarp, 5).
-static __global__ void merge_statistics_kernel(const __grid_constant__ Problem p, const float* part,
-                                               int slots, int n, int64_t first, int used) {
+static __global__ void merge_statistics_kernel(const __grid_constant__ CudaProblem p,
+                                               const float* part, int slots, int n, int64_t first,
+                                               int used) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<LogSum*>(memory);
   const int direction = blockIdx.y;
@@ -38,11 +40,12 @@ static __global__ void merge_statistics_kernel(const __grid_constant__ Problem p
   float* at = p.running + 2 * direction * p.N + first + own.x;
   sum = {at[0], at[p.N]};
   for (int warp = 0; warp < kWarps; ++warp) sum = join(sum, scratch[warp * kWarp + threadIdx.x]);
-  at[0] = sum.m, at[p.N] = sum.l;
+  at[0] = sum.m;
+  at[p.N] = sum.l;
 }
 
 // Adds one tile pair's partial sums. Grid: (n / kWarp, kTileSums).
-static __global__ void merge_sums_kernel(const __grid_constant__ Problem p, const float* part,
+static __global__ void merge_sums_kernel(const __grid_constant__ CudaProblem p, const float* part,
                                          int slots, int n, int64_t first, int used) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
