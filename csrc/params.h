@@ -1,5 +1,5 @@
-// What crosses the boundary between Python and the CPU kernels: one plain struct, every field with
-// its shape; and the layouts that all kernels share. Symbols as in MATH.md. Real is float or double
+// What crosses the boundary between Python and the CPU kernels: one struct, every field with its
+// shape; and the layouts that all kernels share. Symbols as in MATH.md. Real is float or double
 // (`is_double`), the accumulator's type.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What a CUDA kernel gets: one plain struct of device addresses and numbers, every field with its
+// What a CUDA kernel gets: one struct of device addresses and numbers, every field with its
 // shape. Symbols as in MATH.md; directions and row quantities as in params.h.
 //
 // Products and logits are in the units of the Triton kernels: logits in base 2, z = k log2(e)

@@ -21,21 +21,23 @@
 
 namespace supclap::cuda {
 
+// The phases take what is in the kernel's parameters from there: from `block`, whose address the
+// functions that are not inlined need, the compiler would load it again.
+
 // Phase 0 where there are few pairs: slices of their products.
 template <class Scalar, int B>
-__device__ __forceinline__ void multiply_slices(const Single<Scalar, B>& block) {
-  const SinglePlan& plan = block.plan;
+__device__ __forceinline__ void multiply_slices(const Single<Scalar, B>& block,
+                                                const SinglePlan& plan, float* memory) {
   SUPCLAP_ROLLED
   for (int n = blockIdx.x; n < plan.pairs * plan.slices; n += gridDim.x)
-    block.similarity(n / plan.slices, n % plan.slices, block.memory);
+    block.similarity(n / plan.slices, n % plan.slices, memory);
 }
 
 // Phase 1: the tiles of the block's pairs and their partial statistics; with SigLIP, which has no
 // normaliser to wait for, the weights, too.
 template <class Scalar, int B>
-__device__ __forceinline__ void multiply_pairs(const Single<Scalar, B>& block, bool gradient,
-                                               float unit) {
-  const SinglePlan& plan = block.plan;
+__device__ __forceinline__ void multiply_pairs(const Single<Scalar, B>& block, const CudaProblem& p,
+                                               const SinglePlan& plan, bool gradient, float unit) {
   SUPCLAP_ROLLED
   for (int n = 0, pair = blockIdx.x; pair < plan.pairs; ++n, pair += gridDim.x) {
     int I, J;
@@ -45,7 +47,7 @@ __device__ __forceinline__ void multiply_pairs(const Single<Scalar, B>& block, b
       block.gather(pair, I == J, tiles);
     else
       block.similarity(pair, 0, tiles);
-    if (block.p.infonce) {
+    if (p.infonce) {
       block.template statistics<true>(I, J, tiles);
       continue;
     }
@@ -59,23 +61,23 @@ __device__ __forceinline__ void multiply_pairs(const Single<Scalar, B>& block, b
 
 // The statistics of the literal rows, which the tiles skip.
 template <class Scalar, int B>
-__device__ __forceinline__ void add_literal_statistics(const Single<Scalar, B>& block, int literal) {
-  const CudaProblem& p = block.p;
+__device__ __forceinline__ void add_literal_statistics(const Single<Scalar, B>& block,
+                                                       const CudaProblem& p,
+                                                       const SingleScratch& to, int literal) {
   SUPCLAP_ROLLED
   for (int n = blockIdx.x; n < literal; n += gridDim.x)
-    literal_row_statistics<Scalar>(p, block.to.literal[n], block.stage);
+    literal_row_statistics<Scalar>(p, to.literal[n], block.stage);
   if (p.mode != kShared) return;
   SUPCLAP_ROLLED
   for (int64_t j = blockIdx.x; j < p.N; j += gridDim.x)
-    literal_column_statistics<Scalar>(p, j, block.to.literal, literal, block.stage);
+    literal_column_statistics<Scalar>(p, j, to.literal, literal, block.stage);
 }
 
 // Phase 2: the rows' losses; and, unless phase 1 had them, weights in place of the kept logits.
 template <class Scalar, int B>
-__device__ __forceinline__ void finish_pairs(const Single<Scalar, B>& block, bool gradient,
-                                             float unit) {
-  const SinglePlan& plan = block.plan;
-  const bool at_once = !block.p.infonce;
+__device__ __forceinline__ void finish_pairs(const Single<Scalar, B>& block, const CudaProblem& p,
+                                             const SinglePlan& plan, bool gradient, float unit) {
+  const bool at_once = !p.infonce;
   SUPCLAP_ROLLED
   for (int n = 0, pair = blockIdx.x; pair < plan.pairs; ++n, pair += gridDim.x) {
     int I, J;
@@ -92,22 +94,20 @@ __device__ __forceinline__ void finish_pairs(const Single<Scalar, B>& block, boo
 }
 
 // The sum of the rows' losses, in order; by one block.
-template <class Scalar, int B>
-__device__ __forceinline__ void sum_losses(const Single<Scalar, B>& block, float* loss) {
-  const CudaProblem& p = block.p;
+__device__ __forceinline__ void sum_losses(const CudaProblem& p, float* memory, float* loss) {
   float sum = 0;
   SUPCLAP_ROLLED
   for (int64_t i = threadIdx.x; i < p.N; i += kThreads) sum += p.row_loss[i];
-  sum = block_sum(sum, block.memory);
+  sum = block_sum(sum, memory);
   if (threadIdx.x == 0) *loss = sum;
 }
 
 // Phase 3: the items of dT and dA.
 template <class Scalar, int B>
-__device__ __forceinline__ void multiply_items(const Single<Scalar, B>& block) {
-  const CudaProblem& p = block.p;
+__device__ __forceinline__ void multiply_items(const Single<Scalar, B>& block, const CudaProblem& p,
+                                               const SinglePlan& plan) {
   const int64_t across = (p.width + B - 1) / B;
-  const int64_t items = p.dT || p.dA ? block.plan.tiles * across : 0;
+  const int64_t items = p.dT || p.dA ? plan.tiles * across : 0;
   SUPCLAP_ROLLED
   for (int64_t n = blockIdx.x; n < items; n += gridDim.x)
     block.item(int(n / across), n % across * B);
@@ -126,29 +126,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     grid_barrier();
   }
   if (sliced) {
-    multiply_slices(block);
+    multiply_slices(block, plan, memory);
     grid_barrier();
   }
 
   if (blockIdx.x == gridDim.x - 1 && p.mode != kPlain)
     list_literal(p, to.literal, block.literal_count(), reinterpret_cast<int*>(memory));
   const float unit = gradient ? block.find_unit() : 1;
-  multiply_pairs(block, gradient, unit);
+  multiply_pairs(block, p, plan, gradient, unit);
   grid_barrier();
 
   const int literal = p.mode == kPlain ? 0 : *block.literal_count();
   if (literal > 0) {
-    add_literal_statistics(block, literal);
+    add_literal_statistics(block, p, to, literal);
     grid_barrier();
   }
-  finish_pairs(block, gradient, unit);
+  finish_pairs(block, p, plan, gradient, unit);
   grid_barrier();
 
   block.merge_rows(gradient);
   if (gradient && blockIdx.x == 0 && threadIdx.x == 0) *p.counter = 0;
-  if (loss && blockIdx.x == 0) sum_losses(block, loss);
+  if (loss && blockIdx.x == 0) sum_losses(p, memory, loss);
   if (!gradient) return;
-  multiply_items(block);
+  multiply_items(block, p, plan);
   if (literal == 0) return;
   grid_barrier();
   SUPCLAP_ROLLED

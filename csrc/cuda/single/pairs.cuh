@@ -203,9 +203,9 @@ struct Single : KeptTiles<B> {
   __device__ void item(int I, int64_t d) const {
     using Multiply = typename Layout::Gradient;
     constexpr int kDepth = Multiply::kGradientDepth, kPitch = Multiply::kGradientPitch;
-    constexpr int kStages = Layout::kItemStages;
     const auto operand = [&](int step, int n) {
-      auto* stage = reinterpret_cast<Scalar*>(memory + step % kStages * Layout::kItemStage);
+      auto* stage =
+          reinterpret_cast<Scalar*>(memory + step % Layout::kItemStages * Layout::kItemStage);
       return stage + n * Multiply::kGradientOperand;
     };
     const auto* T = static_cast<const Scalar*>(p.T);
@@ -230,12 +230,12 @@ struct Single : KeptTiles<B> {
     };
     Multiply product;
     SUPCLAP_ROLLED
-    for (int step = 0; step < kStages - 1; ++step) load(step);
+    for (int step = 0; step < Layout::kItemStages - 1; ++step) load(step);
     SUPCLAP_ROLLED
     for (int step = 0; int64_t(step) * kDepth < p.N; ++step) {
-      copies_wait<kStages - 2>();
+      copies_wait<Layout::kItemStages - 2>();
       __syncthreads();
-      load(step + kStages - 1);  // in place of the last step's operands
+      load(step + Layout::kItemStages - 1);  // in place of the last step's operands
       if (used(0)) product.gradient(0, operand(step, 0), operand(step, 5));
       if (used(1)) product.gradient(1, operand(step, 1), operand(step, 4));
       if (used(2)) product.gradient(1, operand(step, 2), operand(step, 5));

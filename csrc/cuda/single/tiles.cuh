@@ -90,21 +90,20 @@ struct KeptTiles {
   template <bool kInfonce>
   __device__ __noinline__ void side_statistics(int own_tile, int other_tile, const float* tiles,
                                                bool swapped) const {
-    constexpr int kC = Shape::kColumns;
     const Side own = side(own_tile, nullptr), other = side(other_tile, nullptr);
     const Slot to_slot = slot(to.part, own_tile, other_tile);
     const float b = logit_bias_2(p);
     const bool writes = threadIdx.x % Shape::kLanes == 0;
-    Support others[kC];
+    Support others[Shape::kColumns];
     SUPCLAP_UNROLL
-    for (int c = 0; c < kC; ++c) others[c] = Support(other, Shape::column(c), p.mode);
+    for (int c = 0; c < Shape::kColumns; ++c) others[c] = Support(other, Shape::column(c), p.mode);
     SUPCLAP_ROLLED
     for (int r = 0; r < Shape::kRows; ++r) {
       const int x = Shape::row() + r;
       const Support support(own, x, p.mode);
-      Products z[kC];
+      Products z[Shape::kColumns];
       SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), swapped);
+      for (int c = 0; c < Shape::kColumns; ++c) z[c] = read(tiles, x, Shape::column(c), swapped);
       // Two directions at a time, since each is a chain of exchanges between lanes.
       SUPCLAP_ROLLED
       for (int first = 0; first < kDirections; first += 2) {
@@ -112,9 +111,9 @@ struct KeptTiles {
         LogSum sum[2];
         SUPCLAP_UNROLL
         for (int n = 0; n < 2; ++n) {
-          float logit[kC];
+          float logit[Shape::kColumns];
           SUPCLAP_UNROLL
-          for (int c = 0; c < kC; ++c)
+          for (int c = 0; c < Shape::kColumns; ++c)
             logit[c] = direction_logit(first + n, p.mode, z[c], support, others[c], b);
           sum[n] = row_log_sum<Shape>(logit, first + n, kInfonce);
         }
