@@ -138,11 +138,12 @@ __device__ __forceinline__ void siglip_columns(const HopperTile& tile, const Hop
   for (int d = 0; d < kDirections; ++d)
     if (to.part_j.at && has_direction(mode, d))
       to.part_j.put(2 * d, y, {kHidden, has_loss(mode, d) ? total(scratch.l(d)) : 0});
-  if (!kWeights) return;
-  SUPCLAP_UNROLL
-  for (int sum = 0; sum < kColumnSums; ++sum)
-    to.sums_j.at[(kRhoText + sum) * to.sums_j.plane + y] =
-        has_sum(mode, kRhoText + sum) ? total(scratch.sum(sum)) : 0;
+  if constexpr (kWeights) {
+    SUPCLAP_UNROLL
+    for (int sum = 0; sum < kColumnSums; ++sum)
+      to.sums_j.at[(kRhoText + sum) * to.sums_j.plane + y] =
+          has_sum(mode, kRhoText + sum) ? total(scratch.sum(sum)) : 0;
+  }
 }
 
 }  // namespace supclap::cuda

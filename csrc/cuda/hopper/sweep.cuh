@@ -92,7 +92,7 @@ __device__ __forceinline__ void hopper_epilogue(const CudaProblem& p, const Pane
                                                 const float (&c)[kAccumulators], float* memory) {
   const bool diagonal = tile.diagonal, statistics = !kWeights || (!kInfonce && to.part_i);
   const ColumnScratch scratch{{memory}, !kInfonce && !(statistics && p.stats)};
-  // Where they are wanted: ahead of that they would take registers.
+  // Slots are computed where they are used: ahead of that they would take registers.
   const auto slots = [&] { return HopperSlots(pair, to, place); };
   RowStore<Scalar> rows[4];
   SUPCLAP_UNROLL
