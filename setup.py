@@ -16,14 +16,11 @@ Environment variables:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
-from collections import deque
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,9 +28,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT))
 
-from toolchain import (  # noqa: E402 - found through the line above
+from build_tools.graph import NinjaGraph  # noqa: E402 - found through the line above
+from build_tools.toolchain import (  # noqa: E402
     CPU_FLAGS,
     LOOP_FLAGS,
     BuildError,
@@ -53,7 +51,7 @@ PER_ISA_NAMES = ["avx2", "avx512"]  # beyond the baseline
 SINGLE_ISA_SOURCES = {Path("csrc/cpu/bf16_gemm.cpp"): "avx512bf16"}
 
 # For target 90a only.
-HOPPER_SOURCE = Path("csrc/cuda/gram.cu")
+HOPPER_SOURCE = Path("csrc/cuda/hopper/sweep.cu")
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -73,89 +71,6 @@ NVCC_FLAGS = [
     "--threads=2",
     "--resource-usage",  # registers, spills and shared memory of every kernel, kept in OBJECT.log
 ]
-NINJA_RULES = """\
-rule cxx
-  command = $cxx $flags -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = c++ $in $isa
-
-rule cuda
-  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 $
-    && { grep -A3 warning $out.log || true; } || { cat $out.log; exit 1; }
-  depfile = $out.d
-  deps = gcc
-  description = nvcc $in
-
-rule link
-  command = $cxx $shared $in -o $out $flags
-  description = link $out
-"""
-
-
-class NinjaGraph:
-    """The text of one build.ninja; paths are relative to the repository."""
-
-    def __init__(self, folder: Path, **variables: str) -> None:
-        self.folder = folder
-        self.objects: list[Path] = []
-        self.lines = [f"builddir = {self._path(folder)}"]
-        self.lines += [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
-        self.lines += ["", NINJA_RULES]
-
-    def compile(self, rule: str, source: Path, flags: list[str], isa: str = "") -> None:
-        """One object of `source`; `isa` divides the objects of one source."""
-        target = self.folder / source.with_suffix(f".{isa}.o" if isa else ".o")
-        self._edge(rule, [source], target, flags)
-        if isa:
-            self.lines.append(f"  isa = {isa}")
-        self.objects.append(target)
-
-    def link(self, target: Path, flags: list[str]) -> None:
-        self._edge("link", self.objects, target, flags)
-        self.lines.append(f"default {self._path(target)}")
-
-    def run(self) -> None:
-        """Runs ninja; BuildError with the end of its output if a command fails."""
-        file = self.folder / "build.ninja"
-        (ROOT / file).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / file).write_text("\n".join(self.lines) + "\n")
-        run_ninja(["-f", str(file)])
-
-    def _edge(self, rule: str, sources: list[Path], target: Path, flags: list[str]) -> None:
-        inputs = " ".join(map(self._path, sources))
-        self.lines.append(f"build {self._path(target)}: {rule} {inputs}")
-        self.lines.append(f"  flags = {shlex.join(flags).replace('$', '$$')}")
-
-    @staticmethod
-    def _path(path: Path) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def run_ninja(arguments: list[str]) -> None:
-    """Runs ninja in the repository and passes its output on line by line."""
-    command = find_ninja() + arguments
-    if os.environ.get("MAX_JOBS"):
-        command.append(f"-j{os.environ['MAX_JOBS']}")
-    tail: deque[str] = deque(maxlen=60)
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            tail.append(line)
-    if process.returncode != 0:
-        raise BuildError(f"compiling {MODULE} failed:\n{''.join(tail)}")
-
-
-def find_ninja() -> list[str]:
-    """The `ninja` package of this environment, else the program on PATH."""
-    if importlib.util.find_spec("ninja") is not None:
-        return [sys.executable, "-m", "ninja"]
-    if shutil.which("ninja"):
-        return ["ninja"]
-    raise BuildError("supclap_kernels is built with ninja, which is missing: `pip install ninja`.")
 
 
 class NativeBuild(build_ext):
@@ -213,15 +128,10 @@ def add_cpu(graph: NinjaGraph, compiler: Compiler, users: list[str]) -> list[str
     base = [*CXX_FLAGS, *compiler.known(CPU_FLAGS)]
     loops = [*base, *compiler.known(LOOP_FLAGS)]
     built = ["baseline"]
-    if PER_ISA_SOURCE in sources("csrc/cpu/*.cpp"):
-        graph.compile("cxx", PER_ISA_SOURCE, [*loops, *isa_macro("baseline"), *users], "baseline")
-        for isa in PER_ISA_NAMES:
-            if isa in variants:
-                flags = [*loops, *variants[isa], *isa_macro(isa), *users]
-                graph.compile("cxx", PER_ISA_SOURCE, flags, isa)
-                built.append(isa)
-    for source, isa in SINGLE_ISA_SOURCES.items():
-        if isa in variants and source in sources("csrc/cpu/*.cpp"):
+    graph.compile("cxx", PER_ISA_SOURCE, [*loops, *isa_macro("baseline"), *users], "baseline")
+    several = [(PER_ISA_SOURCE, isa) for isa in PER_ISA_NAMES]
+    for source, isa in [*several, *SINGLE_ISA_SOURCES.items()]:
+        if isa in variants:
             graph.compile("cxx", source, [*loops, *variants[isa], *isa_macro(isa), *users], isa)
             built.append(isa)
     have = [f"-DSUPCLAP_HAVE_{isa.upper()}=1" for isa in built]
@@ -247,7 +157,7 @@ def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None) -> list[str]:
     notice(f"CUDA {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {names}")
     smaller = ["--compress-mode=size"] if toolkit.version >= (12, 8) else []
     hopper = [arch for arch in archs if arch.name == "90a"]
-    for source in sources("csrc/cuda/*.cu"):
+    for source in sources("csrc/cuda/**/*.cu"):
         targets = hopper if source == HOPPER_SOURCE else archs
         if targets:
             graph.compile("cuda", source, [*NVCC_FLAGS, *smaller, *gencode(targets)])

@@ -1,7 +1,7 @@
 """What nvcc made of the CUDA kernels in this checkout's build.
 
     python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100
-    python -m bench.aot --backend hopper        of csrc/cuda/gram.cu, compiled for the purpose
+    python -m bench.aot --backend hopper   of csrc/cuda/hopper/sweep.cu, compiled for the purpose
 
 prints one JSON object per kernel: registers, stack, spills and static shared memory from the
 build's log, dynamic shared memory (the most it asks for), and from the machine code how many
@@ -31,7 +31,7 @@ DTYPES = {"IfL": 0, "Bfloat16": 1, "Float16": 2}
 
 def logs() -> list[Path]:
     """Of the build for this Python."""
-    found = sorted(ROOT.glob(f"build/native-*{sys.implementation.cache_tag}/csrc/cuda/*.o.log"))
+    found = sorted(ROOT.glob(f"build/native-*{sys.implementation.cache_tag}/csrc/cuda/**/*.o.log"))
     if not found:
         raise FileNotFoundError("no build log: run `python setup.py build_ext --inplace`")
     return found
@@ -47,11 +47,11 @@ def dynamic_shared(name: str) -> int:
     module = native.cuda()
     if "panel_tile" in name:
         return int(module.PANEL_SHARED)
-    if "gram_kernel" in name or "cross_kernel" in name:
-        return int(module.GRAM_SHARED)
+    if "hopper_kernel" in name or "hopper_plain_kernel" in name:
+        return int(module.HOPPER_SHARED)
     if "single_kernel" not in name:
         return 4 * (2 * 2048 + int(module.THREADS)) * ("literal_" in name and "list" not in name)
-    p = module.Problem()
+    p = module.CudaProblem()
     p.width, p.infonce, p.mode = 2048, True, 3
     p.dtype = next(number for word, number in DTYPES.items() if word in name)
     side = int(re.findall(r"Li(\d+)E", name)[0])
@@ -107,7 +107,7 @@ def report_hopper() -> Iterator[dict[str, Any]]:
     if toolkit is None:
         raise FileNotFoundError("no nvcc")
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "gram.o")
+        binary = Path(folder, "sweep.o")
         command = [toolkit.nvcc, *setup["NVCC_FLAGS"], "-gencode=arch=compute_90a,code=sm_90a"]
         command += ["-c", source, "-o", binary]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -42,7 +42,7 @@ def fused(
 
     def build(objective: str, bilateral: str, plain: bool) -> peers.Loss | None:
         given = {"objective": objective, "bilateral": bilateral, "backend": backend}
-        if hopper and not hasattr(native.cuda(), "gram_tile"):
+        if hopper and not hasattr(native.cuda(), "hopper_tile"):
             return None
 
         def loss(audio: Tensor, text: Tensor, radius: Tensor, *scalars: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ for part in "${@:-correct kernels large small latency sides host sanitize}"; do
           run "sanitize-$tool" 235 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             --kernel-regex kns=panel --kernel-regex kns=tile --kernel-regex kns=literal \
             --kernel-regex kns=row --kernel-regex kns=merge --kernel-regex kns=finish \
-            --kernel-regex kns=single_kernel --kernel-regex kns=gram --kernel-regex kns=cross \
+            --kernel-regex kns=single_kernel --kernel-regex kns=hopper \
             "$python" -m bench.sanitize
         done
         ;;

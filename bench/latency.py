@@ -57,7 +57,7 @@ PEERS: dict[str, Callable[..., peers.Loss]] = {
     "cuda": fused("cuda"),
 }
 SIDES = {f"cuda-{side}": sided(side) for side in (16, 32, 64)}
-"""For the table `kSides` of csrc/cuda/single.cu; not among the peers unless named."""
+"""For the table `kSides` of csrc/cuda/single/plan.cu; not among the peers unless named."""
 LARGEST = 1024
 """The largest N of which tiles of every side fit on the chip."""
 OURS = ("panel", "triton", "cuda", *SIDES)

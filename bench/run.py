@@ -26,7 +26,7 @@ from supclap_kernels import native
 from . import suite
 from .timing import ROOT
 
-MEASURED = ("supclap_kernels", "csrc", "setup.py", "bench/*.py")
+MEASURED = ("supclap_kernels", "csrc", "build_tools", "setup.py", "bench/*.py")
 """What the numbers depend on."""
 
 

@@ -21,7 +21,7 @@ using namespace supclap::cuda;
 
 namespace {
 
-// GPU targets the kernels were compiled for, as SUPCLAP_CUDA_ARCHS spells them.
+// The GPU targets that the kernels were compiled for, as SUPCLAP_CUDA_ARCHS spells them.
 py::list architectures() {
   py::list names;
   const std::string all = SUPCLAP_CUDA_ARCHS;
@@ -43,95 +43,152 @@ Type* at(Address address) {
   return reinterpret_cast<Type*>(address);
 }
 
-using Fields = std::unordered_map<std::string_view, std::function<void(Problem&, Address)>>;
+using Fields = std::unordered_map<std::string_view, std::function<void(CudaProblem&, Address)>>;
 
-// Fields that are addresses, by name.
+// The setters of the fields that are addresses, by name.
 Fields& pointers() {
   static Fields fields;
   return fields;
 }
 
 template <class Type>
-void pointer(py::class_<Problem>& cls, const char* name, Type* Problem::* field) {
-  const auto set = [field](Problem& p, Address address) { p.*field = at<Type>(address); };
+void pointer(py::class_<CudaProblem>& cls, const char* name, Type* CudaProblem::* field) {
+  const auto set = [field](CudaProblem& p, Address address) { p.*field = at<Type>(address); };
   cls.def_property(
-      name, [field](const Problem& p) { return reinterpret_cast<Address>(p.*field); }, set);
+      name, [field](const CudaProblem& p) { return reinterpret_cast<Address>(p.*field); }, set);
   pointers()[name] = set;
 }
 
-// Any of them, in one crossing of the boundary.
-void give(Problem& p, const py::kwargs& addresses) {
+// Sets pointers by name, any number in one crossing of the boundary.
+void give(CudaProblem& p, const py::kwargs& addresses) {
   for (const auto& [name, address] : addresses)
     pointers().at(name.cast<std::string_view>())(p, address.cast<Address>());
 }
 
-// A call with what it came with, likewise.
-Problem described(int64_t N, int64_t D, int64_t width, int dtype, int mode, bool infonce,
-                  bool renormalize, bool normalize, bool stats, bool per_row_radius, float alpha,
-                  float beta, float row_scale, Address text, int64_t text_n, int64_t text_d,
-                  Address audio, int64_t audio_n, int64_t audio_d, Address radius, Address scale,
-                  Address bias, Address weight, Address ids) {
-  Problem p{};
-  p.N = N, p.D = D, p.width = width, p.dtype = dtype, p.mode = mode, p.infonce = infonce;
-  p.renormalize = renormalize, p.normalize = normalize, p.stats = stats;
-  p.per_row_radius = per_row_radius, p.alpha = alpha, p.beta = beta, p.row_scale = row_scale;
-  p.text = at<void>(text), p.text_n = text_n, p.text_d = text_d;
-  p.audio = at<void>(audio), p.audio_n = audio_n, p.audio_d = audio_d;
-  p.radius = at<float>(radius), p.scale = at<float>(scale), p.bias = at<float>(bias);
-  p.weight = at<float>(weight), p.ids = at<int64_t>(ids);
+// Makes a problem of the numbers and tensors that came with a call, in one crossing of the
+// boundary.
+CudaProblem described(int64_t N, int64_t D, int64_t width, int dtype, int mode, bool infonce,
+                      bool renormalize, bool normalize, bool stats, bool per_row_radius,
+                      float alpha, float beta, float row_scale, Address text, int64_t text_n,
+                      int64_t text_d, Address audio, int64_t audio_n, int64_t audio_d,
+                      Address radius, Address scale, Address bias, Address weight, Address ids) {
+  CudaProblem p{};
+  p.N = N;
+  p.D = D;
+  p.width = width;
+  p.dtype = dtype;
+  p.mode = mode;
+  p.infonce = infonce;
+  p.renormalize = renormalize;
+  p.normalize = normalize;
+  p.stats = stats;
+  p.per_row_radius = per_row_radius;
+  p.alpha = alpha;
+  p.beta = beta;
+  p.row_scale = row_scale;
+  p.text = at<void>(text);
+  p.text_n = text_n;
+  p.text_d = text_d;
+  p.audio = at<void>(audio);
+  p.audio_n = audio_n;
+  p.audio_d = audio_d;
+  p.radius = at<float>(radius);
+  p.scale = at<float>(scale);
+  p.bias = at<float>(bias);
+  p.weight = at<float>(weight);
+  p.ids = at<int64_t>(ids);
   return p;
 }
 
 void bind_problem(py::module_& m) {
-  py::class_<Problem> problem(m, "Problem", py::module_local(),
-                              "See csrc/cuda/problem.h: fields and shapes.");
-  problem.def(py::init([] { return Problem{}; }));
+  py::class_<CudaProblem> problem(m, "CudaProblem", py::module_local(),
+                                  "See csrc/cuda/problem.h: fields and shapes.");
+  problem.def(py::init([] { return CudaProblem{}; }));
   problem.def(py::init(&described));
-#define NUMBER(name) problem.def_readwrite(#name, &Problem::name)
-  NUMBER(N), NUMBER(D), NUMBER(width), NUMBER(dtype), NUMBER(mode), NUMBER(infonce);
-  NUMBER(renormalize), NUMBER(normalize), NUMBER(stats), NUMBER(per_row_radius);
-  NUMBER(per_row_upstream), NUMBER(out_single), NUMBER(split), NUMBER(alpha), NUMBER(beta),
-      NUMBER(row_scale);
-  NUMBER(text_n), NUMBER(text_d), NUMBER(audio_n), NUMBER(audio_d);
+#define NUMBER(name) problem.def_readwrite(#name, &CudaProblem::name)
+  NUMBER(N);
+  NUMBER(D);
+  NUMBER(width);
+  NUMBER(dtype);
+  NUMBER(mode);
+  NUMBER(infonce);
+  NUMBER(renormalize);
+  NUMBER(normalize);
+  NUMBER(stats);
+  NUMBER(per_row_radius);
+  NUMBER(per_row_upstream);
+  NUMBER(out_single);
+  NUMBER(split);
+  NUMBER(alpha);
+  NUMBER(beta);
+  NUMBER(row_scale);
+  NUMBER(text_n);
+  NUMBER(text_d);
+  NUMBER(audio_n);
+  NUMBER(audio_d);
 #undef NUMBER
-#define POINTER(name) pointer(problem, #name, &Problem::name)
-  POINTER(text), POINTER(audio), POINTER(T), POINTER(A), POINTER(radius), POINTER(scale);
-  POINTER(bias), POINTER(weight), POINTER(ids), POINTER(upstream), POINTER(state);
-  POINTER(running), POINTER(similarity), POINTER(omega), POINTER(bounds), POINTER(factors),
-      POINTER(unit);
-  POINTER(sums), POINTER(dT), POINTER(dA), POINTER(row_loss), POINTER(terms), POINTER(out_text);
-  POINTER(out_audio), POINTER(after), POINTER(row_scalars), POINTER(row_radius), POINTER(out_scale),
-      POINTER(out_bias);
-  POINTER(out_radius), POINTER(counter);
+#define POINTER(name) pointer(problem, #name, &CudaProblem::name)
+  POINTER(text);
+  POINTER(audio);
+  POINTER(T);
+  POINTER(A);
+  POINTER(radius);
+  POINTER(scale);
+  POINTER(bias);
+  POINTER(weight);
+  POINTER(ids);
+  POINTER(upstream);
+  POINTER(state);
+  POINTER(running);
+  POINTER(similarity);
+  POINTER(omega);
+  POINTER(bounds);
+  POINTER(factors);
+  POINTER(unit);
+  POINTER(sums);
+  POINTER(dT);
+  POINTER(dA);
+  POINTER(row_loss);
+  POINTER(terms);
+  POINTER(out_text);
+  POINTER(out_audio);
+  POINTER(after);
+  POINTER(row_scalars);
+  POINTER(row_radius);
+  POINTER(out_scale);
+  POINTER(out_bias);
+  POINTER(out_radius);
+  POINTER(counter);
 #undef POINTER
   problem.def("give", &give);
 }
 
-// A launcher of (Problem, stream) that raises what it returns.
+// Binds a launcher of (CudaProblem, stream), whose error becomes an exception.
 template <class Launcher>
 void bind_rows(py::module_& m, const char* name, Launcher launcher) {
   m.def(
-      name, [launcher](const Problem& p, Stream stream) { raise_if(launcher(p, stream)); },
+      name, [launcher](const CudaProblem& p, Stream stream) { raise_if(launcher(p, stream)); },
       py::call_guard<py::gil_scoped_release>());
 }
 
-using LiteralLauncher = std::string (*)(const Problem&, const int*, const int*, Stream);
+using LiteralLauncher = std::string (*)(const CudaProblem&, const int*, const int*, Stream);
 void bind_literal(py::module_& m, const char* name, LiteralLauncher launcher) {
   m.def(
       name,
-      [launcher](const Problem& p, Address index, Address count, Stream stream) {
+      [launcher](const CudaProblem& p, Address index, Address count, Stream stream) {
         raise_if(launcher(p, at<int>(index), at<int>(count), stream));
       },
       py::call_guard<py::gil_scoped_release>());
 }
 
-using TileLauncher = std::string (*)(const Problem&, const PanelTile&, const PanelScratch&, Stream);
+using TileLauncher = std::string (*)(const CudaProblem&, const PanelTile&, const PanelScratch&,
+                                     Stream);
 void bind_tile(py::module_& m, const char* name, TileLauncher launcher) {
   m.def(
       name,
-      [launcher](const Problem& p, int64_t i0, int ni, int64_t j0, int nj, int64_t ld, int64_t size,
-                 Address panel, Address weights, Address part_i, Address part_j, Address sums_i,
-                 Address sums_j, Stream stream) {
+      [launcher](const CudaProblem& p, int64_t i0, int ni, int64_t j0, int nj, int64_t ld,
+                 int64_t size, Address panel, Address weights, Address part_i, Address part_j,
+                 Address sums_i, Address sums_j, Stream stream) {
         const PanelTile tile{i0, j0, ni, nj, ld, size};
         const PanelScratch scratch{at<float>(panel),  at<void>(weights), at<float>(part_i),
                                    at<float>(part_j), at<float>(sums_i), at<float>(sums_j)};
@@ -148,13 +205,14 @@ void bind_single(py::module_& m) {
       .def_readonly("blocks", &SinglePlan::blocks)
       .def_readonly("shared", &SinglePlan::shared)
       .def_readonly("scratch", &SinglePlan::scratch);
-  m.def("plan_single", py::overload_cast<const Problem&, bool, int>(&plan_single));
-  m.def("plan_single", py::overload_cast<const Problem&, bool, int, int, int64_t>(&plan_single));
-  m.def("single_limit", py::overload_cast<const Problem&, int>(&single_limit));
-  m.def("single_limit", py::overload_cast<Problem, int, int, int64_t>(&single_limit));
+  m.def("plan_single", py::overload_cast<const CudaProblem&, bool, int>(&plan_single));
+  m.def("plan_single",
+        py::overload_cast<const CudaProblem&, bool, int, int, int64_t>(&plan_single));
+  m.def("single_limit", py::overload_cast<const CudaProblem&, int>(&single_limit));
+  m.def("single_limit", py::overload_cast<CudaProblem, int, int, int64_t>(&single_limit));
   m.def(
       "single",
-      [](const Problem& p, const SinglePlan& plan, Address scratch, Address loss, bool gradient,
+      [](const CudaProblem& p, const SinglePlan& plan, Address scratch, Address loss, bool gradient,
          Stream stream) { raise_if(single(p, plan, scratch, at<float>(loss), gradient, stream)); },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -168,12 +226,12 @@ void bind_cuda(py::module_& parent) {
   m.def("device_count", &device_count, "Devices the driver offers, 0 without one.");
   m.attr("THREADS") = kThreads;
   m.attr("PANEL_SHARED") = panel_shared();
-  m.attr("GRAM_SHARED") = kGramShared;
+  m.attr("HOPPER_SHARED") = kHopperShared;
   m.attr("PANEL_BLOCK") = py::make_tuple(kPanelRows, kPanelColumns);
   bind_problem(m);
   m.def(
       "pack_rows",
-      [](const Problem& p, bool text, Stream stream) { raise_if(pack_rows(p, text, stream)); },
+      [](const CudaProblem& p, bool text, Stream stream) { raise_if(pack_rows(p, text, stream)); },
       py::call_guard<py::gil_scoped_release>());
   bind_rows(m, "prepare_rows", &prepare_rows);
   bind_rows(m, "finish_statistics", &finish_statistics);
@@ -182,12 +240,12 @@ void bind_cuda(py::module_& parent) {
   bind_tile(m, "panel_tile", &panel_tile);
   bind_tile(m, "panel_merge", &panel_merge);
 #if SUPCLAP_WITH_HOPPER
-  bind_tile(m, "gram_tile", &gram_tile);
-  m.def("gram_whole", &gram_whole);
+  bind_tile(m, "hopper_tile", &hopper_tile);
+  m.def("hopper_copies_whole", &hopper_copies_whole);
 #endif
   m.def(
       "list_literal",
-      [](const Problem& p, Address index, Address count, Stream stream) {
+      [](const CudaProblem& p, Address index, Address count, Stream stream) {
         raise_if(list_literal(p, at<int>(index), at<int>(count), stream));
       },
       py::call_guard<py::gil_scoped_release>());

@@ -22,7 +22,7 @@ struct Isa {
   const Kernels* kernels;
 };
 
-// Compiled instruction sets, widest last.
+// The compiled instruction sets, widest last.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> found{{"baseline", true, &baseline::kernels()}};
@@ -72,12 +72,12 @@ py::list isa_names(bool only_running) {
   return names;
 }
 
-// A pointer field of Problem as an integer property.
+// A pointer field of CpuProblem as an integer property.
 template <class Pointer>
-void pointer(py::class_<Problem>& cls, const char* name, Pointer Problem::* field) {
+void pointer(py::class_<CpuProblem>& cls, const char* name, Pointer CpuProblem::* field) {
   cls.def_property(
-      name, [field](const Problem& p) { return reinterpret_cast<uintptr_t>(p.*field); },
-      [field](Problem& p, uintptr_t address) { p.*field = reinterpret_cast<Pointer>(address); });
+      name, [field](const CpuProblem& p) { return reinterpret_cast<uintptr_t>(p.*field); },
+      [field](CpuProblem& p, uintptr_t address) { p.*field = reinterpret_cast<Pointer>(address); });
 }
 
 template <class Type>
@@ -186,69 +186,69 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MAX_TILE") = kMaxTile;
   bind_layout(m);
 
-  py::class_<Problem> problem(m, "Problem", "See csrc/params.h: every field with its shape.");
-  problem.def(py::init([] { return Problem{}; }))
-      .def_readwrite("N", &Problem::N)
-      .def_readwrite("D", &Problem::D)
-      .def_readwrite("is_double", &Problem::is_double)
-      .def_readwrite("infonce", &Problem::infonce)
-      .def_readwrite("svr", &Problem::svr)
-      .def_readwrite("mirror", &Problem::mirror)
-      .def_readwrite("shared", &Problem::shared)
-      .def_readwrite("renormalize", &Problem::renormalize)
-      .def_readwrite("mean", &Problem::mean)
-      .def_readwrite("per_row", &Problem::per_row)
-      .def_readwrite("per_row_radius", &Problem::per_row_radius)
-      .def_readwrite("threads", &Problem::threads)
-      .def_readwrite("k", &Problem::k)
-      .def_readwrite("b", &Problem::b)
-      .def_readwrite("alpha", &Problem::alpha)
-      .def_readwrite("beta", &Problem::beta);
-  pointer(problem, "T", &Problem::T);
-  pointer(problem, "A", &Problem::A);
-  pointer(problem, "R", &Problem::R);
-  pointer(problem, "w", &Problem::w);
-  pointer(problem, "code", &Problem::code);
-  pointer(problem, "rows", &Problem::rows);
-  pointer(problem, "running", &Problem::running);
-  pointer(problem, "state", &Problem::state);
-  pointer(problem, "upstream", &Problem::upstream);
-  pointer(problem, "omega", &Problem::omega);
-  pointer(problem, "factors", &Problem::factors);
-  pointer(problem, "sums", &Problem::sums);
+  py::class_<CpuProblem> problem(m, "CpuProblem", "See csrc/params.h: every field with its shape.");
+  problem.def(py::init([] { return CpuProblem{}; }))
+      .def_readwrite("N", &CpuProblem::N)
+      .def_readwrite("D", &CpuProblem::D)
+      .def_readwrite("is_double", &CpuProblem::is_double)
+      .def_readwrite("infonce", &CpuProblem::infonce)
+      .def_readwrite("svr", &CpuProblem::svr)
+      .def_readwrite("mirror", &CpuProblem::mirror)
+      .def_readwrite("shared", &CpuProblem::shared)
+      .def_readwrite("renormalize", &CpuProblem::renormalize)
+      .def_readwrite("mean", &CpuProblem::mean)
+      .def_readwrite("per_row", &CpuProblem::per_row)
+      .def_readwrite("per_row_radius", &CpuProblem::per_row_radius)
+      .def_readwrite("threads", &CpuProblem::threads)
+      .def_readwrite("k", &CpuProblem::k)
+      .def_readwrite("b", &CpuProblem::b)
+      .def_readwrite("alpha", &CpuProblem::alpha)
+      .def_readwrite("beta", &CpuProblem::beta);
+  pointer(problem, "T", &CpuProblem::T);
+  pointer(problem, "A", &CpuProblem::A);
+  pointer(problem, "R", &CpuProblem::R);
+  pointer(problem, "w", &CpuProblem::w);
+  pointer(problem, "code", &CpuProblem::code);
+  pointer(problem, "rows", &CpuProblem::rows);
+  pointer(problem, "running", &CpuProblem::running);
+  pointer(problem, "state", &CpuProblem::state);
+  pointer(problem, "upstream", &CpuProblem::upstream);
+  pointer(problem, "omega", &CpuProblem::omega);
+  pointer(problem, "factors", &CpuProblem::factors);
+  pointer(problem, "sums", &CpuProblem::sums);
 
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.def("prepare_rows", [](const Problem& p) { kernels().prepare_rows(p); }, Release());
-  m.def("count_literal", [](const Problem& p) { return kernels().count_literal(p); }, Release());
+  m.def("prepare_rows", [](const CpuProblem& p) { kernels().prepare_rows(p); }, Release());
+  m.def("count_literal", [](const CpuProblem& p) { return kernels().count_literal(p); }, Release());
   m.def(
       "hide_pairs",
-      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
+      [](const CpuProblem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
         kernels().hide_pairs(p, Tile{i0, ni, j0, nj}, at<void>(panel));
       },
       Release());
   m.def(
       "statistics",
-      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
+      [](const CpuProblem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel) {
         kernels().statistics(p, Tile{i0, ni, j0, nj}, at<void>(panel));
       },
       Release());
   m.def(
       "finish_statistics",
-      [](const Problem& p, uintptr_t loss, uintptr_t terms) {
+      [](const CpuProblem& p, uintptr_t loss, uintptr_t terms) {
         kernels().finish_statistics(p, at<void>(loss), at<double>(terms));
       },
       Release());
-  m.def("prepare_weights", [](const Problem& p) { kernels().prepare_weights(p); }, Release());
+  m.def("prepare_weights", [](const CpuProblem& p) { kernels().prepare_weights(p); }, Release());
   m.def(
       "weights",
-      [](const Problem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel,
+      [](const CpuProblem& p, int64_t i0, int64_t ni, int64_t j0, int64_t nj, uintptr_t panel,
          uintptr_t out) {
         kernels().weights(p, Tile{i0, ni, j0, nj}, at<void>(panel), at<void>(out));
       },
       Release());
   m.def(
       "finish_gradients",
-      [](const Problem& p, uintptr_t dT, uintptr_t dA, uintptr_t dR, uintptr_t scalars) {
+      [](const CpuProblem& p, uintptr_t dT, uintptr_t dA, uintptr_t dR, uintptr_t scalars) {
         kernels().finish_gradients(p, at<void>(dT), at<void>(dA), at<void>(dR), at<void>(scalars));
       },
       Release());

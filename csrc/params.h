@@ -1,5 +1,6 @@
-// What crosses the boundary between Python and the kernels: one plain struct, every field with its
-// shape. Symbols as in MATH.md. Real is float or double (`is_double`), the accumulator's type.
+// What crosses the boundary between Python and the CPU kernels: one struct, every field with its
+// shape; and the layouts that all kernels share. Symbols as in MATH.md. Real is float or double
+// (`is_double`), the accumulator's type.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +70,7 @@ enum Mode {
   kMirror = 3     // of the texts, and of the audios
 };
 
-struct Problem {
+struct CpuProblem {
   int64_t N, D;
   int is_double;  // Real is double
   int infonce;    // else SigLIP

@@ -10,8 +10,8 @@ namespace bf16 {
 namespace {
 
 constexpr int kRows = 6, kGroups = 4;  // register tile: 6 x 64 sums in 24 of 32 registers
-constexpr int64_t kRowBlock =
-    8 * kRows;  // one unit of work: rows whose X stays in the first-level cache
+// One unit of work has so many rows, whose X stays in the first-level cache.
+constexpr int64_t kRowBlock = 8 * kRows;
 constexpr int64_t kColumnBlock = 4 * kGroups * kGroup;
 
 template <class Body>

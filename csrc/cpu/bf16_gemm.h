@@ -20,8 +20,8 @@ void pack_transposed(const uint16_t* Y, int64_t N, int64_t D, uint16_t* out, int
 // Packs Y [N, D] itself, K = N: out [ceil(D / 16), ceil(N / 2), 16, 2]; what is missing is 0.
 void pack(const uint16_t* Y, int64_t N, int64_t D, uint16_t* out, int threads);
 
-// W [rows, columns] float32 to bfloat16, row-major with the width rounded up to even; transposed:
-// [columns, rows].
+// Rounds W [rows, columns] float32 to bfloat16, row-major with the width rounded up to even; if
+// `transposed`, to [columns, rows].
 void convert(const float* W, int64_t rows, int64_t columns, bool transposed, uint16_t* out,
              int threads);
 

@@ -25,18 +25,18 @@ constexpr int64_t kRowChunk = 16;
 constexpr int64_t kSerialWork = 1 << 14;  // elements below which threads cost more than they bring
 
 template <class Body>
-void run(const Problem& p, int64_t chunks, int64_t work, Body body) {
+void run(const CpuProblem& p, int64_t chunks, int64_t work, Body body) {
   const int threads = work < kSerialWork ? 1 : p.threads;
   parallel(chunks, threads, [](void* data, int64_t n) { (*static_cast<Body*>(data))(n); }, &body);
 }
 
-// The caller's rows, and Problem::rows by name.
+// The caller's rows, and CpuProblem::rows by name.
 template <class Real>
 struct Rows {
   const Real *T, *A, *R;
   Real* base;
   int64_t N, step;
-  explicit Rows(const Problem& p)
+  explicit Rows(const CpuProblem& p)
       : T(static_cast<const Real*>(p.T)),
         A(static_cast<const Real*>(p.A)),
         R(static_cast<const Real*>(p.R)),
@@ -51,11 +51,18 @@ struct Rows {
 template <class Real>
 struct Blocks {
   Real *S = nullptr, *P = nullptr, *Q = nullptr, *K = nullptr;
-  Blocks(const Problem& p, const Tile& tile, Real* panel) {
+  Blocks(const CpuProblem& p, const Tile& tile, Real* panel) {
     const int64_t size = tile.ni * tile.nj;
-    S = panel, panel += size;
-    if (tile.i0 != tile.j0) P = panel, panel += size;
-    if (p.svr) Q = panel, panel += size;
+    S = panel;
+    panel += size;
+    if (tile.i0 != tile.j0) {
+      P = panel;
+      panel += size;
+    }
+    if (p.svr) {
+      Q = panel;
+      panel += size;
+    }
     if (p.svr && p.mirror) K = panel;
   }
   Blocks row(int64_t i, int64_t nj) const {
@@ -77,9 +84,9 @@ SUPCLAP_HD Real logit(Real product, Real k, Real b) {
   return is_hidden(product) ? Real(kHidden) : k * product + b;
 }
 
-// The logit of a support vector: product <s, y>, inverse 1 / |s|, offset kHidden where the tiles
-// skip it. Looks for a hidden product before dividing by |s|, which could lift kHidden over the
-// threshold.
+// The logit of a support vector, from `product` <s, y>, `inverse` 1 / |s|, and `offset`, which is
+// kHidden where the tiles skip it. A hidden product is looked for before the division by |s|, which
+// could lift kHidden over the threshold.
 template <class Real>
 SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, Real b) {
   return is_hidden(product + offset) ? Real(kHidden) : k * (product * inverse) + b;
@@ -98,20 +105,22 @@ SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, R
 
 const Kernels& kernels() {
   static const Kernels table = {
-      [](const Problem& p) { SUPCLAP_REAL(prepare_rows)(p); },
-      [](const Problem& p) { return SUPCLAP_REAL(count_literal)(p); },
-      [](const Problem& p, const Tile& t, void* panel) { SUPCLAP_REAL(hide_pairs)(p, t, panel); },
-      [](const Problem& p, const Tile& t, const void* panel) {
+      [](const CpuProblem& p) { SUPCLAP_REAL(prepare_rows)(p); },
+      [](const CpuProblem& p) { return SUPCLAP_REAL(count_literal)(p); },
+      [](const CpuProblem& p, const Tile& t, void* panel) {
+        SUPCLAP_REAL(hide_pairs)(p, t, panel);
+      },
+      [](const CpuProblem& p, const Tile& t, const void* panel) {
         SUPCLAP_REAL(statistics)(p, t, panel);
       },
-      [](const Problem& p, void* loss, double* terms) {
+      [](const CpuProblem& p, void* loss, double* terms) {
         SUPCLAP_REAL(finish_statistics)(p, loss, terms);
       },
-      [](const Problem& p) { SUPCLAP_REAL(prepare_weights)(p); },
-      [](const Problem& p, const Tile& t, const void* panel, void* out) {
+      [](const CpuProblem& p) { SUPCLAP_REAL(prepare_weights)(p); },
+      [](const CpuProblem& p, const Tile& t, const void* panel, void* out) {
         SUPCLAP_REAL(weights)(p, t, panel, out);
       },
-      [](const Problem& p, void* dT, void* dA, void* dR, void* scalars) {
+      [](const CpuProblem& p, void* dT, void* dA, void* dR, void* scalars) {
         SUPCLAP_REAL(finish_gradients)(p, dT, dA, dR, scalars);
       }};
   return table;

@@ -6,27 +6,27 @@
 namespace supclap {
 
 struct Kernels {
-  // rows[kGap .. kStepAudio] and an empty `running`.
-  void (*prepare_rows)(const Problem&);
-  // How many rows are literal.
-  int64_t (*count_literal)(const Problem&);
-  // Takes the pairs that do not take part out of the panel of one tile: the diagonal, and equal
-  // ids.
-  void (*hide_pairs)(const Problem&, const Tile&, void* panel);
-  // Adds the negatives of a panel without its hidden pairs to `running`.
-  void (*statistics)(const Problem&, const Tile&, const void* panel);
+  // Writes rows[kGap .. kStepAudio] and an empty `running`.
+  void (*prepare_rows)(const CpuProblem&);
+  // Counts the literal rows.
+  int64_t (*count_literal)(const CpuProblem&);
+  // Hides the pairs of one tile that do not take part, in its panel: the diagonal, and equal ids.
+  void (*hide_pairs)(const CpuProblem&, const Tile&, void* panel);
+  // Adds the negatives of a panel, whose pairs have been hidden, to `running`.
+  void (*statistics)(const CpuProblem&, const Tile&, const void* panel);
   // Merges the positives: state [3 kDirections, N] and the loss, [N] or [1] Real. terms [6, N]
   // double or null: l_t2a, l_a2t, l_svr, l_cons (before the row's weight), and 1 where another
   // scores at least as high as the positive (text rows, audio rows).
-  void (*finish_statistics)(const Problem&, void* loss, double* terms);
-  // omega, and factors from it and state; clears sums.
-  void (*prepare_weights)(const Problem&);
-  // Logits of a panel without its hidden pairs to the weights of Z_J in dZ_I, block by block in
-  // place or into another panel. On the diagonal Q's and K's blocks come out as V + V^T.
-  void (*weights)(const Problem&, const Tile&, const void* panel, void* out);
+  void (*finish_statistics)(const CpuProblem&, void* loss, double* terms);
+  // Writes omega, and factors from it and state; clears sums.
+  void (*prepare_weights)(const CpuProblem&);
+  // Turns the logits of a panel, whose pairs have been hidden, into the weights of Z_J in dZ_I,
+  // block by block, in place or into another panel. On the diagonal Q's and K's blocks become V +
+  // V^T.
+  void (*weights)(const CpuProblem&, const Tile&, const void* panel, void* out);
   // Adds what belongs to the rows alone to dT, dA [N, D] Real (null: frozen); dR [N] or [1] Real
   // (null without a radius); scalars [2] Real = dk, db.
-  void (*finish_gradients)(const Problem&, void* dT, void* dA, void* dR, void* scalars);
+  void (*finish_gradients)(const CpuProblem&, void* dT, void* dA, void* dR, void* scalars);
 };
 
 namespace baseline {

@@ -1,7 +1,7 @@
 // PyTorch's products run on the OpenMP library that its wheel carries. A second pool would fight
 // with the spinning workers of the first, so `parallel` borrows that library (its GOMP_ entry
-// points, which GNU's and LLVM's runtimes share) when it is in the process, and starts plain
-// threads when it is not.
+// points, which GNU's and LLVM's runtimes share) when it is in the process, and starts
+// threads of its own when it is not.
 #include "parallel.h"
 
 #include <algorithm>

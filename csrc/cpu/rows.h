@@ -10,14 +10,14 @@ double dot(const Real* x, const Real* y, int64_t D) {
   return sum;
 }
 
-// 1 / |s| from |s|^2; of shorter vectors than kMinLength its inverse, so that nothing overflows.
+// 1 / |s| from |s|^2, or 1 / kMinLength for shorter vectors, so that nothing overflows.
 inline double inverse_length(double square) {
   const double length = sqrt(square);
   return 1 / (length > kMinLength ? length : kMinLength);
 }
 
 template <class Real>
-void prepare_rows(const Problem& p) {
+void prepare_rows(const CpuProblem& p) {
   const int64_t chunks = (p.N + kRowChunk - 1) / kRowChunk;
   run(p, chunks, p.N * p.D, [&](int64_t chunk) {
     Rows<Real> row(p);
@@ -34,11 +34,16 @@ void prepare_rows(const Problem& p) {
 #pragma omp simd reduction(+ : ee, et, ea, tt, aa)
       for (int64_t d = 0; d < p.D; ++d) {
         const double x = t[d], y = a[d], e = y - x;
-        ee += e * e, et += e * x, ea += e * y, tt += x * x, aa += y * y;
+        ee += e * e;
+        et += e * x;
+        ea += e * y;
+        tt += x * x;
+        aa += y * y;
       }
       const double r = sqrt(ee + kEps * kEps), c = row.radius(i) / r;
       const double text = tt + 2 * c * et + c * c * ee, audio = aa - 2 * c * ea + c * c * ee;
-      const double length = tt > aa ? tt : aa;  // squared, like text and audio: of the vectors
+      // Squared, as `text` and `audio` are.
+      const double length = tt > aa ? tt : aa;
       const bool short_support =
           p.renormalize && (text < kLiteralLength * kLiteralLength * length ||
                             audio < kLiteralLength * kLiteralLength * length);
@@ -54,12 +59,14 @@ void prepare_rows(const Problem& p) {
       row[kAudioInverse][i] = p.renormalize ? Real(inverse_length(audio)) : Real(1);
     }
   });
-  for (int64_t n = 0; n < kDirections * p.N; ++n)
-    p.running[n] = kHidden, p.running[kDirections * p.N + n] = 0;
+  for (int64_t n = 0; n < kDirections * p.N; ++n) {
+    p.running[n] = kHidden;
+    p.running[kDirections * p.N + n] = 0;
+  }
 }
 
 template <class Real>
-int64_t count_literal(const Problem& p) {
+int64_t count_literal(const CpuProblem& p) {
   const Rows<Real> row(p);
   int64_t literal = 0;
   for (int64_t i = 0; p.svr && i < p.N; ++i) literal += row[kOffset][i] != Real(0);
@@ -70,7 +77,8 @@ int64_t count_literal(const Problem& p) {
 template <class Real>
 struct Positive {
   double s, x, y;
-  Positive(const Problem& p, const Rows<Real>& row, int64_t i) : s(row[kPositive][i]), x(0), y(0) {
+  Positive(const CpuProblem& p, const Rows<Real>& row, int64_t i)
+      : s(row[kPositive][i]), x(0), y(0) {
     if (!p.svr) return;
     const double c = row[kC][i];
     x = (s + c * row[kStepAudio][i]) * row[kTextInverse][i];
@@ -79,7 +87,7 @@ struct Positive {
 };
 
 template <class Real>
-void finish_statistics(const Problem& p, void* loss_out, double* terms) {
+void finish_statistics(const CpuProblem& p, void* loss_out, double* terms) {
   Rows<Real> row(p);
   const Real* weight = static_cast<const Real*>(p.w);
   Real* out = static_cast<Real*>(loss_out);
@@ -131,7 +139,7 @@ void finish_statistics(const Problem& p, void* loss_out, double* terms) {
 }
 
 template <class Real>
-void prepare_weights(const Problem& p) {
+void prepare_weights(const CpuProblem& p) {
   const Real* state = static_cast<const Real*>(p.state);
   const Real* weight = static_cast<const Real*>(p.w);
   const Real* upstream = static_cast<const Real*>(p.upstream);
@@ -164,19 +172,19 @@ void add_mix(const Mix& mix, const Real* t, const Real* a, Real* out, int64_t D)
   for (int64_t d = 0; d < D; ++d) out[d] += mt * t[d] + ma * a[d] + me * (a[d] - t[d]);
 }
 
-// What the scalars gather over rows.
+// What the rows add to the gradients of the scalars.
 struct Scalars {
   double dk = 0, db = 0, dR = 0;
 };
 
 template <class Real>
-void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scalars& scalars) {
+void finish_row(const CpuProblem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scalars& scalars) {
   const Rows<Real> row(p);
   const Real* state = static_cast<const Real*>(p.state);
   const int64_t N = p.N, D = p.D;
   const Positive<Real> positive(p, row, i);
   const auto sum = [&](RowSum which) { return p.sums[which * N + i]; };
-  // Gradient of direction d with respect to the logit of its positive.
+  // The gradient of direction d with respect to the logit of its positive.
   const auto slope = [&](Direction d, double product) {
     if (p.infonce)
       return -double(state[(2 * kDirections + d) * N + i]) /
@@ -190,7 +198,9 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
   if (p.svr) h = slope(kSupportRows, positive.x);
   if (p.shared) h += slope(kOtherRows, positive.x);
   if (p.mirror) u = slope(kOtherRows, positive.y);
-  g *= w, h *= p.alpha * w, u *= p.alpha * w;
+  g *= w;
+  h *= p.alpha * w;
+  u *= p.alpha * w;
   scalars.dk += sum(kBase) + sum(kSupportText) + sum(kSupportAudio) + g * positive.s +
                 h * positive.x + u * positive.y;
   scalars.db += sum(kBias) + g + h + u;
@@ -201,7 +211,7 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
     const double r = row[kGap][i], c = row[kC][i], R = row.radius(i);
     const double et = row[kStepText][i], ea = row[kStepAudio][i], ee = ea - et;
     const double nt = row[kTextInverse][i], na = row[kAudioInverse][i];
-    // Of a literal row, all of H and U is in sums[kRhoLiteral], dT and dA already.
+    // All of H and U of a literal row is in sums[kRhoLiteral], dT and dA already.
     const bool literal = row[kOffset][i] != Real(0), tangent = p.renormalize && !literal;
     const double H = literal ? 0 : p.k * h * nt, U = literal ? 0 : p.k * u * na;
     const double sigma_t = tangent ? p.k * nt * nt * (sum(kSupportText) + h * positive.x) : 0;
@@ -227,7 +237,7 @@ void finish_row(const Problem& p, int64_t i, Real* dT, Real* dA, Real* dR, Scala
 }
 
 template <class Real>
-void finish_gradients(const Problem& p, void* dT, void* dA, void* dR, void* scalars) {
+void finish_gradients(const CpuProblem& p, void* dT, void* dA, void* dR, void* scalars) {
   const int64_t chunks = (p.N + kRowChunk - 1) / kRowChunk;
   auto* partial = new Scalars[chunks];
   run(p, chunks, p.N * p.D, [&](int64_t chunk) {

@@ -1,15 +1,15 @@
 // Sweep 1: partial log-sum-exps (InfoNCE) or sums of softplus (SigLIP) of the negatives of one
 // tile. Included by epilogue.cpp inside its namespace.
 
-// Logits of kRowChunk rows of one half tile: of S, of X = <t_sup, a> and of Y = <a_sup, t>, each
-// [rows, nj].
+// The logits of kRowChunk rows of one half tile: those of S, of X = <t_sup, a> and of Y = <a_sup,
+// t>, each [rows, nj].
 template <class Real>
 struct HalfLogits {
   Real s[kRowChunk * kMaxTile], x[kRowChunk * kMaxTile], y[kRowChunk * kMaxTile];
 };
 
 template <class Real, bool kSwap>
-void half_logits(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i,
+void half_logits(const CpuProblem& p, const Tile& tile, const Blocks<Real>& row, int64_t i,
                  HalfLogits<Real>& out, int64_t at) {
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(p.infonce ? 0 : p.b);
@@ -51,9 +51,9 @@ SUPCLAP_HD void merge(double& m, double& l, double m_new, double l_new, bool inf
   }
 }
 
-// One logit row z [nj] into the running pair of row i of `direction`.
+// Adds one row of logits z [nj] to the running pair of row i of `direction`.
 template <class Real>
-void reduce_row(const Problem& p, Direction direction, int64_t i, const Real* z, int64_t nj) {
+void reduce_row(const CpuProblem& p, Direction direction, int64_t i, const Real* z, int64_t nj) {
   Real m = Real(kHidden), l = 0;
 #pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < nj; ++j) m = z[j] > m ? z[j] : m;
@@ -68,10 +68,14 @@ void reduce_row(const Problem& p, Direction direction, int64_t i, const Real* z,
         p.infonce);
 }
 
-// The columns of a chunk's logits z [rows, nj] as pairs m, l [nj].
+// Reduces the columns of a chunk's logits z [rows, nj] to pairs m, l [nj].
 template <class Real>
-void reduce_columns(const Problem& p, const Real* z, int64_t rows, int64_t nj, Real* m, Real* l) {
-  for (int64_t j = 0; j < nj; ++j) m[j] = Real(kHidden), l[j] = 0;
+void reduce_columns(const CpuProblem& p, const Real* z, int64_t rows, int64_t nj, Real* m,
+                    Real* l) {
+  for (int64_t j = 0; j < nj; ++j) {
+    m[j] = Real(kHidden);
+    l[j] = 0;
+  }
   for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
     for (int64_t j = 0; j < nj; ++j) m[j] = z[i * nj + j] > m[j] ? z[i * nj + j] : m[j];
@@ -89,10 +93,13 @@ void reduce_columns(const Problem& p, const Real* z, int64_t rows, int64_t nj, R
 // Merges the chunks' pairs [chunks, 2, nj] of one direction into the running pairs of rows j0 .. j0
 // + nj.
 template <class Real>
-void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj,
+void merge_columns(const CpuProblem& p, Direction direction, int64_t j0, int64_t nj,
                    const Real* partial, int64_t chunks) {
   Real top[kMaxTile], l[kMaxTile];
-  for (int64_t j = 0; j < nj; ++j) top[j] = Real(kHidden), l[j] = 0;
+  for (int64_t j = 0; j < nj; ++j) {
+    top[j] = Real(kHidden);
+    l[j] = 0;
+  }
   for (int64_t n = 0; n < chunks; ++n) {
     const Real* m = partial + 2 * n * nj;
 #pragma omp simd
@@ -109,10 +116,9 @@ void merge_columns(const Problem& p, Direction direction, int64_t j0, int64_t nj
           top[j], l[j], p.infonce);
 }
 
-// Takes the pairs that do not take part out of a panel; keeps what the product gave for the
-// positives.
+// Hides the pairs of a panel that do not take part; keeps what the product gave for the positives.
 template <class Real>
-void hide_pairs(const Problem& p, const Tile& tile, void* panel) {
+void hide_pairs(const CpuProblem& p, const Tile& tile, void* panel) {
   const Rows<Real> rows(p);
   const Blocks<Real> block(p, tile, static_cast<Real*>(panel));
   const bool diagonal = tile.i0 == tile.j0;
@@ -132,7 +138,7 @@ void hide_pairs(const Problem& p, const Tile& tile, void* panel) {
 }
 
 template <class Real>
-void statistics(const Problem& p, const Tile& tile, const void* panel) {
+void statistics(const CpuProblem& p, const Tile& tile, const void* panel) {
   const Blocks<Real> block(p, tile, static_cast<Real*>(const_cast<void*>(panel)));
   const int64_t chunks = (tile.ni + kRowChunk - 1) / kRowChunk, nj = tile.nj;
   const bool both = block.P != nullptr, other = p.mirror || p.shared;

@@ -1,8 +1,6 @@
-// Sweep 2: logits of one tile to the weights of the gradient products, and the sums of its rows.
+// Sweep 2: turns the logits of one tile into the weights of the gradient products, and adds up the
+// sums of its rows.
 // Included by epilogue.cpp inside its namespace.
-
-// How the tile's support vectors work; a template argument, so that the inner loop has no branch.
-enum class Mode { kPlain, kOneSided, kShared, kMirror };
 
 // What one chunk adds to the sums of the tile's columns: [kRowSums, nj], from kRhoText on.
 template <class Real>
@@ -12,10 +10,9 @@ struct ColumnSums {
 
 // One row of one half tile. Writes the weights of S to `W`, and adds c H to `V_A` and c U to `V_T`.
 template <class Real, bool kInfonce, Mode kMode, bool kSwap>
-void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, int64_t i, Real* W,
-                  Real* V_A, Real* V_T, ColumnSums<Real>& columns) {
-  constexpr bool kSvr = kMode != Mode::kPlain, kMirror = kMode == Mode::kMirror,
-                 kShared = kMode == Mode::kShared;
+void half_weights(const CpuProblem& p, const Tile& tile, const Blocks<Real>& row, int64_t i,
+                  Real* W, Real* V_A, Real* V_T, ColumnSums<Real>& columns) {
+  constexpr bool svr = kMode != kPlain, mirror = kMode == kMirror, shared = kMode == kShared;
   const Rows<Real> rows(p);
   const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
   const Real* S = kSwap ? row.P : row.S;
@@ -26,7 +23,7 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
   const Real* m = static_cast<const Real*>(p.factors);
   const Real* f = m + kDirections * p.N;
   const int64_t N = p.N;
-  // gradient of direction d of row n with respect to its logit z
+  // The gradient of direction d of row n with respect to its logit z.
   const auto slope = [=](Direction d, int64_t n, Real z) __attribute__((always_inline)) {
     if (kInfonce) return exp_nonpositive(z - m[d * N + n]) * f[d * N + n];
     return sigmoid(z, exp_nonpositive(z > Real(0) ? -z : z)) * f[d * N + n];
@@ -44,22 +41,24 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
     Real w = g;
     base += g * s;
     bias += g;
-    if (kSvr) {
+    if (svr) {
       const Real diff = Q[j] - s, product = support_product(s, Q[j], c[t]), x = product * nt[t];
       const Real zx = support_logit(product, nt[t], offset[t], k, b);
       Real h = slope(kSupportRows, t, zx);
-      if (kShared) h += slope(kOtherRows, a, zx);
+      if (shared) h += slope(kOtherRows, a, zx);
       const Real rho = h * diff, support = h * x, raw = h * nt[t];
       w += (Real(1) - c[t]) * raw;
       V_A[j] += k * c[t] * raw;
       bias += h;
       if (kSwap) {
-        rho_column[j] += rho, support_column[j] += support;
+        rho_column[j] += rho;
+        support_column[j] += support;
       } else {
-        rho_row += rho, support_row += support;
+        rho_row += rho;
+        support_row += support;
       }
     }
-    if (kMirror) {
+    if (mirror) {
       const Real diff = K[j] - s, product = support_product(s, K[j], c[a]), y = product * na[a];
       const Real zy = support_logit(product, na[a], offset[a], k, b);
       const Real u = slope(kOtherRows, a, zy), rho = u * diff, support = u * y, raw = u * na[a];
@@ -67,9 +66,11 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
       V_T[j] += k * c[a] * raw;
       bias += u;
       if (kSwap) {
-        rho_row += rho, support_row += support;
+        rho_row += rho;
+        support_row += support;
       } else {
-        rho_column[j] += rho, support_column[j] += support;
+        rho_column[j] += rho;
+        support_column[j] += support;
       }
     }
     W[j] = k * w;
@@ -78,20 +79,26 @@ void half_weights(const Problem& p, const Tile& tile, const Blocks<Real>& row, i
   add(kBase, base);
   add(kBias, bias);
   // In a half tile the text's sums run along its own axis, the audio's along the other.
-  if (kSvr && !kSwap) add(kRhoText, rho_row), add(kSupportText, support_row);
-  if (kMirror && kSwap) add(kRhoAudio, rho_row), add(kSupportAudio, support_row);
+  if (svr && !kSwap) {
+    add(kRhoText, rho_row);
+    add(kSupportText, support_row);
+  }
+  if (mirror && kSwap) {
+    add(kRhoAudio, rho_row);
+    add(kSupportAudio, support_row);
+  }
 }
 
-// V + V^T of a square block [n, n] with a diagonal of zeros, in place.
+// Replaces a square block V [n, n], whose diagonal is 0, by V + V^T.
 template <class Real>
-void symmetrize(const Problem& p, Real* V, int64_t n) {
+void symmetrize(const CpuProblem& p, Real* V, int64_t n) {
   run(p, n, n * n, [&](int64_t i) {
     for (int64_t j = 0; j < i; ++j) V[i * n + j] = V[j * n + i] = V[i * n + j] + V[j * n + i];
   });
 }
 
 template <class Real, bool kInfonce, Mode kMode>
-void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* out_panel) {
+void weights_mode(const CpuProblem& p, const Tile& tile, const Real* panel, Real* out_panel) {
   const Blocks<Real> block(p, tile, const_cast<Real*>(panel)), out(p, tile, out_panel);
   const int64_t chunks = (tile.ni + kRowChunk - 1) / kRowChunk, nj = tile.nj;
   auto* partial = new ColumnSums<Real>[chunks];
@@ -123,17 +130,17 @@ void weights_mode(const Problem& p, const Tile& tile, const Real* panel, Real* o
 }
 
 template <class Real>
-void weights(const Problem& p, const Tile& tile, const void* panel, void* out) {
+void weights(const CpuProblem& p, const Tile& tile, const void* panel, void* out) {
   const auto call = [&](auto kernel) {
     kernel(p, tile, static_cast<const Real*>(panel), static_cast<Real*>(out));
   };
   if (p.infonce) {
-    if (!p.svr) return call(weights_mode<Real, true, Mode::kPlain>);
-    if (p.mirror) return call(weights_mode<Real, true, Mode::kMirror>);
-    if (p.shared) return call(weights_mode<Real, true, Mode::kShared>);
-    return call(weights_mode<Real, true, Mode::kOneSided>);
+    if (!p.svr) return call(weights_mode<Real, true, kPlain>);
+    if (p.mirror) return call(weights_mode<Real, true, kMirror>);
+    if (p.shared) return call(weights_mode<Real, true, kShared>);
+    return call(weights_mode<Real, true, kOneSided>);
   }
-  if (!p.svr) return call(weights_mode<Real, false, Mode::kPlain>);
-  if (p.mirror) return call(weights_mode<Real, false, Mode::kMirror>);
-  return call(weights_mode<Real, false, Mode::kOneSided>);
+  if (!p.svr) return call(weights_mode<Real, false, kPlain>);
+  if (p.mirror) return call(weights_mode<Real, false, kMirror>);
+  return call(weights_mode<Real, false, kOneSided>);
 }

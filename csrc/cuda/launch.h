@@ -1,4 +1,4 @@
-// Launches a kernel and says what went wrong; in tests a host stands in for the device.
+// Launches a kernel and returns what went wrong; in tests a host stands in for the device.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 #include "shim.h"
 #endif
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace supclap::cuda {
 
@@ -39,7 +39,8 @@ inline int attribute(cudaDeviceAttr which) {
 inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 inline int64_t shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// "" or a message that begins with the kernel's name. Never waits for the device.
+// Launches a kernel; returns "" or a message that begins with the kernel's name. Never waits for
+// the device.
 template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& grid,
                    uintptr_t stream, const Arguments&... arguments) {

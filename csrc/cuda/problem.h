@@ -1,5 +1,5 @@
-// What a CUDA kernel is given: one plain struct of device addresses and numbers, every field with
-// its shape. Symbols as in MATH.md; directions and row quantities as in params.h.
+// What a CUDA kernel gets: one struct of device addresses and numbers, every field with its
+// shape. Symbols as in MATH.md; directions and row quantities as in params.h.
 //
 // Products and logits are in the units of the Triton kernels: logits in base 2, z = k log2(e)
 // <x, y>, and the sums and products of the gradient without k, as multiples of `unit`.
@@ -12,21 +12,21 @@
 
 namespace supclap::cuda {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // of every block, but those of hopper/
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-struct Problem {
+struct CudaProblem {
   int64_t N, D;
   int64_t width;  // columns of the operands: D and zeros, a multiple of 16 bytes
   int dtype, mode;
   int infonce;  // else SigLIP
   int renormalize, normalize;
-  int stats;             // what SVRStats needs is written, too
+  int stats;             // write what SVRStats needs, too
   int per_row_radius;    // R is [N], else [1]
   int per_row_upstream;  // the upstream gradient is [N], else [1]
   int out_single;
-  int64_t split;  // > 0: only pairs of a row before it with one from it on, and no positives
+  int64_t split;  // > 0: only pairs of a row before `split` with a row from there on; no positives
   float alpha, beta;
   float row_scale;  // 1 / N for reduction "mean", else 1
   // The embeddings as given, any strides (in elements), and as the products read them.
@@ -51,19 +51,20 @@ struct Problem {
   float* sums;        // [7, N]
   float *dT, *dA;     // [N, width] sums of products, or null: frozen
   // Results.
-  float* row_loss;              // [N] weight x row_scale x the row's loss
-  float* terms;                 // [6, N] or null: l_t2a, l_a2t, l_svr, l_cons, beaten twice
-  void *out_text, *out_audio;   // [N, D] dtype, or float32 with out_single; or null
-  const float* after;           // [1] upstream gradient of sums that were taken for 1, or null
-  float* row_scalars;           // [2, N] dk, db of each row
-  float* row_radius;            // [N] dR of each row
+  float* row_loss;             // [N] weight x row_scale x the row's loss
+  float* terms;                // [6, N] or null: l_t2a, l_a2t, l_svr, l_cons, beaten twice
+  void *out_text, *out_audio;  // [N, D] dtype, or float32 with out_single; or null
+  const float* after;  // [1] or null: multiplies the final gradients, whose sums were taken for
+                       // an upstream gradient of 1 (single launch)
+  float* row_scalars;  // [2, N] dk, db of each row
+  float* row_radius;   // [N] dR of each row
   float *out_scale, *out_bias;  // [1]
   float* out_radius;            // [1] sum of row_radius, or null
   unsigned* counter;            // [1] 0 between launches
 };
 
 // How many of Q and K the mode has.
-SUPCLAP_HD int grams_of(const Problem& p) {
+SUPCLAP_HD int grams_of(const CudaProblem& p) {
   return p.mode == kPlain ? 0 : p.mode == kMirror ? 2 : 1;
 }
 
@@ -91,15 +92,15 @@ struct SinglePlan {
   int side;    // B
   int tiles;   // of N
   int pairs;   // tile pairs
-  int kept;    // pairs whose tiles a block keeps; 1: for the moment
-  int slices;  // of a pair's products, where there are few pairs: blocks share its columns of D
+  int kept;    // pairs whose tiles a block keeps from phase to phase; 1 may be kept for one phase
+  int slices;  // blocks that share a pair's columns of D, where there are few pairs
   int slice;   // columns of D in a slice
   int blocks;
   int64_t shared;   // bytes
   int64_t scratch;  // bytes
 };
 
-// Its working memory on the device.
+// The single launch's working memory on the device.
 struct SingleScratch {
   void* matrices;  // [2 + grams, padded, padded] dtype: W^T, W, V_A + V_A^T, V_T + V_T^T
   float* part;     // [kPlanes, tiles, padded] statistics of row i over the columns of a tile

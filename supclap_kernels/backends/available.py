@@ -52,7 +52,7 @@ def hopper(index: int | None = None) -> str:
     """Whether the kernels for Hopper run on this device (default: the current one)."""
     if cuda() != "ok":
         return cuda()
-    if not hasattr(native.cuda(), "gram_tile"):
+    if not hasattr(native.cuda(), "hopper_tile"):
         return "not built: installed without target 90a"
     if native.on_host():
         return "ok"

@@ -106,11 +106,11 @@ def test_towers_in_either_order_in_memory(backend, options, first, second, N):
     inputs = make_inputs(case, "cuda")
     memory = torch.stack([getattr(inputs, tower) for tower in (first, second)])
     inputs = replace(inputs, **{first: memory[0], second: memory[1]})
-    if hasattr(native.cuda(), "gram_whole"):
-        p = native.cuda().Problem()
+    if hasattr(native.cuda(), "hopper_copies_whole"):
+        p = native.cuda().CudaProblem()
         p.N, p.width, p.dtype = N, 192, 1
         p.give(T=inputs.text.data_ptr(), A=inputs.audio.data_ptr())
-        assert native.cuda().gram_whole(p)
+        assert native.cuda().hopper_copies_whole(p)
     accepted(case, inputs, backend)
 
 

@@ -106,7 +106,7 @@ def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
 def hopper(monkeypatch):
     """As if there were two GPUs, the second one of Hopper, and everything were built."""
     launchers = SimpleNamespace(
-        gram_tile=None, Problem=SimpleNamespace, single_limit=lambda problem, side: 100
+        hopper_tile=None, CudaProblem=SimpleNamespace, single_limit=lambda problem, side: 100
     )
     monkeypatch.setattr(available, "triton", lambda: "ok")
     monkeypatch.setattr(available, "cuda", lambda: "ok")
@@ -133,7 +133,7 @@ def test_auto_takes_what_was_measured(hopper):
     assert ways("cuda", "cuda:1", half, PLAIN) == {"cuda:single": 100, "cuda:panel": None}
     assert ways("auto", "cuda:0", half, MIRROR) == {"reference": None}
     assert ways("auto", "cuda:1", torch.float64, MIRROR) == {"reference": None}
-    del hopper.gram_tile  # compiled for other targets
+    del hopper.hopper_tile  # compiled for other targets
     dispatch.routes.cache_clear()
     assert ways("auto", "cuda:1", half, MIRROR) == {"reference": None}
 

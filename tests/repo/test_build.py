@@ -1,7 +1,7 @@
 """The build: which instruction sets and GPU targets are compiled, and what becomes of a bad nvcc.
 
-No test here compiles the module: the questions are in csrc/toolchain.py and the graph in setup.py,
-and both are called with compilers made for the purpose.
+No test here compiles the module: the questions are in build_tools/toolchain.py and the graph in
+setup.py, and both are called with compilers made for the purpose.
 """
 
 import json
@@ -22,7 +22,7 @@ from supclap_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))  # not as __main__: builds nothing
-toolchain = sys.modules["toolchain"]
+toolchain = sys.modules["build_tools.toolchain"]
 BuildError = toolchain.BuildError
 
 needs_cuda_build = pytest.mark.skipif(
@@ -282,7 +282,7 @@ class TestNvcc:
             folder = tmp_path / str(compiles)
             nvcc = fake_nvcc(folder, compiles=compiles) / "bin" / "nvcc"
             graph = SETUP["NinjaGraph"](folder, cxx="touch", nvcc=shlex.quote(str(nvcc)), shared="")
-            graph.compile("cuda", Path("csrc/cuda/rows.cu"), [])
+            graph.compile("cuda", Path("csrc/cuda/rows/rows.cu"), [])
             graph.link(folder / "module.so", [])
             if compiles:
                 graph.lines[-2:] = [f"default {graph.objects[0]}"]
@@ -306,7 +306,7 @@ def test_cuda_module_lists_its_targets():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_launch_without_a_device_names_the_kernel():
     assert _native.cuda.device_count() == 0
-    p = _native.cuda.Problem()
+    p = _native.cuda.CudaProblem()
     p.N = p.D = p.width = 4
     with pytest.raises(RuntimeError, match="^prepare_rows: .+"):
         _native.cuda.prepare_rows(p, 0)
@@ -321,7 +321,7 @@ def compile_report(*arguments: str) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     for line in lines:
-        assert line["spill_bytes"] <= (200 if line["source"] in ("gram", "gram.cu") else 0), line
+        assert line["spill_bytes"] <= (200 if line["source"] in ("sweep", "sweep.cu") else 0), line
         assert line["registers"] <= 255 and line["static_shared"] == 0, line
         assert line["dynamic_shared"] <= 227 * 1024, line
     return lines

@@ -1,4 +1,5 @@
-// async.h. Not instrumented under ThreadSanitizer, which is told what is read and written.
+// Implements async.h. ThreadSanitizer does not instrument this file: it is told what is read and
+// written.
 #include "async.h"
 
 #include <array>
@@ -24,7 +25,10 @@ unsigned char* swizzled(unsigned char* shared, uint32_t address) {
 }
 
 void complete(Mbarrier& at) {
-  if (at.pending == 0 && at.bytes == 0) at.phase ^= 1, at.pending = uint8_t(at.count);
+  if (at.pending == 0 && at.bytes == 0) {
+    at.phase ^= 1;
+    at.pending = uint8_t(at.count);
+  }
 }
 
 struct Operand {
@@ -33,7 +37,7 @@ struct Operand {
       : start(uint32_t(descriptor & 0x3fff) << 4), group(uint32_t(descriptor >> 32 & 0x3fff) << 4) {
     if (descriptor >> 62 != 1) throw std::runtime_error("shim: no 128-byte swizzle");
   }
-  // 16 elements of a row.
+  // Reads 16 elements of a row.
   void read(float (&out)[16], int row, float (*widen)(uint16_t)) const {
     const uint32_t from = start + row / 8 * group + row % 8 * 128;
     for (int piece = 0; piece < 2; ++piece) {
@@ -74,7 +78,7 @@ void act(const Copy& one) {
     memset(one.to, 0, 16);
 }
 
-// The box at four coordinates, of 64 columns, one row after the other.
+// Copies the box at four coordinates, of 64 columns, one row after the other.
 void copy(void* to, const TensorMap& map, std::array<int64_t, 4> at, Mbarrier& full) {
   unsigned char* shared = self().shared;
   const uint32_t start = shared_address(to);

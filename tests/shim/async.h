@@ -1,4 +1,4 @@
-// Stands in for what a GPU does asynchronously, as csrc/cuda/device.cuh and hopper.cuh use it.
+// Stands in for what a GPU does asynchronously, as csrc/cuda/device uses it.
 //
 // What is done so happens as late as it may: a wgmma reads its operands when its results are waited
 // for, 16 bytes arrive when their thread waits, a box when nothing else can go on; with one

@@ -25,7 +25,7 @@ DEFINE = ["-DSUPCLAP_WITH_CUDA=1", "-DSUPCLAP_WITH_HOPPER=1", '-DSUPCLAP_CUDA_AR
 
 def sources() -> list[Path]:
     return [
-        *sorted((ROOT / "csrc/cuda").glob("*.cu")),
+        *sorted(ROOT.glob("csrc/cuda/**/*.cu")),
         ROOT / "csrc/cuda_module.cpp",
         SHIM / "async.cpp",
         SHIM / "shim.cpp",

@@ -23,14 +23,16 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace shim {
 
-// While it lives the sanitizer sees nothing: what fibers and scheduler hand each other.
+// While one lives, the sanitizer sees nothing of what fibers and scheduler hand each other.
 struct Unseen {
 #if SHIM_TELLS_TSAN
   Unseen() {
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
   }
   ~Unseen() {
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
 #else
   Unseen() {}
@@ -57,7 +59,7 @@ struct Fiber {
   bool phase_block = 0, phase_group = 0, phase_warp = 0, phase_grid = 0, phase_exchange = 0;
   std::function<bool()> ready;                  // what it polls
   std::vector<std::vector<Wgmma>> products{1};  // under way, by commit; the last one is open
-  std::vector<std::vector<Copy>> copies{1};     // likewise
+  std::vector<std::vector<Copy>> copies{1};     // the same of 16-byte copies
   alignas(16) unsigned char left[2][64];        // for other lanes
 };
 
@@ -90,11 +92,11 @@ extern Launch* running;
 bool is_removed(Site site);
 // The running fiber waits at a barrier; `tag` is the address its accesses are ordered by.
 void wait(State state, char* tag);
-// ... until ready(); the order of accesses is the caller's.
+// The running fiber waits until ready(); the caller orders its accesses.
 void wait_until(std::function<bool()> ready);
 // Whether copies arrive at once.
 bool at_once();
-// At once, or when nothing else can go on, as the running fiber.
+// Runs act() at once, or when nothing else can go on, as the running fiber.
 void later(std::function<void()> act);
 Block& own_block();
 

@@ -13,7 +13,7 @@ from supclap_kernels import fused_svr_loss, native
 from supclap_kernels.backends import tile_sizes
 from supclap_kernels.testing import Case, baseline, evaluate, floors, make_inputs, truth, violations
 
-KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+ROOT = Path(__file__).parents[2]
 BARRIER = re.compile(
     r"^\s*((__syncthreads|__syncwarp|warpgroup_barrier|grid_barrier)\(\)|mbarrier_wait\(.*\));"
 )
@@ -40,15 +40,16 @@ CASES = [
 
 
 def sites() -> list[str]:
-    found = []
-    for path in sorted(KERNELS.glob("*.cuh")):
+    barriers = []
+    for path in sorted(ROOT.glob("csrc/cuda/**/*.cuh")):
+        file = path.relative_to(ROOT)
         for n, line in enumerate(path.read_text().splitlines(), 1):
             if BARRIER.match(line):
-                found.append(f"{path.name}:{n}")
+                barriers.append(f"{file}:{n}")
             # One a line, literally: what is not found here is not tested.
             elif re.search(r"__sync(threads|warp)", line) and not line.lstrip().startswith("//"):
-                raise AssertionError(f"{path.name}:{n}: a barrier that stands not alone")
-    return found
+                raise AssertionError(f"{file}:{n}: a barrier that stands not alone")
+    return barriers
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def test_nothing_is_missed_as_it_is(case, monkeypatch):
 @pytest.mark.usefixtures("removed")
 def test_barrier_is_missed(site, monkeypatch):
     native.cuda().remove_barrier(site, empty_log())
-    first = {"pan": PANEL, "gra": HOPPER, "cro": HOPPER}.get(site[:3], SINGLE)
+    room = site.split("/")[2]
+    first = {"panel": PANEL, "hopper": HOPPER}.get(room, SINGLE)
     order = sorted(range(len(CASES)), key=lambda n: CASES[n][0] != first)
     assert any(missed_by(n, monkeypatch) for n in order), f"nobody misses the barrier at {site}"

@@ -66,7 +66,7 @@ void make_lanes(size_t count) {
   }
 }
 
-// Without a barrier, whether the sanitizer's log, empty before, has a report.
+// Whether the sanitizer has written a report to the log, which was empty before (a mutant's run).
 bool raced() {
   struct stat log;
   return !race_log.empty() && stat(race_log.c_str(), &log) == 0 && log.st_size > 0;
@@ -153,7 +153,10 @@ bool open_barrier(Block& block, size_t first, size_t count, State state) {
 bool poll(Block& block) {
   bool any = false;
   for (Fiber& fiber : block.fibers)
-    if (fiber.state == kPolls && fiber.ready()) fiber.state = kRuns, any = true;
+    if (fiber.state == kPolls && fiber.ready()) {
+      fiber.state = kRuns;
+      any = true;
+    }
   return any;
 }
 
@@ -238,9 +241,7 @@ void run_blocks(size_t first, size_t end) {
 }  // namespace
 
 bool is_removed(Site site) {
-  if (removed.empty()) return false;
-  const std::string file = site.file;
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line) == removed;
+  return !removed.empty() && std::string(site.file) + ":" + std::to_string(site.line) == removed;
 }
 
 void wait(State state, char* tag) {

@@ -66,7 +66,8 @@ void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
 // For the tests.
 int schedules();
 void set_schedule(int schedule);
-// "panel.cuh:57", or "" for none; a launch ends when the sanitizer's `log` is no longer empty.
+// "csrc/cuda/panel/panel.cuh:57", or "" for none; a launch ends when the sanitizer's `log` is no
+// longer empty.
 void remove_barrier(const char* file_and_line, const char* log);
 int multiprocessors();
 void set_multiprocessors(int count);

@@ -1,5 +1,4 @@
-"""csrc/cuda/gram.cuh and cross.cuh against the specification: what takes the larger batches on
-Hopper."""
+"""csrc/cuda/hopper against the specification: what takes the larger batches on Hopper."""
 
 from collections.abc import Iterator
 from dataclasses import replace

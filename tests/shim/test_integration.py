@@ -98,7 +98,7 @@ def test_capacity():
     found = {}
     for name, chip in (("H200", (132, 227 * 1024)), ("A100", (108, 163 * 1024))):
         for mode in ("none", "one-sided", "mirror"):
-            p = native.cuda().Problem()
+            p = native.cuda().CudaProblem()
             p.width, p.dtype, p.infonce = 512, sweeps.DTYPES[torch.bfloat16], True
             p.mode = {"none": 0, "one-sided": 1, "mirror": 3}[mode]
             found[name, mode] = native.cuda().single_limit(p, 0, *chip)

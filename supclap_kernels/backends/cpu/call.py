@@ -31,7 +31,7 @@ TILING = {
 
 
 class CpuCall:
-    """One pass (call.Call): the operands, and the native Problem that points into them."""
+    """One pass (call.Call): the operands, and the native CpuProblem that points into them."""
 
     unit: Any = None
     fused = False
@@ -61,7 +61,7 @@ class CpuCall:
         self.code = None
         if inputs.ids is not None:
             self.code = torch.unique(inputs.ids, return_inverse=True)[1].to(torch.int32)
-        p = self.problem = self.native.Problem()
+        p = self.problem = self.native.CpuProblem()
         p.N, p.D, p.is_double = N, D, dtype == torch.float64
         p.infonce, p.svr, p.mirror, p.shared = options.infonce, self.svr, self.mirror, self.shared
         p.renormalize, p.threads = options.renormalize, torch.get_num_threads()
@@ -124,7 +124,7 @@ class CpuCall:
 
     @property
     def sums(self) -> Tensor:
-        """float64: Problem::sums"""
+        """float64: CpuProblem::sums"""
         return self.wide[2 * DIRECTIONS :]
 
     # The epilogue of the panel engine.

@@ -1,4 +1,4 @@
-"""The whole loss in one launch, where its tiles fit on the chip (csrc/cuda/single.cuh).
+"""The whole loss in one launch, where its tiles fit on the chip (csrc/cuda/single).
 
 The launch that computes the loss also computes the gradients, for an upstream gradient of 1, if any
 is wanted; backward is one small launch that applies the upstream gradient and casts. With
@@ -18,7 +18,7 @@ from ..call import Backend, Inputs
 from ..device_call import similarity_of
 from ..panel import PLACEHOLDER
 from ..state import ROW_SUMS, STATE_ROWS
-from .sweeps import DTYPES, CudaProblem
+from .sweeps import DTYPES, CudaArguments
 
 
 def width_of(D: int, dtype: torch.dtype) -> int:
@@ -33,7 +33,7 @@ def limit(
     """The largest batch whose tiles of `side` (0: any side) fit on the chip of the device `index`
     (-1: there is none, the kernels run on the host)."""
     module = native.cuda()
-    p = module.Problem()
+    p = module.CudaProblem()
     p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
     if index < 0:
         return int(module.single_limit(p, side))
@@ -59,18 +59,18 @@ class Single(Backend):
             return PLACEHOLDER
         return sums_elements(N, width_of(D, dtype))
 
-    def problem(self, inputs: Inputs, options: Options) -> CudaProblem:
+    def arguments(self, inputs: Inputs, options: Options) -> CudaArguments:
         D, dtype = inputs.audio.shape[1], inputs.audio.dtype
         mode = options.mode(inputs.radius is not None)
-        return CudaProblem(inputs, options, mode, width_of(D, dtype))
+        return CudaArguments(inputs, options, mode, width_of(D, dtype))
 
-    def launch(self, problem: CudaProblem, loss: Tensor | None, gradient: bool) -> Tensor:
+    def launch(self, arguments: CudaArguments, loss: Tensor | None, gradient: bool) -> Tensor:
         """One cooperative launch; returns its working memory."""
-        device = problem.inputs.audio.device
-        plan = problem.native.plan_single(problem.fields, gradient, self.side)
+        device = arguments.inputs.audio.device
+        plan = arguments.native.plan_single(arguments.problem, gradient, self.side)
         scratch = torch.empty(plan.scratch, dtype=torch.uint8, device=device)
-        problem.native.single(
-            problem.fields, plan, scratch.data_ptr(), native.address(loss), gradient,
+        arguments.native.single(
+            arguments.problem, plan, scratch.data_ptr(), native.address(loss), gradient,
             native.stream(device),
         )  # fmt: skip
         return scratch
@@ -78,22 +78,22 @@ class Single(Backend):
     def forward(
         self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        problem = self.problem(inputs, options)
+        arguments = self.arguments(inputs, options)
         per_row = options.reduction == "none"
-        N, width = len(inputs.audio), problem.fields.width
+        N, width = len(inputs.audio), arguments.problem.width
         gradient = any(needs) and not per_row
         state = torch.empty(STATE_ROWS, N, dtype=torch.float32, device=inputs.audio.device)
         loss = state.new_empty(N if per_row else ())
         saved = state.new_empty(sums_elements(N, width) if gradient else PLACEHOLDER)
         if gradient:
-            give_sums(problem, saved, needs)
+            give_sums(arguments, saved, needs)
         else:
             saved.zero_()  # no output is undefined
         terms = state.new_empty(6, N) if options.stats else None
         similarity = state.new_empty(2, N) if options.stats else None
         rows = loss if per_row else None
-        problem.set(state=state, row_loss=rows, terms=terms, similarity=similarity)
-        self.launch(problem, None if per_row else loss, gradient)
+        arguments.set(state=state, row_loss=rows, terms=terms, similarity=similarity)
+        self.launch(arguments, None if per_row else loss, gradient)
         if terms is None or similarity is None:
             return loss, None, state, saved
         values = statistics.row_values(inputs.radius, inputs.weight, terms, state)
@@ -109,25 +109,25 @@ class Single(Backend):
         state: Tensor,
         saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        problem = self.problem(inputs, options)
-        address = problem.kept(upstream)
+        arguments = self.arguments(inputs, options)
+        address = arguments.kept(upstream)
         if options.reduction == "none":
             N = len(inputs.audio)
-            saved = state.new_empty(sums_elements(N, problem.fields.width))
+            saved = state.new_empty(sums_elements(N, arguments.problem.width))
             state, rows = torch.empty_like(state), state.new_empty(N)
-            problem.fields.per_row_upstream, problem.fields.stats = True, False
-            problem.fields.upstream = address
-            problem.set(state=state, row_loss=rows)
-            give_sums(problem, saved, needs)
-            self.launch(problem, None, True)
+            arguments.problem.per_row_upstream, arguments.problem.stats = True, False
+            arguments.problem.upstream = address
+            arguments.set(state=state, row_loss=rows)
+            give_sums(arguments, saved, needs)
+            self.launch(arguments, None, True)
         else:
-            problem.fields.give(after=address, state=state.data_ptr())
-            give_sums(problem, saved, needs)
-        return finish(problem, needs)
+            arguments.problem.give(after=address, state=state.data_ptr())
+            give_sums(arguments, saved, needs)
+        return finish(arguments, needs)
 
     def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
         module, width = native.cuda(), width_of(D, dtype)
-        p = module.Problem()
+        p = module.CudaProblem()
         p.N, p.D, p.width, p.dtype, p.infonce = N, D, width, DTYPES[dtype], options.infonce
         p.mode, p.normalize = options.mode(has_radius), options.normalize
         p.text_n = p.audio_n = width
@@ -140,24 +140,24 @@ class Single(Backend):
         return state + sums + max(scratch, returned + rows) - returned
 
 
-def give_sums(problem: CudaProblem, buffer: Tensor, needs: tuple[bool, ...]) -> None:
+def give_sums(arguments: CudaArguments, buffer: Tensor, needs: tuple[bool, ...]) -> None:
     """The parts of the buffer of `sums_elements`, by their addresses."""
-    N, width = problem.fields.N, problem.fields.width
+    N, width = arguments.problem.N, arguments.problem.width
     dT = buffer.data_ptr()
     dA = dT + 4 * N * width
     sums = dA + 4 * N * width
     omega = sums + 4 * ROW_SUMS * N
     unit = omega + 4 * N
-    problem.fields.give(
+    arguments.problem.give(
         dT=dT if needs[1] else 0, dA=dA if needs[0] else 0,
         sums=sums, omega=omega, unit=unit, counter=unit + 4,
     )  # fmt: skip
 
 
-def finish(problem: CudaProblem, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def finish(arguments: CudaArguments, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The launch of backward: gradients of audio, text, radius, scale, bias, or None. Those of
     numbers come out in float32."""
-    sources, p = problem.inputs[:5], problem.fields
+    sources, p = arguments.inputs[:5], arguments.problem
     rows = torch.empty(3, p.N, dtype=torch.float32, device=sources[0].device)
     gradients = [
         None
@@ -168,13 +168,13 @@ def finish(problem: CudaProblem, needs: tuple[bool, ...]) -> tuple[Tensor | None
         for n, (x, need) in enumerate(zip(sources, needs, strict=True))
     ]
     audio, text, radius, scale, bias = gradients
-    problem.set(out_audio=audio, out_text=text, out_scale=scale, out_bias=bias, row_scalars=rows)
+    arguments.set(out_audio=audio, out_text=text, out_scale=scale, out_bias=bias, row_scalars=rows)
     if p.per_row_radius and radius is not None:
-        problem.set(row_radius=radius)
+        arguments.set(row_radius=radius)
     else:
         of_rows = rows.data_ptr() + 2 * rows.stride(0) * rows.itemsize
         p.give(row_radius=of_rows, out_radius=native.address(radius))
-    problem.native.finish_gradients(p, native.stream(rows.device))
+    arguments.native.finish_gradients(p, native.stream(rows.device))
     return tuple(
         value if value is None or x is None or value.dtype == x.dtype else value.to(x.dtype)
         for value, x in zip(gradients, sources, strict=True)

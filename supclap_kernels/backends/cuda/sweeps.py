@@ -16,15 +16,15 @@ from ..panel import Tile
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class CudaProblem:
-    """A call as csrc/cuda/problem.h describes it: `fields`, and the tensors it came with."""
+class CudaArguments:
+    """A call as csrc/cuda/problem.h describes it: `problem`, and the tensors it came with."""
 
     def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
         self.inputs, self.native = inputs, native.cuda()
         self.alive: list[Tensor] = []
         audio, text, radius, scale, bias, ids, weight = inputs
         N, D = audio.shape
-        self.fields = self.native.Problem(
+        self.problem = self.native.CudaProblem(
             N, D, width, DTYPES[audio.dtype], mode, options.infonce,
             options.renormalize, options.normalize, options.stats,
             radius is not None and radius.ndim == 1, options.alpha, options.beta,
@@ -44,7 +44,7 @@ class CudaProblem:
         return x.data_ptr()
 
     def set(self, **tensors: Tensor | None) -> None:
-        self.fields.give(**{name: native.address(x) for name, x in tensors.items()})
+        self.problem.give(**{name: native.address(x) for name, x in tensors.items()})
 
 
 class CudaCall(DeviceCall):
@@ -66,20 +66,17 @@ class CudaCall(DeviceCall):
         return 4 * N
 
     def prepare_launches(self) -> None:
-        self.problem = CudaProblem(self.inputs, self.options, self.mode, self.width)
-        self.native, self.fields, self.set = (
-            self.problem.native,
-            self.problem.fields,
-            self.problem.set,
-        )
-        self.fields.split = self.split
+        self.arguments = CudaArguments(self.inputs, self.options, self.mode, self.width)
+        self.native, self.problem = self.arguments.native, self.arguments.problem
+        self.set = self.arguments.set
+        self.problem.split = self.split
         self.stream = native.stream(self.device)
         self.literal: tuple[Tensor, Tensor] | None = None
 
     def pack_rows(self, X: Tensor, out: Tensor) -> None:
         text = X is self.inputs.text
         self.set(**{"T" if text else "A": out})
-        self.native.pack_rows(self.fields, text, self.stream)
+        self.native.pack_rows(self.problem, text, self.stream)
 
     def start_call(self) -> None:
         """Before the first launch that reads the operands."""
@@ -88,13 +85,13 @@ class CudaCall(DeviceCall):
     def prepare_state(self) -> None:
         self.start_call()
         self.set(running=self.running)
-        self.native.prepare_rows(self.fields, self.stream)
+        self.native.prepare_rows(self.problem, self.stream)
 
     def place(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> tuple[Any, ...]:
         where = (tile.i0, tile.ni, tile.j0, tile.nj, tile.ld, tile.size)
         start = 0 if panel is None else panel.data_ptr()
         stream = native.stream(self.device)  # of this lane
-        return (self.fields, *where, start, *map(native.address, scratch[1:]), stream)
+        return (self.problem, *where, start, *map(native.address, scratch[1:]), stream)
 
     def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
         self.native.panel_tile(*self.place(tile, panel, scratch))
@@ -108,29 +105,29 @@ class CudaCall(DeviceCall):
             integers: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
             self.literal = torch.empty(self.N, **integers), torch.empty(1, **integers)
             addresses = map(native.address, self.literal)
-            self.native.list_literal(self.fields, *addresses, self.stream)
+            self.native.list_literal(self.problem, *addresses, self.stream)
         index, count = self.literal
         return index.data_ptr(), count.data_ptr()
 
     def literal_statistics(self) -> None:
-        self.native.literal_statistics(self.fields, *self.literal_rows(), self.stream)
+        self.native.literal_statistics(self.problem, *self.literal_rows(), self.stream)
 
     def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
         self.set(dT=dT, dA=dA)
-        self.native.literal_gradients(self.fields, *self.literal_rows(), self.stream)
+        self.native.literal_gradients(self.problem, *self.literal_rows(), self.stream)
 
     def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
         self.set(row_loss=rows, terms=terms)
-        self.native.finish_statistics(self.fields, self.stream)
+        self.native.finish_statistics(self.problem, self.stream)
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
         self.start_call()
-        self.fields.per_row_upstream = upstream is not None and upstream.ndim == 1
-        self.fields.upstream = self.problem.kept(upstream)
+        self.problem.per_row_upstream = upstream is not None and upstream.ndim == 1
+        self.problem.upstream = self.arguments.kept(upstream)
         bounds = self.new_empty(3, -(-self.N // self.native.THREADS))
         self.set(omega=self.omega, bounds=bounds)
         self.set(factors=self.factors, unit=self.unit, sums=self.sums)
-        self.native.start_gradients(self.fields, self.stream)
+        self.native.start_gradients(self.problem, self.stream)
 
     def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
@@ -138,11 +135,11 @@ class CudaCall(DeviceCall):
         rows, radius, totals = self.new_empty(2, self.N), self.new_empty(self.N), self.new_empty(3)
         counter = torch.zeros(1, dtype=torch.int32, device=self.device)
         outputs = [x for x in (text, audio) if x is not None]
-        self.fields.out_single = any(x.dtype == torch.float32 for x in outputs)
+        self.problem.out_single = any(x.dtype == torch.float32 for x in outputs)
         self.set(dT=dT, dA=dA, out_text=text, out_audio=audio, counter=counter)
         self.set(row_scalars=rows, row_radius=radius)
         self.set(out_scale=totals[0], out_bias=totals[1], out_radius=totals[2])
-        self.native.finish_gradients(self.fields, self.stream)
+        self.native.finish_gradients(self.problem, self.stream)
         return radius, totals
 
 
@@ -150,7 +147,7 @@ class HopperCall(CudaCall):
     """A call whose tile pairs leave no logits."""
 
     def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
-        self.native.gram_tile(*self.place(tile, None, scratch))
+        self.native.hopper_tile(*self.place(tile, None, scratch))
 
 
 PANEL = DeviceBackend(CudaCall, fused=False)

@@ -1,6 +1,6 @@
 """Triton kernels of O(N D) work: the rows' geometry before the sweeps, the loss after the first.
 
-`state` (22, N) float32 is what csrc/params.h calls Problem::state and Problem::rows, with the
+`state` (22, N) float32 is what csrc/params.h calls CpuProblem::state and rows, with the
 maxima m in base 2. One program owns BLOCK_N rows; embeddings come as operands (`pack_rows`).
 """
 

@@ -1,7 +1,8 @@
-// Launchers of panel.cuh.
+// Launchers of panel.cuh and merge.cuh.
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/panel.cuh"
+#include "cuda/panel/merge.cuh"
+#include "cuda/panel/panel.cuh"
 
 namespace supclap::cuda {
 
@@ -10,7 +11,7 @@ static_assert(PanelShape::kBlockRows == kPanelRows && PanelShape::kBlockColumns 
 namespace {
 
 template <int kMode, bool kInfonce>
-std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+std::string launch_sweep(const CudaProblem& p, const PanelTile& tile, const PanelScratch& scratch,
                          Stream stream) {
   const auto kernel = !scratch.weights      ? panel_tile_kernel<kMode, kInfonce, false, 4>
                       : p.dtype == kFloat32 ? panel_tile_kernel<kMode, kInfonce, true, 4>
@@ -20,8 +21,8 @@ std::string launch_sweep(const Problem& p, const PanelTile& tile, const PanelScr
   return launch("panel_tile", kernel, grid, stream, p, tile, scratch);
 }
 
-// Adds one side's partial results to the running ones.
-std::string merge_side(const Problem& p, const float* part, const float* sums, int slots, int n,
+// Adds the partial results of one side, rows or columns, to the running ones.
+std::string merge_side(const CudaProblem& p, const float* part, const float* sums, int slots, int n,
                        int64_t first, bool columns, Stream stream) {
   const unsigned blocks = blocks_for(n, kWarp);
   if (part) {
@@ -44,7 +45,7 @@ std::string merge_side(const Problem& p, const float* part, const float* sums, i
 
 int64_t panel_shared() { return kPanelScratch * sizeof(float); }
 
-std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+std::string panel_tile(const CudaProblem& p, const PanelTile& tile, const PanelScratch& scratch,
                        Stream stream) {
   const auto sweep = [&](auto go) { return go(p, tile, scratch, stream); };
   if (p.infonce) {
@@ -58,7 +59,7 @@ std::string panel_tile(const Problem& p, const PanelTile& tile, const PanelScrat
   return sweep(launch_sweep<kMirror, false>);
 }
 
-std::string panel_merge(const Problem& p, const PanelTile& tile, const PanelScratch& scratch,
+std::string panel_merge(const CudaProblem& p, const PanelTile& tile, const PanelScratch& scratch,
                         Stream stream) {
   const int slots_i = int(blocks_for(tile.nj, kPanelColumns));
   const int slots_j = int(blocks_for(tile.ni, kPanelRows));

@@ -7,7 +7,7 @@
 // of 128 bytes after the other, the 16-byte pieces of row r at places piece ^ r % 8.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 #ifdef __CUDACC__
 #include <cuda.h>
@@ -17,6 +17,7 @@ namespace supclap::cuda {
 
 constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kAccumulators = 128;
+constexpr int kGroupRows = 8, kGroupBytes = kGroupRows * 128;  // rows of an operand
 
 #ifdef __CUDACC__
 
@@ -34,7 +35,7 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier& at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&at)), "r"(count)
                : "memory");
 }
-// After the last one: the asynchronous units see them.
+// Follows the last mbarrier_init: the asynchronous units see the barriers from here on.
 __device__ __forceinline__ void mbarriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -47,7 +48,8 @@ __device__ __forceinline__ void mbarrier_expect(Mbarrier& at, int bytes) {
                "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is over: the first is 0, and the one before it counts as over.
+// Waits until the phase of this parity is over. The first phase has parity 0, and the one before it
+// counts as over.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier& at, int parity) {
   asm volatile(
       "{\n"
@@ -60,7 +62,8 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier& at, int parity) {
       : "memory");
 }
 
-// The box of `map` at (row, column) to shared memory; zeros for what is outside of the tensor.
+// Copies the box of `map` at (row, column) to shared memory, with zeros for what is outside of the
+// tensor.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int row, int column,
                                          Mbarrier& full) {
   asm volatile(
@@ -69,7 +72,8 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int row
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(&full))
       : "memory");
 }
-// The box of a map of [groups of rows, tensors, rows, columns] from `group` on, of all tensors.
+// Copies the box of a map of [groups of rows, tensors, rows, columns] that begins at `group`, from
+// all tensors.
 __device__ __forceinline__ void copy_groups(void* to, const TensorMap& map, int group, int column,
                                             Mbarrier& full) {
   asm volatile(
@@ -83,13 +87,14 @@ __device__ __forceinline__ void copy_groups(void* to, const TensorMap& map, int 
 // Tells the compiler that all threads of a warp have the same number.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// x again: what the compiler made of it before is of no use, and takes no registers.
+// Returns x, but the compiler does not know that: what it made of x before is of no use, and takes
+// no registers.
 __device__ __forceinline__ uint32_t again(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// What a warpgroup gives up or takes of the multiprocessor's registers: so many a thread from here.
+// A warpgroup gives up or takes registers of the multiprocessor: from here on a thread has kCount.
 template <int kCount>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -104,19 +109,19 @@ __device__ __forceinline__ void warpgroup_barrier() {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / kWarpgroup) : "memory");
 }
 
-// Before wgmma reads registers that other instructions wrote.
+// Precedes a wgmma that reads registers which other instructions wrote.
 __device__ __forceinline__ void wgmma_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most so many commits are under way.
+// Waits until at most kPending commits are under way.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Keeps reads of the results behind the wait for them.
+// Keeps the compiler from reading results before the wait for them.
 __device__ __forceinline__ void wgmma_end(float (&c)[kAccumulators]) {
   SUPCLAP_UNROLL
   for (int n = 0; n < kAccumulators; ++n) asm volatile("" : "+f"(c[n])::"memory");
@@ -148,7 +153,7 @@ __device__ __forceinline__ void wgmma_end(float (&c)[kAccumulators]) {
           SUPCLAP_SIXTEEN(64), SUPCLAP_SIXTEEN(80), SUPCLAP_SIXTEEN(96), SUPCLAP_SIXTEEN(112) \
         : "l"(a), "l"(b), "r"(int(adds)));                                                    \
   }
-// c = a b^T, or c += a b^T; operands by operand_at.
+// c = a b^T, or with `adds` c += a b^T; a and b come from operand_at.
 SUPCLAP_WGMMA(Bfloat16, "bf16")
 SUPCLAP_WGMMA(Float16, "f16")
 #undef SUPCLAP_WGMMA
@@ -189,10 +194,11 @@ inline void wgmma(float (&c)[kAccumulators], uint64_t a, uint64_t b, bool adds, 
 
 #endif
 
-// A swizzled operand whose groups of 8 rows follow each other; 16 columns on: + kNextColumns.
+// The descriptor of a swizzled operand whose groups of 8 rows follow each other. Adding
+// kNextColumns moves it on by 16 columns.
 __device__ __forceinline__ uint64_t operand_at(const void* start) {
-  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kGroupBytes = 8 * 128;
-  return kSwizzle128 | kGroupBytes >> 4 << 32 | uint64_t(1) << 16 |
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+  return kSwizzle128 | uint64_t(kGroupBytes) >> 4 << 32 | uint64_t(1) << 16 |
          (shared_address(start) & 0x3ffff) >> 4;
 }
 constexpr uint64_t kNextColumns = 32 >> 4;

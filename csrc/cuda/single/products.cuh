@@ -1,6 +1,6 @@
 // Products of the single launch: B x B tiles, on the CUDA cores (float32) or the tensor cores.
 //
-// Two shapes of product, each with several results at once:
+// There are two shapes of product, each with several results at once:
 //     similarity   X_I Y_J^T, both operands [row, k]: the tiles of one pair
 //     gradient     M^T V, both operands [k, column]: sums of weighted rows
 //
@@ -10,7 +10,7 @@
 
 #include <type_traits>
 
-#include "cuda/mma.cuh"
+#include "cuda/device/mma.cuh"
 
 namespace supclap::cuda {
 
@@ -25,14 +25,14 @@ struct Mover {
   static_assert(!kTransposed || kAcross % 2 == 0);
   Piece held[kEach];
 
-  // Where piece e is. Transposed, two neighbours of a row are next to those of the next row: whole
-  // sectors of memory, and different banks.
+  // Row and first column of piece e. If transposed, two neighbours of a row are followed by two of
+  // the next row: a warp reads whole sectors of memory and writes to different banks.
   __device__ static int row(int e) { return kTransposed ? e / 2 % kTileRows : e / kAcross; }
   __device__ static int column(int e) {
     return (kTransposed ? e / (2 * kTileRows) * 2 + e % 2 : e % kAcross) * Piece::size;
   }
 
-  // Rows and columns beyond what is there are zeros; columns come in whole pieces.
+  // Rows and columns beyond the given numbers become zeros; columns come in whole pieces.
   __device__ void load(const Scalar* from, int64_t ld, int64_t rows, int64_t columns) {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
@@ -44,8 +44,8 @@ struct Mover {
       for (int m = 0; m < Piece::size; ++m) held[n].at[m] = narrow<Scalar>(0.0f);
     }
   }
-  // to [kTileRows, pitch], or, transposed, [kTileColumns, pitch]; so many columns, and the piece
-  // behind them, which completes a fragment.
+  // Writes to [kTileRows, pitch], or, if transposed, to [kTileColumns, pitch]: `columns` columns,
+  // and the piece behind them, which completes a fragment.
   __device__ void store(Scalar* to, int pitch, int columns) const {
     SUPCLAP_UNROLL
     for (int n = 0; n < kEach; ++n) {
@@ -60,7 +60,8 @@ struct Mover {
   }
 };
 
-// A tile straight to shared memory [kTileRows, pitch], where it is once the copies are waited for.
+// Copies a tile straight to shared memory [kTileRows, pitch]; it is there once the thread has
+// waited for its copies.
 template <int kTileRows, int kTileColumns, class Scalar>
 __device__ __forceinline__ void copy_tile(Scalar* to, int pitch, const Scalar* from, int64_t ld,
                                           int64_t rows, int64_t columns) {
@@ -74,13 +75,13 @@ __device__ __forceinline__ void copy_tile(Scalar* to, int pitch, const Scalar* f
   }
 }
 
-// Bytes of a row that a step of a similarity takes: little enough for the operands of large tiles
-// to be where their products go.
+// The bytes of a row that one step of a similarity takes: few enough for the operands of large
+// tiles to fit where their products go.
 template <int B>
 constexpr int kStepBytes = B == 64 ? 128 : 16384 / B;
 
-// A result: the teams' sums, added in order. Calls put(i, j, value), row by row; `parts`
-// [Multiply::kParts] are free again. Ends in a barrier.
+// Adds the teams' sums of a result, in order, and calls put(i, j, value) with them, row by row.
+// `parts` has room for Multiply::kParts numbers. Ends in a barrier.
 template <int B, class Multiply, class Put>
 __device__ void sum_teams(const Multiply& product, int result, float* parts, const Put& put) {
   constexpr int kPitch = B + 1, kTile = B * kPitch;
@@ -134,7 +135,8 @@ struct Product {
     }
   }
 
-  // S, P (off the diagonal), Q and K of so many columns; operands T_I, A_I, T_J, A_J.
+  // Adds the products of `depth` columns to S, P (off the diagonal), Q and K. Operands: T_I, A_I,
+  // T_J, A_J.
   __device__ void similarity(Scalar* const (&operand)[4], int grams, bool diagonal, int depth) {
     for (int k = team(); k < depth; k += kTeams) {
       const int at = k * kSimilarityPitch;
@@ -146,8 +148,8 @@ struct Product {
       if (grams > 1) add(sum[3], t_i, t_j);
     }
   }
-  // result += M^T V of one depth, which is summed by itself: a sum over all rows, one after the
-  // other, would lose more digits than the library's.
+  // result += M^T V of one depth, which is summed on its own: a sum over all rows, one after the
+  // other, would lose more digits than that of a library's product.
   __device__ void gradient(int result, const Scalar* M, const Scalar* V) {
     float part[4][4] = {};
     for (int k = team(); k < kGradientDepth; k += kTeams)

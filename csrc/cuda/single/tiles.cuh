@@ -1,9 +1,10 @@
-// The single launch's tile pairs, whose products stay in shared memory between its phases: logits,
-// statistics, and weights in place of them. Nothing here knows the embeddings' dtype.
+// The single launch's tile pairs, whose products stay in shared memory between its phases: they
+// become logits, statistics are taken of them, and weights take their place. Nothing here knows the
+// embeddings' dtype.
 #pragma once
 
-#include "cuda/literal.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/rows/literal.cuh"
+#include "cuda/tile/tile.cuh"
 
 namespace supclap::cuda {
 
@@ -12,8 +13,7 @@ template <int B>
 using SingleShape =
     PatchShape<(B == 16 ? 1 : B / 8), (B == 64 ? 2 : 1), (B == 16 ? 16 : kWarp), false>;
 
-// What is done with kept tiles, whatever the embeddings' dtype. Methods that are not inlined are
-// compiled once for all kernels.
+// A block's kept tiles. Methods that are not inlined are compiled once for all kernels.
 template <int B>
 struct KeptTiles {
   using Shape = SingleShape<B>;
@@ -22,7 +22,7 @@ struct KeptTiles {
   static constexpr int kTile = B * kPitch;
   static constexpr int kFactors = 2 * 2 * kDirections * B;  // of rows I and J
 
-  const Problem& p;
+  const CudaProblem& p;
   const SinglePlan& plan;
   const SingleScratch& to;
   float* memory;   // all of the block's
@@ -48,8 +48,8 @@ struct KeptTiles {
     return {partial + int64_t(other) * padded() + int64_t(own) * B, int64_t(plan.tiles) * padded()};
   }
 
-  // From inner products to logits, in place; pairs that do not take part are hidden. On the
-  // diagonal P becomes S^T. Ends in a barrier.
+  // Turns inner products into logits, in place, and hides pairs. On the diagonal P becomes S^T.
+  // Ends in a barrier.
   __device__ __noinline__ void to_logits_in_place(int I, int J, float* tiles) const {
     const bool diagonal = I == J;
     const Side own = side(I, nullptr), other = side(J, nullptr);
@@ -84,36 +84,36 @@ struct KeptTiles {
     return swapped ? exchanged(z) : z;
   }
 
-  // Partial (m, l) of the rows of tile `own` over those of tile `other`; `swapped`: own is J.
-  // Slots have room for what no row or no direction of the mode reads.
+  // Writes partial (m, l) of the rows of tile `own` over those of tile `other`; `swapped`: own is
+  // J. Slots exist for whole tiles and all directions; what the batch and the mode do not have is
+  // never read.
   template <bool kInfonce>
   __device__ __noinline__ void side_statistics(int own_tile, int other_tile, const float* tiles,
                                                bool swapped) const {
-    constexpr int kC = Shape::kColumns;
     const Side own = side(own_tile, nullptr), other = side(other_tile, nullptr);
     const Slot to_slot = slot(to.part, own_tile, other_tile);
     const float b = logit_bias_2(p);
     const bool writes = threadIdx.x % Shape::kLanes == 0;
-    Support others[kC];
+    Support others[Shape::kColumns];
     SUPCLAP_UNROLL
-    for (int c = 0; c < kC; ++c) others[c] = Support(other, Shape::column(c), p.mode);
+    for (int c = 0; c < Shape::kColumns; ++c) others[c] = Support(other, Shape::column(c), p.mode);
     SUPCLAP_ROLLED
     for (int r = 0; r < Shape::kRows; ++r) {
       const int x = Shape::row() + r;
       const Support support(own, x, p.mode);
-      Products z[kC];
+      Products z[Shape::kColumns];
       SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c) z[c] = read(tiles, x, Shape::column(c), swapped);
-      // Two directions at once: each is a chain of exchanges between lanes.
+      for (int c = 0; c < Shape::kColumns; ++c) z[c] = read(tiles, x, Shape::column(c), swapped);
+      // Two directions at a time, since each is a chain of exchanges between lanes.
       SUPCLAP_ROLLED
       for (int first = 0; first < kDirections; first += 2) {
         if (!has_direction(p.mode, first)) continue;
         LogSum sum[2];
         SUPCLAP_UNROLL
         for (int n = 0; n < 2; ++n) {
-          float logit[kC];
+          float logit[Shape::kColumns];
           SUPCLAP_UNROLL
-          for (int c = 0; c < kC; ++c)
+          for (int c = 0; c < Shape::kColumns; ++c)
             logit[c] = direction_logit(first + n, p.mode, z[c], support, others[c], b);
           sum[n] = row_log_sum<Shape>(logit, first + n, kInfonce);
         }
@@ -140,7 +140,7 @@ struct KeptTiles {
     LogSum sum{running[0], running[p.N]};  // of literal rows
     const int64_t plane = int64_t(plan.tiles) * padded();
     const float* from = to.part + 2 * d * plane + i;
-    SUPCLAP_UNROLL_BY(8)  // that many loads at once
+    SUPCLAP_UNROLL_BY(8)  // so that 8 loads are under way
     for (int tile = 0; tile < plan.tiles; ++tile, from += padded())
       sum = merge(sum, {from[0], from[plane]}, p.infonce);
     return sum;
@@ -160,8 +160,8 @@ struct KeptTiles {
     return unit_of(largest * block_max(gain, factors));
   }
 
-  // m and omega / (l unit) of the rows of I, and of J off the diagonal, into `factors`. Ends in a
-  // barrier.
+  // Writes m and omega / (l unit) of the rows of I, and of J off the diagonal, into `factors`. Ends
+  // in a barrier.
   __device__ __noinline__ void row_factors(int I, int J, float unit) const {
     SUPCLAP_ROLLED
     for (int e = threadIdx.x; e < (I == J ? 1 : 2) * kDirections * B; e += kThreads) {
@@ -171,16 +171,18 @@ struct KeptTiles {
       if (i < p.N && direction_used(p, d)) {
         LogSum total{0, 1};
         if (p.infonce) total = WithPositive(merged(i, d), Positive(p, i).logit(p, d)).total;
-        m = total.m, f = factor_of(p, d, total.l, omega_of(p, i), unit);
+        m = total.m;
+        f = factor_of(p, d, total.l, omega_of(p, i), unit);
       }
       float* at = factors + which * 2 * kDirections * B + d * B + x;
-      at[0] = m, at[kDirections * B] = f;
+      at[0] = m;
+      at[kDirections * B] = f;
     }
     __syncthreads();
   }
 
-  // What the owner of a diagonal pair leaves of its rows: losses, `state`, and for later `omega`
-  // and `factors`.
+  // The owner of a diagonal pair writes what belongs to its rows: losses, `state`, and for later
+  // `omega` and `factors`.
   __device__ __noinline__ void finish_rows(int I, float unit, bool gradient) const {
     const int64_t i = int64_t(I) * B + threadIdx.x;
     if (threadIdx.x >= B || i >= p.N) return;
@@ -201,8 +203,8 @@ struct KeptTiles {
     Products at[Shape::kColumns];
   };
 
-  // The pair's weights in place of its logits: W_ij, W_ji (off the diagonal), V_A, V_T symmetrised;
-  // and partial sums. Ends in a barrier.
+  // Puts the pair's weights in place of its logits: W_ij, W_ji (off the diagonal), V_A, V_T
+  // symmetrised; and writes partial sums. Ends in a barrier.
   template <bool kInfonce>
   __device__ __noinline__ void weights(int I, int J, float* tiles) const {
     const bool diagonal = I == J;
@@ -230,7 +232,7 @@ struct KeptTiles {
     __syncthreads();
   }
 
-  // `sums`, and what `stats` needs of the negatives, from their parts; in the tiles' order.
+  // Adds up `sums`, and what `stats` needs of the negatives, from their parts, in the tiles' order.
   __device__ __noinline__ void merge_rows(bool gradient) const {
     const int64_t plane = int64_t(plan.tiles) * padded();
     const int64_t begin = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -244,7 +246,7 @@ struct KeptTiles {
         for (int tile = first; tile < plan.tiles; ++tile) sum += part[tile * padded() + i];
         return sum;
       };
-      // A pair's base and bias sums, and its similarities, are with the rows of I alone.
+      // A pair adds to the base and bias sums, and to the similarities, of the rows of I alone.
       const int own = int(i / B);
       if (which >= kRowSums) {
         const int n = which - kRowSums;

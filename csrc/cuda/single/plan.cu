@@ -3,7 +3,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/single.cuh"
+#include "cuda/single/kernel.cuh"
 
 namespace supclap::cuda {
 
@@ -32,11 +32,12 @@ constexpr int64_t kMostRows = 4096;
 
 int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
-// Few pairs are cut into slices, so that about so many blocks multiply; a slice has at least so
-// many bytes of a row, and whole fragments of it. By N and D alone, not by the device.
+// Where there are few pairs, they are cut into slices, so that about kShares blocks multiply. A
+// slice has at least kSliceBytes of a row, in whole fragments. N and D alone decide, not the
+// device.
 constexpr int kShares = 128, kSliceBytes = 256;
 
-void cut(const Problem& p, SinglePlan& plan) {
+void cut(const CudaProblem& p, SinglePlan& plan) {
   const int64_t least = kSliceBytes / (p.dtype == kFloat32 ? 4 : 2);
   const int64_t most = std::min<int64_t>(kShares / plan.pairs, blocks_for(p.width, least));
   plan.slice = int(blocks_for(blocks_for(p.width, most < 1 ? 1 : most), 16) * 16);
@@ -44,14 +45,14 @@ void cut(const Problem& p, SinglePlan& plan) {
 }
 
 // Whether a tower's rows must be packed: normalised, or not contiguous in whole pieces of 16 bytes.
-bool packs(const Problem& p, const void* X, int64_t stride_n, int64_t stride_d) {
+bool packs(const CudaProblem& p, const void* X, int64_t stride_n, int64_t stride_d) {
   const bool as_given = stride_d == 1 && stride_n == p.width && p.D == p.width &&
                         reinterpret_cast<uintptr_t>(X) % 16 == 0;
   return p.normalize || !as_given;
 }
 
-// The parts of the scratch, one after the other; returns its size. Room for both towers.
-int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScratch& to) {
+// Lays out the parts of the scratch, one after the other, and returns its size.
+int64_t lay_out(CudaProblem& p, const SinglePlan& plan, uintptr_t start, SingleScratch& to) {
   const int64_t padded = int64_t(plan.tiles) * plan.side, itemsize = p.dtype == kFloat32 ? 4 : 2;
   const int64_t operand = p.N * p.width * itemsize;
   uintptr_t at = start;
@@ -68,7 +69,8 @@ int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScrat
   take(p.running, kPlanes * p.N * 4);
   take(p.factors, 2 * kDirections * p.N * 4);
   if (!p.row_loss) take(p.row_loss, p.N * 4);
-  p.T = const_cast<void*>(p.text), p.A = const_cast<void*>(p.audio);
+  p.T = const_cast<void*>(p.text);
+  p.A = const_cast<void*>(p.audio);
   if (packs(p, p.text, p.text_n, p.text_d)) take(p.T, operand);
   if (packs(p, p.audio, p.audio_n, p.audio_d)) take(p.A, operand);
   return int64_t(at - start);
@@ -76,7 +78,7 @@ int64_t lay_out(Problem& p, const SinglePlan& plan, uintptr_t start, SingleScrat
 
 }  // namespace
 
-SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiprocessors,
+SinglePlan plan_single(const CudaProblem& p, bool gradient, int side, int multiprocessors,
                        int64_t shared_limit) {
   if (p.N > kMostRows) return {};
   for (const TileSide& choice : kSides) {
@@ -84,7 +86,8 @@ SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiproce
     SinglePlan plan{};
     plan.side = choice.side;
     const int64_t tiles = blocks_for(p.N, plan.side);
-    plan.tiles = int(tiles), plan.pairs = int(tiles * (tiles + 1) / 2);
+    plan.tiles = int(tiles);
+    plan.pairs = int(tiles * (tiles + 1) / 2);
     cut(p, plan);
     const int64_t items = tiles * blocks_for(p.width, plan.side), shares = plan.pairs * plan.slices;
     const int64_t most = gradient && items > shares ? items : shares;
@@ -97,29 +100,29 @@ SinglePlan plan_single(const Problem& p, bool gradient, int side, int multiproce
       return std::string();
     });
     SingleScratch scratch;
-    Problem laid_out = p;
+    CudaProblem laid_out = p;
     plan.scratch = lay_out(laid_out, plan, 0, scratch);
     if (plan.shared <= shared_limit) return plan;
   }
   return {};
 }
 
-SinglePlan plan_single(const Problem& p, bool gradient, int side) {
+SinglePlan plan_single(const CudaProblem& p, bool gradient, int side) {
   return plan_single(p, gradient, side, multiprocessors(), shared_limit());
 }
 
-int64_t single_limit(Problem p, int side, int multiprocessors, int64_t shared_limit) {
+int64_t single_limit(CudaProblem p, int side, int multiprocessors, int64_t shared_limit) {
   int64_t N = 0;
   for (p.N = 16; plan_single(p, true, side, multiprocessors, shared_limit).blocks; p.N += 16)
     N = p.N;
   return N;
 }
-int64_t single_limit(const Problem& p, int side) {
+int64_t single_limit(const CudaProblem& p, int side) {
   return single_limit(p, side, multiprocessors(), shared_limit());
 }
 
-std::string single(Problem p, const SinglePlan& plan, uintptr_t scratch, float* loss, bool gradient,
-                   Stream stream) {
+std::string single(CudaProblem p, const SinglePlan& plan, uintptr_t scratch, float* loss,
+                   bool gradient, Stream stream) {
   SingleScratch to;
   lay_out(p, plan, scratch, to);
   const Grid grid{unsigned(plan.blocks), size_t(plan.shared), true};

@@ -1,7 +1,7 @@
 // Launchers of the kernels that have rows, not tiles.
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/row_kernels.cuh"
+#include "cuda/rows/kernels.cuh"
 
 namespace supclap::cuda {
 
@@ -14,7 +14,7 @@ int device_count() {
   return 0;
 }
 
-std::string pack_rows(const Problem& p, bool text, Stream stream) {
+std::string pack_rows(const CudaProblem& p, bool text, Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto* from = static_cast<const Scalar*>(text ? p.text : p.audio);
@@ -24,26 +24,26 @@ std::string pack_rows(const Problem& p, bool text, Stream stream) {
   });
 }
 
-std::string prepare_rows(const Problem& p, Stream stream) {
+std::string prepare_rows(const CudaProblem& p, Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     return launch("prepare_rows", prepare_rows_kernel<decltype(scalar)>, {blocks_for(p.N, kWarps)},
                   stream, p);
   });
 }
 
-std::string finish_statistics(const Problem& p, Stream stream) {
+std::string finish_statistics(const CudaProblem& p, Stream stream) {
   return launch("finish_statistics", finish_statistics_kernel, {blocks_for(p.N, kThreads)}, stream,
                 p);
 }
 
-std::string start_gradients(const Problem& p, Stream stream) {
+std::string start_gradients(const CudaProblem& p, Stream stream) {
   const Grid grid{blocks_for(p.N, kThreads), kWarps * sizeof(float)};
   const std::string error = launch("row_weights", row_weights_kernel, grid, stream, p);
   return error.empty() ? launch("row_factors", row_factors_kernel, grid, stream, p) : error;
 }
 
-std::string finish_gradients(const Problem& p, Stream stream) {
-  // Few rows are done soonest by a block each, many by a warp each.
+std::string finish_gradients(const CudaProblem& p, Stream stream) {
+  // Few rows are done soonest by one block each, many by one warp each.
   const int team = p.N > kWarps * int64_t(multiprocessors()) ? kWarp : kThreads;
   const Grid grid{blocks_for(p.N, kThreads / team), kWarps * sizeof(double)};
   return by_dtype(p.dtype, [&](auto scalar) {
@@ -52,20 +52,21 @@ std::string finish_gradients(const Problem& p, Stream stream) {
   });
 }
 
-std::string list_literal(const Problem& p, int* index, int* count, Stream stream) {
+std::string list_literal(const CudaProblem& p, int* index, int* count, Stream stream) {
   return launch("list_literal", list_literal_kernel, {1, kWarps * sizeof(int)}, stream, p, index,
                 count);
 }
 
 namespace {
-// Two blocks a multiprocessor take turns with the rows: how many are literal is not known here.
-Grid literal_grid(const Problem& p) {
+// The host does not know how many rows are literal: two blocks a multiprocessor take turns with
+// them.
+Grid literal_grid(const CudaProblem& p) {
   const int64_t most = 2 * int64_t(multiprocessors());
   return {unsigned(p.N < most ? p.N : most), literal_scratch(p.width) * sizeof(float)};
 }
 }  // namespace
 
-std::string literal_statistics(const Problem& p, const int* index, const int* count,
+std::string literal_statistics(const CudaProblem& p, const int* index, const int* count,
                                Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     return launch("literal_statistics", literal_statistics_kernel<decltype(scalar)>,
@@ -73,7 +74,8 @@ std::string literal_statistics(const Problem& p, const int* index, const int* co
   });
 }
 
-std::string literal_gradients(const Problem& p, const int* index, const int* count, Stream stream) {
+std::string literal_gradients(const CudaProblem& p, const int* index, const int* count,
+                              Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const std::string error = launch("literal_rows", literal_rows_kernel<Scalar>, literal_grid(p),

@@ -1,14 +1,14 @@
-// The kernels that have rows, not tiles: a warp, a thread or a block for each.
+// The kernels that work on rows, not tiles: each row has a warp, a thread or a block.
 #pragma once
 
-#include "cuda/literal.cuh"
+#include "cuda/rows/literal.cuh"
 
 namespace supclap::cuda {
 
-// A warp a row. T, A: the operands, written where they are not the rows as given.
+// Writes an operand, where it is not the rows as given. A warp has one row.
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    pack_rows_kernel(const __grid_constant__ Problem p, const Scalar* X, int64_t stride_n,
+    pack_rows_kernel(const __grid_constant__ CudaProblem p, const Scalar* X, int64_t stride_n,
                      int64_t stride_d, Scalar* out) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i < p.N) pack_row(p, X + i * stride_n, stride_d, out + i * p.width);
@@ -16,12 +16,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    prepare_rows_kernel(const __grid_constant__ Problem p) {
+    prepare_rows_kernel(const __grid_constant__ CudaProblem p) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i < p.N) prepare_row<Scalar>(p, i);
 }
 
-static __global__ void finish_statistics_kernel(const __grid_constant__ Problem p) {
+static __global__ void finish_statistics_kernel(const __grid_constant__ CudaProblem p) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.N) return;
   LogSum negatives[kDirections];
@@ -30,8 +30,8 @@ static __global__ void finish_statistics_kernel(const __grid_constant__ Problem 
   finish_row_statistics(p, i, negatives);
 }
 
-// omega, and per block what bounds it and the weights.
-static __global__ void row_weights_kernel(const __grid_constant__ Problem p) {
+// Writes omega, and for each block what bounds it and the weights.
+static __global__ void row_weights_kernel(const __grid_constant__ CudaProblem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -44,8 +44,8 @@ static __global__ void row_weights_kernel(const __grid_constant__ Problem p) {
   for (int n = 0; n < 3; ++n) p.bounds[n * gridDim.x + blockIdx.x] = largest[n];
 }
 
-// m and omega / (l unit) of every direction; the grid is that of row_weights_kernel.
-static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
+// Writes m and omega / (l unit) of every direction; the grid is that of row_weights_kernel.
+static __global__ void row_factors_kernel(const __grid_constant__ CudaProblem p) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   float largest[3];
@@ -56,7 +56,7 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
     largest[n] = block_max(largest[n], scratch);
   }
   const auto& [up, down, gain] = largest;
-  // With the rows' sign, where all have the same: omegas over it are positive.
+  // The unit has the omegas' sign where all have the same: omegas over it are positive.
   const float unit = unit_of(fmaxf(up, down) * gain) * (up == 0 && down > 0 ? -1 : 1);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.unit[0] = unit;
@@ -72,10 +72,10 @@ static __global__ void row_factors_kernel(const __grid_constant__ Problem p) {
   }
 }
 
-// A warp or a block (`team` threads) a row; the last block adds up dk, db and dR.
+// A row has `team` threads: a warp or a block. The last block adds up dk, db and dR.
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 3)
-    finish_gradients_kernel(const __grid_constant__ Problem p, int team) {
+    finish_gradients_kernel(const __grid_constant__ CudaProblem p, int team) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / team;
@@ -91,16 +91,16 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // ---------------------------------------------------------------- literal rows
 
-static __global__ void list_literal_kernel(const __grid_constant__ Problem p, int* index,
+static __global__ void list_literal_kernel(const __grid_constant__ CudaProblem p, int* index,
                                            int* count) {
   SUPCLAP_SHARED(memory);
   list_literal(p, index, count, reinterpret_cast<int*>(memory));
 }
 
-// Grids of any size: blocks take turns.
+// The grid may have any size: blocks take turns.
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    literal_statistics_kernel(const __grid_constant__ Problem p, const int* index,
+    literal_statistics_kernel(const __grid_constant__ CudaProblem p, const int* index,
                               const int* count) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    literal_rows_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+    literal_rows_kernel(const __grid_constant__ CudaProblem p, const int* index, const int* count) {
   SUPCLAP_SHARED(memory);
   const int literal = *count;
   for (int n = blockIdx.x; n < literal; n += gridDim.x)
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 1)
-    literal_columns_kernel(const __grid_constant__ Problem p, const int* index, const int* count) {
+    literal_columns_kernel(const __grid_constant__ CudaProblem p, const int* index,
+                           const int* count) {
   SUPCLAP_SHARED(memory);
   const int literal = *count;
   if (literal == 0) return;

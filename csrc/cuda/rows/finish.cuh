@@ -1,14 +1,14 @@
-// What belongs to the rows alone, after the last product: positives, the motion of the support
+// Finishes the gradients after the last product, row by row: positives, the motion of the support
 // vectors, the constraint, normalisation, and the one cast (MATH.md, row terms).
 #pragma once
 
-#include "cuda/rows.cuh"
+#include "cuda/rows/rows.cuh"
 
 namespace supclap::cuda {
 
-// Gradient of direction d with respect to the logit of its positive, p - 1.
-__device__ __forceinline__ float positive_slope(const Problem& p, int d, const Positive& positive,
-                                                int64_t i) {
+// The gradient of direction d with respect to the logit of its positive, p - 1.
+__device__ __forceinline__ float positive_slope(const CudaProblem& p, int d,
+                                                const Positive& positive, int64_t i) {
   if (p.infonce) return -p.state[(kStateOthers + d) * p.N + i] / p.state[(kStateL + d) * p.N + i];
   return -sigmoid_2(-positive.logit(p, d));
 }
@@ -18,7 +18,7 @@ struct RowTerms {
   float t_t = 0, t_a = 0, t_e = 0, a_t = 0, a_a = 0, a_e = 0;
   float dk, db, dR = 0;
 
-  __device__ RowTerms(const Problem& p, int64_t i) {
+  __device__ RowTerms(const CudaProblem& p, int64_t i) {
     const Positive positive(p, i);
     const float k = p.scale[0], unit = p.unit[0], per_product = unit / logit_scale_2(p);
     const float w = p.omega[i];
@@ -37,7 +37,7 @@ struct RowTerms {
       c = row_of(p, kC, i);
       const float et = row_of(p, kStepText, i), ea = row_of(p, kStepAudio, i), ee = ea - et;
       const float n_t = row_of(p, kTextInverse, i), n_a = row_of(p, kAudioInverse, i), d = 1 - c;
-      // Of a literal row, H and U are in kRhoLiteral and dT, dA already (literal.cuh).
+      // H and U of a literal row are in kRhoLiteral and dT, dA already (literal.cuh).
       const bool near = !is_literal(p, i), tangent = p.renormalize && near;
       float h = positive_slope(p, kSupportRows, positive, i);
       if (p.mode == kShared) h += positive_slope(p, kOtherRows, positive, i);
@@ -46,31 +46,46 @@ struct RowTerms {
       const float H = near ? k * n_t * h : 0;
       const float sigma_t = tangent ? k * n_t * n_t * support : 0;
       rho = k * n_t * sum(kRhoText) * per_product + H * ea - sigma_t * (et + c * ee);
-      dk += support, db += h;
-      t_a += d * H, a_t += H, a_a += c * H, a_e += c * H;
-      t_t -= d * sigma_t, t_e -= d * c * sigma_t, a_t -= c * sigma_t, a_e -= c * c * sigma_t;
+      dk += support;
+      db += h;
+      t_a += d * H;
+      a_t += H;
+      a_a += c * H;
+      a_e += c * H;
+      t_t -= d * sigma_t;
+      t_e -= d * c * sigma_t;
+      a_t -= c * sigma_t;
+      a_e -= c * c * sigma_t;
       if (p.mode == kMirror) {
         const float u = positive_slope(p, kOtherRows, positive, i) * (p.alpha * w);
         const float support_a = sum(kSupportAudio) * per_product + u * positive.y;
         const float U = near ? k * n_a * u : 0;
         const float sigma_a = tangent ? k * n_a * n_a * support_a : 0;
         rho += k * n_a * sum(kRhoAudio) * per_product - U * et - sigma_a * (c * ee - ea);
-        dk += support_a, db += u;
-        t_t += c * U, t_a += U, t_e -= c * U, a_t += d * U;
-        t_a -= c * sigma_a, t_e += c * c * sigma_a, a_a -= d * sigma_a, a_e += d * c * sigma_a;
+        dk += support_a;
+        db += u;
+        t_t += c * U;
+        t_a += U;
+        t_e -= c * U;
+        a_t += d * U;
+        t_a -= c * sigma_a;
+        t_e += c * c * sigma_a;
+        a_a -= d * sigma_a;
+        a_e += d * c * sigma_a;
       }
       rho = (rho + k * unit * sum(kRhoLiteral)) / r;
     }
     dR = rho + hinge - (R < 0 ? p.beta * w : 0);
     const float along = (c * rho + hinge) / r;
-    t_e += along, a_e -= along;
+    t_e += along;
+    a_e -= along;
   }
 };
 
 // Everything a warp or a whole block needs to finish a row.
 template <class Scalar>
 struct FinishRow {
-  const Problem& p;
+  const CudaProblem& p;
   int team;                            // threads
   const Scalar *text, *audio;          // the pair as given
   double text_inverse, audio_inverse;  // 1 / length
@@ -112,9 +127,9 @@ struct FinishRow {
   }
 };
 
-// Gradients of row i, by a team of so many threads.
+// Writes the gradients of row i. Called by `team` threads: a warp or a block.
 template <class Scalar>
-__device__ void finish_row(const Problem& p, int64_t i, int team, float* scratch) {
+__device__ void finish_row(const CudaProblem& p, int64_t i, int team, float* scratch) {
   const RowTerms terms(p, i);
   const float scale = p.after ? *p.after : 1;
   if (threadIdx.x % team == 0) {
@@ -124,7 +139,7 @@ __device__ void finish_row(const Problem& p, int64_t i, int team, float* scratch
   }
   const auto* text = static_cast<const Scalar*>(p.text) + i * p.text_n;
   const auto* audio = static_cast<const Scalar*>(p.audio) + i * p.audio_n;
-  // Every warp for itself: no barrier.
+  // Each warp finds them for itself, without a barrier.
   const double text_inverse = p.normalize ? inverse_length(text, p.text_d, p.D) : 1;
   const double audio_inverse = p.normalize ? inverse_length(audio, p.audio_d, p.D) : 1;
   const FinishRow<Scalar> row{
@@ -137,8 +152,8 @@ __device__ void finish_row(const Problem& p, int64_t i, int team, float* scratch
              p.out_audio, i);
 }
 
-// dk, db and dR: the sums of their rows, in order. Called by one block.
-__device__ inline void finish_scalars(const Problem& p, double* scratch) {
+// Adds up dk, db and dR of the rows, in order. Called by one block.
+__device__ inline void finish_scalars(const CudaProblem& p, double* scratch) {
   const auto add = [&](const float* rows, float* out) {
     if (!out) return;
     double sum = 0;

@@ -1,15 +1,16 @@
 // Scalar formulas on logits in base 2; names as in formulas.h and the Triton kernels.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 #include "formulas.h"
 
 namespace supclap::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kHidden = float(supclap::kHidden);  // logit of a hidden pair
+constexpr float kHidden = float(supclap::kHidden);  // the same in the kernels' type
 
-// A set of logits: InfoNCE: maximum m and l = sum of exp2(z - m). SigLIP: l = sum of softplus.
+// What is kept of a set of logits z. InfoNCE: their maximum m and l = sum of exp2(z - m). SigLIP:
+// l = sum of softplus.
 struct alignas(8) LogSum {
   float m, l;
 };
@@ -25,12 +26,12 @@ __device__ __forceinline__ LogSum shuffle_xor(LogSum x, int apart) {
   return {shuffle_xor(x.m, apart), shuffle_xor(x.l, apart)};
 }
 
-// k log2(e); not 0, since sums of slope times logit are divided by it later.
-__device__ __forceinline__ float logit_scale_2(const Problem& p) {
+// k log2(e), but never 0: sums of slope times logit are divided by it later.
+__device__ __forceinline__ float logit_scale_2(const CudaProblem& p) {
   const float k2 = p.scale[0] * kLog2e;
   return k2 == 0 ? 1e-30f : k2;
 }
-__device__ __forceinline__ float logit_bias_2(const Problem& p) {
+__device__ __forceinline__ float logit_bias_2(const CudaProblem& p) {
   return p.infonce || !p.bias ? 0 : p.bias[0] * kLog2e;
 }
 
@@ -39,13 +40,13 @@ SUPCLAP_HD bool has_direction(int mode, int d) {
   return d < kSupportRows || (mode != kPlain && (d == kSupportRows || mode != kOneSided));
 }
 
-// ... and the objective: SigLIP counts columns with rows.
-SUPCLAP_HD bool direction_used(const Problem& p, int d) {
+// Whether the loss uses direction d: SigLIP counts columns with rows.
+SUPCLAP_HD bool direction_used(const CudaProblem& p, int d) {
   return has_direction(p.mode, d) && (p.infonce || d != kAudioRows);
 }
 
-// ... or its negatives are wanted all the same: SigLIP's ranks compare with them.
-SUPCLAP_HD bool direction_kept(const Problem& p, int d) {
+// Whether the negatives of direction d are kept: SigLIP's ranks compare with those of the audios.
+SUPCLAP_HD bool direction_kept(const CudaProblem& p, int d) {
   return direction_used(p, d) || (d == kAudioRows && p.stats);
 }
 
@@ -75,7 +76,9 @@ __device__ __forceinline__ float sigmoid_2(float z) {
 // What a logit of direction d adds to l once its set's maximum is known.
 __device__ __forceinline__ float summand(float z, float m, int d, bool infonce) {
   if (infonce) return exp_2(z - m);
-  return d == kAudioRows ? 0 : softplus_2(z);  // no direction of SigLIP: the ranks want its m
+  return d == kAudioRows
+             ? 0
+             : softplus_2(z);  // SigLIP has no such direction; only its m counts, for the ranks
 }
 
 // Gradient towards a negative's logit z: softmax or sigmoid, weighted by f.

@@ -1,68 +1,35 @@
-// What a warp makes of the products of a tile in which every pair counts: InfoNCE, no positive, no
-// equal ids, nothing outside of the batch. As gram_tile.cuh, in a third of the instructions.
+// What a team makes of the products of a full tile with InfoNCE: the same as general.cuh, in a
+// third of the instructions. A full tile has no positive and no equal ids, and lies inside the
+// batch.
 //
 // The exponentials of a tile are taken from one reference for each kind of logit, so that S_ij adds
 // the same number to row i and to column j. A sum that could have lost digits to its reference is
-// noticed afterwards, and the tile is done again by gram_tile.cuh.
+// noticed afterwards, and general.cuh does the tile again.
 #pragma once
 
-#include "cuda/gram_tile.cuh"
+#include "cuda/hopper/formulas.cuh"
+#include "cuda/hopper/team.cuh"
 
 namespace supclap::cuda {
 
-// <s, y> of the support vector s = x + c (y_own - x), and what c multiplies.
-struct SupportProduct {
-  float step, product;
-  __device__ SupportProduct(float cross, float gram, float c)
-      : step(gram - cross), product(cross + c * step) {}
-};
-
-// What a support vector adds, from the slope towards its logit times k2 over its length: to the
-// sums of its row, and to the weights of the cross product and of the gram.
-struct SupportSlopes {
-  float rho, support, own, gram;
-  __device__ SupportSlopes(const SupportProduct& p, float slope, float c, float over)
-      : rho(slope * p.step), support(slope * p.product) {
-    const float v = c * slope;
-    own = over * (slope - v), gram = over * v;
-  }
-};
-// Such a sum as the other tiles leave it: rho's slopes are without the length.
-__device__ __forceinline__ float without_length(int sum, float total, const Support& of) {
-  if (sum == kRhoText) return quotient(total, of.text);
-  if (sum == kRhoAudio) return quotient(total, of.audio);
-  return total;
-}
-
-// Sums of exponentials in which none that matters is out of float32's range.
-struct Range {
-  float least = 1, most = 1;
-  __device__ void take(float sum) { least = fminf(least, sum), most = fmaxf(most, sum); }
-  // Whether this holds for all lanes of the warp.
-  __device__ bool good() const {
-    const bool bad = least < 0x1p-30f || most > 0x1p30f;
-    return uniform(warp_max(bad ? 1.0f : 0.0f) == 0);
-  }
-};
-
-// Sweep 1, up to what the warps of a team leave of their columns in `scratch`. False: not done.
-__device__ __forceinline__ bool plain_statistics(const GramTile& tile,
-                                                 const float (&c)[kAccumulators], Slot slot_i,
-                                                 ColumnScratch scratch) {
-  using Shape = GramShape;
+// Sweep 1, up to what the warps of a team leave of their columns in `scratch`. Returns false where
+// a sum could have lost digits: general_statistics must do the tile again.
+__device__ __forceinline__ bool full_statistics(const HopperTile& tile,
+                                                const float (&c)[kAccumulators], Slot slot_i,
+                                                ColumnScratch scratch) {
+  using Shape = HopperShape;
   const int mode = tile.mode;
   const bool mirror = mode == kMirror, shared = mode == kShared;
   const float k2 = tile.k2;
-  const PlainSupport own(tile.own, k2);
-  const Products first = GramTile::products(c, 0);
+  const FullSupport own(tile.own, k2);
+  const Products first = HopperTile::products(c, 0);
   const float m_pair = warp_max(k2 * first.S);
   const float m_text = warp_max(own.text * SupportProduct(first.S, first.Q, own.c).product);
   const float m_audio =
       mirror ? warp_max(own.audio * SupportProduct(first.P, first.K, own.c).product) : 0;
   const float m[kDirections] = {m_pair, m_pair, m_text, mirror ? m_audio : m_text};
-  // Whether direction d is of support vectors of a side's own rows, and its row one that tiles
-  // skip.
-  const auto skips = [&](int d, const PlainSupport& of) {
+  // Whether direction d belongs to a support vector of the row itself, and the tiles skip it.
+  const auto skips = [&](int d, const FullSupport& of) {
     return (d == kSupportRows || (d == kOtherRows && mirror)) && of.offset != 0;
   };
   float row[kDirections] = {};
@@ -72,28 +39,35 @@ __device__ __forceinline__ bool plain_statistics(const GramTile& tile,
     float column[kDirections][kChunk];
     SUPCLAP_UNROLL
     for (int n = 0; n < kChunk; ++n) {
-      const Products z = GramTile::products(c, h * kChunk + n);
-      const PlainSupport other = tile.columns.plain(Shape::column(h * kChunk + n));
+      const Products z = HopperTile::products(c, h * kChunk + n);
+      const FullSupport other = tile.columns.full(Shape::column(h * kChunk + n));
       const float S = exp_2(k2 * z.S - m_pair), P = exp_2(k2 * z.P - m_pair);
-      row[kTextRows] += S, row[kAudioRows] += P;
-      column[kTextRows][n] = P, column[kAudioRows][n] = S;
+      row[kTextRows] += S;
+      row[kAudioRows] += P;
+      column[kTextRows][n] = P;
+      column[kAudioRows][n] = S;
       const SupportProduct own_x(z.S, z.Q, own.c), other_x(z.P, z.Q, other.c);
       const float own_e = exp_2(own.text * own_x.product + (own.offset - m_text));
       const float other_e = exp_2(other.text * other_x.product + (other.offset - m_text));
-      row[kSupportRows] += own_e, column[kSupportRows][n] = other_e;
-      if (shared) row[kOtherRows] += other_e, column[kOtherRows][n] = own_e;
+      row[kSupportRows] += own_e;
+      column[kSupportRows][n] = other_e;
+      if (shared) {
+        row[kOtherRows] += other_e;
+        column[kOtherRows][n] = own_e;
+      }
       if (!mirror) continue;
       const SupportProduct own_y(z.P, z.K, own.c), other_y(z.S, z.K, other.c);
       row[kOtherRows] += exp_2(own.audio * own_y.product + (own.offset - m_audio));
       column[kOtherRows][n] = exp_2(other.audio * other_y.product + (other.offset - m_audio));
     }
-    const PlainSupport of = tile.columns.plain(scratch.column(h));
+    const FullSupport of = tile.columns.full(scratch.column(h));
     SUPCLAP_UNROLL
     for (int d = 0; d < kDirections; ++d) {
       if (!has_direction(mode, d)) continue;
       const float l = join_columns(column[d], Add{});
       if (!skips(d, of)) range.take(l);
-      scratch.chunk(2 * d, h) = skips(d, of) ? kHidden : m[d], scratch.chunk(2 * d + 1, h) = l;
+      scratch.chunk(2 * d, h) = skips(d, of) ? kHidden : m[d];
+      scratch.chunk(2 * d + 1, h) = l;
     }
   }
   SUPCLAP_UNROLL
@@ -111,17 +85,18 @@ __device__ __forceinline__ bool plain_statistics(const GramTile& tile,
   return true;
 }
 
-// Sweep 2 where no factor is negative, nor k2, likewise.
+// Sweep 2, if k2 and all factors are positive, up to what the warps of a team leave of their
+// columns in `scratch`.
 template <class Store>
-__device__ __forceinline__ void plain_weights(const GramTile& tile, const float (&c)[kAccumulators],
-                                              Slot slot_i, ColumnScratch scratch,
-                                              const Store& store) {
-  using Shape = GramShape;
+__device__ __forceinline__ void full_weights(const HopperTile& tile,
+                                             const float (&c)[kAccumulators], Slot slot_i,
+                                             ColumnScratch scratch, const Store& store) {
+  using Shape = HopperShape;
   const int x = Shape::row(), mode = tile.mode;
   const bool mirror = mode == kMirror, shared = mode == kShared;
   const float k2 = tile.k2, over = 1 / k2;
-  const PlainSupport own(tile.own, k2);
-  const auto& own_top = PlainFactors(tile.own_f, own, mode).top;
+  const FullSupport own(tile.own, k2);
+  const auto& own_top = FullFactors(tile.own_f, own, mode).top;
   float base = 0, base_columns = 0, row[kTileSums] = {};
   SUPCLAP_UNROLL
   for (int h = 0; h < Shape::kColumns / kChunk; ++h) {
@@ -132,12 +107,13 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
       SUPCLAP_UNROLL
       for (int side = 0; side < 2; ++side) {
         const int n = h * kChunk + e + side, y = Shape::column(n);
-        const Products z = GramTile::products(c, n);
-        const PlainSupport other = tile.columns.plain(y);
-        const auto& top = tile.columns.plain_factors(y).top;
+        const Products z = HopperTile::products(c, n);
+        const FullSupport other = tile.columns.full(y);
+        const auto& top = tile.columns.full_factors(y).top;
         float one = exp_2(k2 * z.S - own_top[kTextRows]) + exp_2(k2 * z.S - top[kAudioRows]);
         float two = exp_2(k2 * z.P - top[kTextRows]) + exp_2(k2 * z.P - own_top[kAudioRows]);
-        base += one * z.S, base_columns += two * z.P;
+        base += one * z.S;
+        base_columns += two * z.P;
         const SupportProduct own_x(z.S, z.Q, own.c), other_x(z.P, z.Q, other.c);
         float own_h = exp_2(own.text * own_x.product - own_top[kSupportRows]);
         float other_h = exp_2(other.text * other_x.product - top[kSupportRows]);
@@ -148,10 +124,13 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
         if (shared && other.offset != 0) other_h = 0;
         const auto add = [&](const SupportSlopes& mine, const SupportSlopes& theirs, int rho,
                              int support, float& own_w, float& other_w, float& gram) {
-          row[rho] += mine.rho, row[support] += mine.support;
+          row[rho] += mine.rho;
+          row[support] += mine.support;
           column[rho - kRhoText][e + side] = theirs.rho;
           column[support - kRhoText][e + side] = theirs.support;
-          own_w += mine.own, other_w += theirs.own, gram = mine.gram + theirs.gram;
+          own_w += mine.own;
+          other_w += theirs.own;
+          gram = mine.gram + theirs.gram;
         };
         add(SupportSlopes(own_x, own_h, own.c, over),
             SupportSlopes(other_x, other_h, other.c, over), kRhoText, kSupportText, one, two,
@@ -164,7 +143,8 @@ __device__ __forceinline__ void plain_weights(const GramTile& tile, const float 
               SupportSlopes(other_y, other_u, other.c, over), kRhoAudio, kSupportAudio, two, one,
               w[3][side]);
         }
-        w[0][side] = one, w[1][side] = two;
+        w[0][side] = one;
+        w[1][side] = two;
       }
       store(h * kChunk + e, w);
     }

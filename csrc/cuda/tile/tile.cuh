@@ -5,19 +5,20 @@
 // the other. A tile on the diagonal of the Gram matrix has P = S^T, and only what belongs to its
 // rows is taken.
 //
-// Who has what: a thread has a patch of kRows x kColumns elements. kLanes lanes of a warp share its
+// A thread has a patch of kRows x kColumns elements. kLanes lanes of a warp share its
 // rows, so a row is reduced by shuffles; a column is reduced over the thread's rows, then over the
 // groups of lanes of the whole block through shared memory.
 #pragma once
 
-#include "cuda/logits.cuh"
+#include "cuda/tile/logits.cuh"
 
 namespace supclap::cuda {
 
-// Sums that columns have, too: those from kRhoText on.
+// How many sums columns have, too: those from kRhoText on.
 constexpr int kColumnSums = kTileSums - kRhoText;
 
-// kAdjacent: a thread's columns are neighbours; else kLanes apart.
+// How a block's threads share a tile. kAdjacent: a thread's columns are neighbours; else they are
+// kLanes apart.
 template <int kRows_, int kColumns_, int kLanes_, bool kAdjacent>
 struct PatchShape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kLanes = kLanes_;
@@ -42,7 +43,7 @@ struct Products {
 
 __device__ __forceinline__ Products exchanged(const Products& z) { return {z.P, z.S, z.Q, z.K}; }
 
-// Hidden in all four, if the pair does not take part; else times k2.
+// Logits from inner products: k2 times each, or kHidden in all four if the pair is hidden.
 __device__ __forceinline__ Products to_logits(Products z, float k2, bool hidden, int mode) {
   return {hidden ? kHidden : k2 * z.S, hidden ? kHidden : k2 * z.P,
           hidden || mode == kPlain ? kHidden : k2 * z.Q,
@@ -66,8 +67,9 @@ struct Side {
   }
 };
 
-// Rows from first + at on, of the n from `first` on, as the sweeps left them in `state`.
-__device__ __forceinline__ Side side_of(const Problem& p, int64_t first, int at, int n) {
+// The rows that begin at first + at, of the n that begin at `first`, as the sweeps left them in
+// `state`.
+__device__ __forceinline__ Side side_of(const CudaProblem& p, int64_t first, int at, int n) {
   const int64_t start = first + at;
   return {p.state + kStateGeometry * p.N + start,
           p.factors + start,
@@ -78,7 +80,7 @@ __device__ __forceinline__ Side side_of(const Problem& p, int64_t first, int at,
           n - at};
 }
 
-// What tells a pair of negatives from others.
+// What tells whether two rows are negatives of each other.
 struct Identity {
   int64_t index, id;  // -1: no row
   __device__ Identity(const Side& side, int x)
@@ -89,8 +91,8 @@ struct Identity {
   }
 };
 
-// What the formulas need of a row's support vectors. Outside the length is 1, so that what is
-// hidden stays hidden when it is multiplied by it.
+// What the formulas need of a row's support vectors. Beyond the last row the lengths are 1, so that
+// a hidden logit stays hidden when it is multiplied by them.
 struct Support {
   float c, text, audio, offset;  // c, 1 / |t_sup|, 1 / |a_sup|, 0 or kHidden
   __device__ Support() : c(0), text(1), audio(1), offset(0) {}
@@ -141,7 +143,7 @@ __device__ __forceinline__ LogSum log_sum(const float (&z)[kCount], int d, bool 
   const float m = largest(z);
   return {m, summands(z, m, d, infonce)};
 }
-// ... over a row's logits: this thread's, and those of the lanes beside it.
+// (m, l) of a whole row, reduced over the kLanes lanes that share it.
 template <class Shape>
 __device__ __forceinline__ LogSum row_log_sum(const float (&z)[Shape::kColumns], int d,
                                               bool infonce) {
@@ -149,12 +151,13 @@ __device__ __forceinline__ LogSum row_log_sum(const float (&z)[Shape::kColumns],
   return {m, warp_sum<Shape::kLanes>(summands(z, m, d, infonce))};
 }
 
-// Adds an element to the sum and count of a row's negatives, as kSimilarity wants them: off the
-// diagonal of S and of P.
+// Adds an element to the sum and the count of a row's negatives (kSimilarity): the logit of S and,
+// off the diagonal, that of P.
 __device__ __forceinline__ void add_similarity(const Products& z, bool diagonal, float& sum,
                                                float& pairs) {
-  if (z.S <= 0.5f * kHidden) return;  // NaN is not
-  sum += z.S + (diagonal ? 0 : z.P), pairs += diagonal ? 1 : 2;
+  if (z.S <= 0.5f * kHidden) return;  // false for NaN, which is added
+  sum += z.S + (diagonal ? 0 : z.P);
+  pairs += diagonal ? 1 : 2;
 }
 template <class Shape>
 __device__ __forceinline__ LogSum row_similarity(const Products (&z)[Shape::kColumns],
@@ -165,13 +168,15 @@ __device__ __forceinline__ LogSum row_similarity(const Products (&z)[Shape::kCol
   return {warp_sum<Shape::kLanes>(sum), warp_sum<Shape::kLanes>(pairs)};
 }
 
-// Where one side's partial results go: `at` + x of planes that are `plane` apart.
+// Where one side's partial results go: row x has place at + x in each plane; planes are `plane`
+// apart.
 struct Slot {
   float* at;
   int64_t plane;
-  // Both planes of a direction, of row x.
+  // Writes m and l of row x into planes `first` and `first` + 1.
   __device__ void put(int first, int x, LogSum value) const {
-    at[first * plane + x] = value.m, at[(first + 1) * plane + x] = value.l;
+    at[first * plane + x] = value.m;
+    at[(first + 1) * plane + x] = value.l;
   }
 };
 
@@ -190,8 +195,8 @@ struct Factors {
 
 // What one element adds to the weights and to the sums of its text and its audio.
 struct Half {
-  float W, V_A, V_T;  // weight of S; of Q and K, before they are symmetrised
-  float base, total;  // g S, and all slopes
+  float W, V_A, V_T;  // weights of S, and of Q and K before these are symmetrised
+  float base, total;  // g S, and the sum of all slopes
   float rho_t, support_t, rho_a, support_a;
 
   // S, Q, K: logits of text t with audio a.
@@ -206,7 +211,8 @@ struct Half {
     const float x = support_logit(S, Q, t.c, t.text);
     float h = slope(x + t.offset + b, ft.m[kSupportRows], ft.f[kSupportRows], infonce);
     if (mode == kShared) h += slope(x + t.offset, fa.m[kOtherRows], fa.f[kOtherRows], true);
-    rho_t = h * (Q - S), support_t = h * x;
+    rho_t = h * (Q - S);
+    support_t = h * x;
     total += h;
     h *= t.text;
     V_A = t.c * h;
@@ -214,7 +220,8 @@ struct Half {
     if (mode != kMirror) return;
     const float y = support_logit(S, K, a.c, a.audio);
     float u = slope(y + a.offset + b, fa.m[kOtherRows], fa.f[kOtherRows], infonce);
-    rho_a = u * (K - S), support_a = u * y;
+    rho_a = u * (K - S);
+    support_a = u * y;
     total += u;
     u *= a.audio;
     V_T = a.c * u;
@@ -227,40 +234,44 @@ __device__ __forceinline__ void add_sums(const Half& one, const Half& two, bool 
                                          float (&row)[kTileSums], float (&column)[kColumnSums]) {
   row[kBase] += one.base + (diagonal ? 0 : two.base);
   row[kBias] += one.total + (diagonal ? 0 : two.total);
-  row[kRhoText] += one.rho_t, row[kSupportText] += one.support_t;
-  row[kRhoAudio] += two.rho_a, row[kSupportAudio] += two.support_a;
+  row[kRhoText] += one.rho_t;
+  row[kSupportText] += one.support_t;
+  row[kRhoAudio] += two.rho_a;
+  row[kSupportAudio] += two.support_a;
   column[kRhoText - kRhoText] += two.rho_t;
   column[kSupportText - kRhoText] += two.support_t;
   column[kRhoAudio - kRhoText] += one.rho_a;
   column[kSupportAudio - kRhoText] += one.support_a;
 }
 
-// Sweep 2: the weights, a row at a time through store(r, w): w[0] of A_J in dT_I, w[1] of T_J in
-// dA_I, w[2] of A_J in dA_I, w[3] of T_J in dT_I; and partial sums [kTileSums] of rows and
-// (kRhoText and on) of columns. z(r) are the logits of a row's elements, z(r).at[c]. `scratch`
-// [Shape::kScratch] is free again behind the next barrier.
+// Sweep 2. Calls store(r, w) with the weights of one row after the other: w[0] of A_J in dT_I, w[1]
+// of T_J in dA_I, w[2] of A_J in dA_I, w[3] of T_J in dT_I. Leaves partial sums in `slot_i` (those
+// of rows) and `slot_j` (those of columns, from kRhoText on). z(r).at[c] are the logits of row r.
+// `scratch` [Shape::kScratch] is free again behind the next barrier.
 template <class Shape, class Logits, class Store>
 __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, const Side& J, float b,
                                              int mode, bool infonce, bool diagonal, Slot slot_i,
                                              Slot slot_j, float* scratch, const Store& store) {
-  constexpr int kC = Shape::kColumns;
-  float column[kC][kColumnSums] = {};
+  float column[Shape::kColumns][kColumnSums] = {};
   SUPCLAP_ROLLED
   for (int r = 0; r < Shape::kRows; ++r) {
     const int x = Shape::row() + r;
     const Support own(I, x, mode);
     const Factors own_f(I, x, mode, infonce);
     const auto logits = z(r);
-    float row[kTileSums] = {}, w[4][kC];
+    float row[kTileSums] = {}, w[4][Shape::kColumns];
     SUPCLAP_UNROLL
-    for (int c = 0; c < kC; ++c) {
+    for (int c = 0; c < Shape::kColumns; ++c) {
       const int y = Shape::column(c);
       const Support other(J, y, mode);
       const Factors other_f(J, y, mode, infonce);
       const Products at = logits.at[c];
       const Half one(at.S, at.Q, at.K, own, other, own_f, other_f, b, mode, infonce);
       const Half two(at.P, at.Q, at.K, other, own, other_f, own_f, b, mode, infonce);
-      w[0][c] = one.W, w[1][c] = two.W, w[2][c] = one.V_A + two.V_A, w[3][c] = one.V_T + two.V_T;
+      w[0][c] = one.W;
+      w[1][c] = two.W;
+      w[2][c] = one.V_A + two.V_A;
+      w[3][c] = one.V_T + two.V_T;
       add_sums(one, two, diagonal, row, column[c]);
     }
     store(r, w);
@@ -276,7 +287,7 @@ __device__ __forceinline__ void tile_weights(const Logits& z, const Side& I, con
   SUPCLAP_UNROLL
   for (int sum = 0; sum < kColumnSums; ++sum) {
     SUPCLAP_UNROLL
-    for (int c = 0; c < kC; ++c)
+    for (int c = 0; c < Shape::kColumns; ++c)
       scratch[(sum * Shape::kGroups + Shape::group()) * Shape::kBlockColumns + Shape::column(c)] =
           column[c][sum];
   }

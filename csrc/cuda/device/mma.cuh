@@ -6,13 +6,13 @@
 //     C (16, 8):  c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace supclap::cuda {
 
 #ifdef __CUDACC__
 
-// c += a b, of one 16-bit type.
+// c += a b, where a and b have one 16-bit type.
 #define SUPCLAP_MMA(Scalar, type)                                            \
   __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], \
                                       const uint32_t (&b)[2], Scalar) {      \

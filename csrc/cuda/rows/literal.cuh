@@ -1,11 +1,11 @@
 // Rows with a small gap: their support vectors are taken literally, in float32 on the CUDA cores.
 //
 // The tiles skip these rows (kOffset). Here s = x + c (y_own - x) is built from the rows and
-// multiplied out: for kSupportRows with X, Y = T, A and, in kMirror, for kOtherRows with X, Y = A,
+// multiplied out: for kSupportRows with X, Y = T, A and, in a mirror, for kOtherRows with X, Y = A,
 // T. A block has one row (or one compared row) at a time; its warps take turns with the products.
 #pragma once
 
-#include "cuda/finish.cuh"
+#include "cuda/rows/finish.cuh"
 
 namespace supclap::cuda {
 
@@ -16,22 +16,25 @@ struct LiteralSide {
   float *dX, *dY;  // or null
   int direction, inverse, support;
 
-  __device__ LiteralSide(const Problem& p, int direction) : direction(direction) {
+  __device__ LiteralSide(const CudaProblem& p, int direction) : direction(direction) {
     const bool text = direction == kSupportRows;
-    X = static_cast<const Scalar*>(text ? p.T : p.A),
+    X = static_cast<const Scalar*>(text ? p.T : p.A);
     Y = static_cast<const Scalar*>(text ? p.A : p.T);
-    dX = text ? p.dT : p.dA, dY = text ? p.dA : p.dT;
+    dX = text ? p.dT : p.dA;
+    dY = text ? p.dA : p.dT;
     inverse = text ? kTextInverse : kAudioInverse;
     support = text ? kSupportText : kSupportAudio;
   }
 };
 
-// Which of them a mode has: kSupportRows, and kOtherRows for kMirror.
-__device__ __forceinline__ int literal_sides(const Problem& p) { return p.mode == kMirror ? 2 : 1; }
+// How many such directions a mode has: kSupportRows, and kOtherRows for a mirror.
+__device__ __forceinline__ int literal_sides(const CudaProblem& p) {
+  return p.mode == kMirror ? 2 : 1;
+}
 
 constexpr int kLiteralChunk = 64;  // of the other rows at a time
 
-// Shared memory of a block: two rows and one number a thread. Floats.
+// Shared memory of a block, in floats: two rows, and one number for each thread.
 inline __host__ __device__ size_t literal_scratch(int64_t width) { return 2 * width + kThreads; }
 struct LiteralScratch {
   float *row, *other, *h;
@@ -39,13 +42,13 @@ struct LiteralScratch {
       : row(scratch), other(row + width), h(other + width) {}
 };
 
-__device__ __forceinline__ bool is_negative(const Problem& p, int64_t i, int64_t j) {
+__device__ __forceinline__ bool is_negative(const CudaProblem& p, int64_t i, int64_t j) {
   if (p.split && (i < p.split) == (j < p.split)) return false;
   return i != j && !(p.ids && p.ids[i] == p.ids[j]);
 }
 
-// index [N], *count: the literal rows, in order. Called by one block.
-__device__ __noinline__ inline void list_literal(const Problem& p, int* index, int* count,
+// Writes the literal rows to index [N], in order, and their number to *count. Called by one block.
+__device__ __noinline__ inline void list_literal(const CudaProblem& p, int* index, int* count,
                                                  int* scratch) {
   constexpr int kEach = 8;  // neighbours of a thread
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -60,7 +63,8 @@ __device__ __noinline__ inline void list_literal(const Problem& p, int* index, i
     SUPCLAP_UNROLL
     for (int e = 0; e < kEach; ++e) {
       const unsigned votes = __ballot_sync(0xffffffffu, literal[e]);
-      lower += __popc(votes & ((1u << lane) - 1)), all += __popc(votes);
+      lower += __popc(votes & ((1u << lane) - 1));
+      all += __popc(votes);
     }
     if (lane == 0) scratch[warp] = all;
     __syncthreads();
@@ -90,7 +94,7 @@ __device__ float literal_product(const float* x, const Scalar* y, int64_t width)
   }
   return warp_sum(sum);
 }
-// <s_i, y> with s_i built on the way.
+// <s_i, y>, where s_i is built on the way; the whole warp calls it.
 template <class Scalar>
 __device__ float literal_product(const LiteralSide<Scalar>& side, float c, int64_t i,
                                  const float* y, int64_t width) {
@@ -108,7 +112,7 @@ __device__ float literal_product(const LiteralSide<Scalar>& side, float c, int64
 }
 
 template <class Scalar>
-__device__ void load_support(const Problem& p, const LiteralSide<Scalar>& side, int64_t i,
+__device__ void load_support(const CudaProblem& p, const LiteralSide<Scalar>& side, int64_t i,
                              float* s) {
   const float c = row_of(p, kC, i);
   SUPCLAP_ROLLED
@@ -120,7 +124,7 @@ __device__ void load_support(const Problem& p, const LiteralSide<Scalar>& side, 
 
 // Adds (m, l) of the warps, in order, to running[direction] of row i. `scratch` is free again
 // behind the next barrier.
-__device__ inline void merge_literal(const Problem& p, int direction, int64_t i, LogSum own,
+__device__ inline void merge_literal(const CudaProblem& p, int direction, int64_t i, LogSum own,
                                      float* scratch) {
   if (threadIdx.x % kWarp == 0) {
     scratch[threadIdx.x / kWarp] = own.m;
@@ -132,7 +136,8 @@ __device__ inline void merge_literal(const Problem& p, int direction, int64_t i,
     LogSum sum{at[0], at[p.N]};
     SUPCLAP_ROLLED
     for (int w = 0; w < kWarps; ++w) sum = merge(sum, {scratch[w], scratch[kWarps + w]}, p.infonce);
-    at[0] = sum.m, at[p.N] = sum.l;
+    at[0] = sum.m;
+    at[p.N] = sum.l;
   }
 }
 
@@ -142,7 +147,8 @@ __device__ __forceinline__ LogSum one_logit(float z, bool infonce) {
 
 // Sweep 1 of literal row i: its negatives join `running`, where the tiles left it out.
 template <class Scalar>
-__device__ __noinline__ void literal_row_statistics(const Problem& p, int64_t i, float* memory) {
+__device__ __noinline__ void literal_row_statistics(const CudaProblem& p, int64_t i,
+                                                    float* memory) {
   const LiteralScratch scratch(memory, p.width);
   const float k2 = logit_scale_2(p), b = logit_bias_2(p);
   SUPCLAP_ROLLED
@@ -162,9 +168,9 @@ __device__ __noinline__ void literal_row_statistics(const Problem& p, int64_t i,
   }
 }
 
-// Sweep 1 of kShared: audio j has the literal support vectors as negatives.
+// Sweep 1 of a shared mode: audio j has the literal support vectors as negatives.
 template <class Scalar>
-__device__ __noinline__ void literal_column_statistics(const Problem& p, int64_t j,
+__device__ __noinline__ void literal_column_statistics(const CudaProblem& p, int64_t j,
                                                        const int* index, int count, float* memory) {
   const LiteralScratch scratch(memory, p.width);
   const LiteralSide<Scalar> side(p, kSupportRows);
@@ -184,8 +190,9 @@ __device__ __noinline__ void literal_column_statistics(const Problem& p, int64_t
   merge_literal(p, kOtherRows, j, sum, scratch.h);
 }
 
-// Slope towards the logit k2 product + b of literal row i with row j; product with 1 / |s|.
-__device__ __forceinline__ float literal_slope(const Problem& p, int direction, float product,
+// The slope towards the logit k2 product + b of literal row i with row j; `product` includes
+// 1 / |s|.
+__device__ __forceinline__ float literal_slope(const CudaProblem& p, int direction, float product,
                                                int64_t i, int64_t j) {
   if (!is_negative(p, i, j)) return 0;
   const auto factor = [&](int which, int64_t n) { return p.factors[which * p.N + n]; };
@@ -197,10 +204,10 @@ __device__ __forceinline__ float literal_slope(const Problem& p, int direction, 
   return h;
 }
 
-// Sweep 2 of literal row i. The gradient of s is put together as a vector, positive included; made
-// tangent to the sphere with `renormalize`; then dX_i += (1 - c) ds, dY_i += c ds + H_ii s.
+// Sweep 2 of literal row i. The gradient of s is put together as a vector, positive included, and
+// with `renormalize` made tangent to the sphere; then dX_i += (1 - c) ds, dY_i += c ds + H_ii s.
 template <class Scalar>
-__device__ __noinline__ void literal_row_gradient(const Problem& p, int64_t i, float* memory) {
+__device__ __noinline__ void literal_row_gradient(const CudaProblem& p, int64_t i, float* memory) {
   const LiteralScratch scratch(memory, p.width);
   float *s = scratch.row, *g = scratch.other;
   const float k2 = logit_scale_2(p), c = row_of(p, kC, i);
@@ -227,7 +234,8 @@ __device__ __noinline__ void literal_row_gradient(const Problem& p, int64_t i, f
         const float h = literal_slope(p, side.direction, product, i, j);
         if (threadIdx.x % kWarp == 0) {
           scratch.h[j - first] = h;
-          support += h * (k2 * product), bias += h;
+          support += h * (k2 * product);
+          bias += h;
         }
       }
       __syncthreads();
@@ -268,8 +276,8 @@ __device__ __noinline__ void literal_row_gradient(const Problem& p, int64_t i, f
 
 // Sweep 2 of a compared row: dY_j += sum_i H_ij s_i over all literal rows i.
 template <class Scalar>
-__device__ __noinline__ void literal_column_gradient(const Problem& p, int64_t j, const int* index,
-                                                     int count, float* memory) {
+__device__ __noinline__ void literal_column_gradient(const CudaProblem& p, int64_t j,
+                                                     const int* index, int count, float* memory) {
   const LiteralScratch scratch(memory, p.width);
   SUPCLAP_ROLLED
   for (int n = 0; n < literal_sides(p); ++n) {

@@ -2,16 +2,16 @@
 //
 // A panel holds the inner products of one tile pair, float32, block after block: S, P (off the
 // diagonal), Q and K (where the mode has them), padded to whole blocks, so no access needs a mask;
-// what the padding holds does not matter, NaN included. Traffic: 4 bytes a position and block read
-// once; sweep 2 writes as many weights besides. 16 bytes an access.
+// what the padding holds does not matter, NaN included. Each sweep reads every product once, 16
+// bytes at a time; sweep 2 also writes as many weights.
 #pragma once
 
-#include "cuda/rows.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/rows/rows.cuh"
+#include "cuda/tile/tile.cuh"
 
 namespace supclap::cuda {
 
-// 32 x 128 of a panel to a block: a warp reads 4 rows of 512 bytes.
+// A block has 32 x 128 of a panel: a warp reads 4 rows of 512 bytes.
 using PanelShape = PatchShape<4, 4, kWarp, true>;
 constexpr int kPanelScratch = 2 * kDirections * PanelShape::kGroups * PanelShape::kBlockColumns;
 
@@ -30,9 +30,9 @@ struct PanelRow {
   Products at[PanelShape::kColumns];
 };
 
-// Where a block reads its logits.
+// Reads a block's logits, a row at a time.
 struct PanelReader {
-  const Problem& p;
+  const CudaProblem& p;
   const PanelTile& tile;
   const PanelPlace& place;
   const float* panel;
@@ -42,7 +42,7 @@ struct PanelReader {
   bool diagonal;
   Identity other[PanelShape::kColumns];
 
-  __device__ PanelReader(const Problem& p, const PanelTile& tile, const PanelPlace& place,
+  __device__ PanelReader(const CudaProblem& p, const PanelTile& tile, const PanelPlace& place,
                          const float* panel, const Side& I, const Side& J, int mode)
       : p(p),
         tile(tile),
@@ -83,31 +83,30 @@ struct PanelReader {
   }
 };
 
-// Sweep 1: partial (m, l) of the negatives of every direction, into `slot_i` [kPlanes] for rows
-// and, off the diagonal, `slot_j` for columns. Ends in a barrier: `scratch` is free again.
-__device__ __forceinline__ void panel_statistics(const Problem& p, const PanelReader& read,
+// Sweep 1. Leaves partial (m, l) of the negatives of every direction in `slot_i` for rows and, off
+// the diagonal, in `slot_j` for columns. Ends in a barrier: `scratch` is free again.
+__device__ __forceinline__ void panel_statistics(const CudaProblem& p, const PanelReader& read,
                                                  const Side& I, const Side& J, float b, int mode,
                                                  bool infonce, bool diagonal, Slot slot_i,
                                                  Slot slot_j, float* scratch) {
   using Shape = PanelShape;
-  constexpr int kR = Shape::kRows, kC = Shape::kColumns;
-  PanelRow z[kR];
+  PanelRow z[Shape::kRows];
   SUPCLAP_UNROLL
-  for (int r = 0; r < kR; ++r) z[r] = read(r);
-  Support own[kR], other[kC];
+  for (int r = 0; r < Shape::kRows; ++r) z[r] = read(r);
+  Support own[Shape::kRows], other[Shape::kColumns];
   SUPCLAP_UNROLL
-  for (int r = 0; r < kR; ++r) own[r] = Support(I, Shape::row() + r, mode);
+  for (int r = 0; r < Shape::kRows; ++r) own[r] = Support(I, Shape::row() + r, mode);
   SUPCLAP_UNROLL
-  for (int c = 0; c < kC; ++c) other[c] = Support(J, Shape::column(c), mode);
+  for (int c = 0; c < Shape::kColumns; ++c) other[c] = Support(J, Shape::column(c), mode);
   const bool writes = threadIdx.x % Shape::kLanes == 0;
   SUPCLAP_UNROLL
   for (int d = 0; d < kDirections; ++d) {
     if (!has_direction(mode, d)) continue;
     SUPCLAP_UNROLL
-    for (int r = 0; r < kR; ++r) {
-      float row[kC];
+    for (int r = 0; r < Shape::kRows; ++r) {
+      float row[Shape::kColumns];
       SUPCLAP_UNROLL
-      for (int c = 0; c < kC; ++c)
+      for (int c = 0; c < Shape::kColumns; ++c)
         row[c] = direction_logit(d, mode, z[r].at[c], own[r], other[c], b);
       const LogSum sum = row_log_sum<Shape>(row, d, infonce);
       const int x = Shape::row() + r;
@@ -115,15 +114,15 @@ __device__ __forceinline__ void panel_statistics(const Problem& p, const PanelRe
     }
     if (diagonal) continue;
     SUPCLAP_UNROLL
-    for (int c = 0; c < kC; ++c) {
-      float column[kR], m = kHidden, l = 0;
+    for (int c = 0; c < Shape::kColumns; ++c) {
+      float column[Shape::kRows], m = kHidden, l = 0;
       SUPCLAP_UNROLL
-      for (int r = 0; r < kR; ++r) {
+      for (int r = 0; r < Shape::kRows; ++r) {
         column[r] = direction_logit(d, mode, exchanged(z[r].at[c]), other[c], own[r], b);
         m = fmaxf(m, column[r]);
       }
       SUPCLAP_UNROLL
-      for (int r = 0; r < kR; ++r) l += summand(column[r], m, d, infonce);
+      for (int r = 0; r < Shape::kRows; ++r) l += summand(column[r], m, d, infonce);
       float* to = scratch + (2 * d * Shape::kGroups + Shape::group()) * Shape::kBlockColumns;
       to[Shape::column(c)] = m;
       to[Shape::kGroups * Shape::kBlockColumns + Shape::column(c)] = l;
@@ -131,7 +130,7 @@ __device__ __forceinline__ void panel_statistics(const Problem& p, const PanelRe
   }
   if (p.stats) {
     SUPCLAP_UNROLL
-    for (int r = 0; r < kR; ++r) {
+    for (int r = 0; r < Shape::kRows; ++r) {
       const LogSum sum = row_similarity<Shape>(z[r].at, diagonal);
       const int x = Shape::row() + r;
       if (writes && x < I.count) slot_i.put(2 * kSimilarity, x, sum);
@@ -153,7 +152,7 @@ __device__ __forceinline__ void panel_statistics(const Problem& p, const PanelRe
   __syncthreads();
 }
 
-// Four neighbours, rounded to the embeddings' dtype of kItemsize bytes.
+// Stores four neighbours, rounded to the embeddings' dtype of kItemsize bytes.
 template <int kItemsize>
 __device__ __forceinline__ void store_weights(void* weights, int64_t at, const float (&w)[4],
                                               int dtype) {
@@ -170,10 +169,10 @@ __device__ __forceinline__ void store_weights(void* weights, int64_t at, const f
   }
 }
 
-// One tile pair: sweep 1, or sweep 2.
+// One tile pair: sweep 1, sweep 2, or with SigLIP both.
 template <int kMode, bool kInfonce, bool kWeights, int kItemsize>
 __global__ void __launch_bounds__(kThreads, 1)
-    panel_tile_kernel(const __grid_constant__ Problem p, const PanelTile tile,
+    panel_tile_kernel(const __grid_constant__ CudaProblem p, const PanelTile tile,
                       const PanelScratch to) {
   SUPCLAP_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
@@ -204,64 +203,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (kMode != kPlain) put(2);
         if (kMode == kMirror) put(3);
       });
-}
-
-// The slots of partial results, shared by the warps of a block that has a row for each lane.
-struct MergeShape {
-  int x, first;  // row, and this thread's first slot; its others are kWarps apart
-  __device__ MergeShape()
-      : x(blockIdx.x * kWarp + threadIdx.x % kWarp), first(threadIdx.x / kWarp) {}
-};
-constexpr int kMergeScratch = kThreads * int(sizeof(LogSum));
-
-// Adds one tile pair's partial statistics to `running`. Grid: (n / kWarp, 5).
-static __global__ void merge_statistics_kernel(const __grid_constant__ Problem p, const float* part,
-                                               int slots, int n, int64_t first, int used) {
-  SUPCLAP_SHARED(memory);
-  auto* scratch = reinterpret_cast<LogSum*>(memory);
-  const int direction = blockIdx.y;
-  if (!(used >> direction & 1)) return;
-  const MergeShape own;
-  const int64_t plane = int64_t(slots) * n;
-  const auto join = [&](LogSum a, LogSum b) {
-    return direction == kDirections ? LogSum{a.m + b.m, a.l + b.l} : merge(a, b, p.infonce);
-  };
-  LogSum sum{direction == kDirections ? 0 : kHidden, 0};
-  if (own.x < n) {
-    const float* from = part + 2 * direction * plane + own.x;
-    SUPCLAP_UNROLL_BY(4)
-    for (int64_t slot = own.first; slot < slots; slot += kWarps)
-      sum = join(sum, {from[slot * n], from[plane + slot * n]});
-  }
-  scratch[threadIdx.x] = sum;
-  __syncthreads();
-  if (own.first != 0 || own.x >= n) return;
-  float* at = p.running + 2 * direction * p.N + first + own.x;
-  sum = {at[0], at[p.N]};
-  for (int warp = 0; warp < kWarps; ++warp) sum = join(sum, scratch[warp * kWarp + threadIdx.x]);
-  at[0] = sum.m, at[p.N] = sum.l;
-}
-
-// Adds one tile pair's partial sums. Grid: (n / kWarp, kTileSums).
-static __global__ void merge_sums_kernel(const __grid_constant__ Problem p, const float* part,
-                                         int slots, int n, int64_t first, int used) {
-  SUPCLAP_SHARED(memory);
-  auto* scratch = reinterpret_cast<float*>(memory);
-  const int sum = blockIdx.y;
-  if (!(used >> sum & 1)) return;
-  const MergeShape own;
-  float total = 0;
-  if (own.x < n) {
-    const float* from = part + int64_t(sum) * slots * n + own.x;
-    SUPCLAP_UNROLL_BY(4)
-    for (int64_t slot = own.first; slot < slots; slot += kWarps) total += from[slot * n];
-  }
-  scratch[threadIdx.x] = total;
-  __syncthreads();
-  if (own.first != 0 || own.x >= n) return;
-  total = p.sums[sum * p.N + first + own.x];
-  for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp * kWarp + threadIdx.x];
-  p.sums[sum * p.N + first + own.x] = total;
 }
 
 }  // namespace supclap::cuda

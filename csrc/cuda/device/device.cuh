@@ -1,8 +1,8 @@
 // What every kernel stands on: warp and block primitives, number formats, shared memory.
 //
-// Device code only touches the hardware through this file and mma.cuh, so that a host which stands
-// in for them (tests/shim) can run every kernel as it is. Barriers stand literally in the kernels,
-// one a line: the tests take each away in turn and must notice.
+// Device code only touches the hardware through the files of this folder, so that a host which
+// stands in for them (tests/shim) can run every kernel as it is. Barriers stand literally in the
+// kernels, one a line: the tests take each away in turn and must notice.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +52,9 @@ using shim::arrive_last;
 
 // ---------------------------------------------------------------- arithmetic
 
-// 2^x to 2 units in the last place, and log2(x) to 2^-22 (of itself outside of 1/2 to 2); 0 and
-// -infinity where 2^x or x are not normal numbers. x / y to 2 units.
+// exp_2(x) is 2^x to 2 units in the last place, and 0 where 2^x is not a normal number. log_2(x) is
+// correct to 2^-22 (of itself outside of 1/2 to 2), and -infinity where x is not a normal number.
+// quotient(x, y) is x / y to 2 units.
 __device__ __forceinline__ float exp_2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -136,7 +137,7 @@ __device__ __forceinline__ Float16 narrow<Float16>(float x) {
   return y;
 }
 
-// As many elements as 16 bytes hold: one access.
+// As many elements as 16 bytes hold; they are read or written in one access.
 template <class Scalar>
 struct alignas(16) Vector {
   static constexpr int size = 16 / sizeof(Scalar);
@@ -155,7 +156,7 @@ __device__ __forceinline__ void store_vector(Scalar* to, const Vector<Scalar>& v
 // ---------------------------------------------------------------- copies to shared memory
 
 #ifdef __CUDACC__
-// 16 bytes, or zeros unless they are `there`; behind the thread's back.
+// Copies 16 bytes, or zeros unless they are `there`; the thread does not wait.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
@@ -165,7 +166,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 __device__ __forceinline__ void copies_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Until at most so many commits of this thread are under way.
+// Waits until at most kPending commits of this thread are under way.
 template <int kPending>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -191,13 +192,13 @@ struct Max {
   __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
 };
 
-// What the lane `apart` from this one has.
+// The value of the lane whose index differs from this one's in the bit `apart`.
 template <class Real>
 __device__ __forceinline__ Real shuffle_xor(Real x, int apart) {
   return __shfl_xor_sync(0xffffffffu, x, apart);
 }
 
-// Over the `kLanes` lanes around this one; every lane gets it.
+// Joins the values of the `kLanes` lanes around this one; every lane gets the result.
 template <int kLanes, class Real, class Join>
 __device__ __forceinline__ Real reduce_lanes(Real x, Join join) {
   SUPCLAP_UNROLL
@@ -213,7 +214,8 @@ __device__ __forceinline__ Real warp_sum(Real x) {
   return reduce_lanes<kLanes>(x, Add{});
 }
 
-// Over the block, warp after warp; every thread gets it. `scratch` [kWarps]; ends in a barrier.
+// Joins the values of a block, warp after warp; every thread gets the result. `scratch` has kWarps
+// places. Ends in a barrier.
 template <class Real, class Join>
 __device__ Real reduce_block(Real x, Real* scratch, Join join) {
   x = reduce_lanes<kWarp>(x, join);
