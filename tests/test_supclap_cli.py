@@ -139,7 +139,7 @@ def test_a_process_fails_without_a_traceback(tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    for module in ("audio", "data", "synth", "train", "evaluate", "model"):
+    for module in ("audio", "corpus", "synth", "train", "evaluate", "model"):
         monkeypatch.delitem(sys.modules, f"supclap.{module}", raising=False)
     assert main(["synth", str(tmp_path / "corpus")]) == 2
     message = capsys.readouterr().err

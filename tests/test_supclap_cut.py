@@ -9,8 +9,8 @@ import pytest
 import soundfile
 from supclap.audio import examine, read_duration
 from supclap.cli import main
-from supclap.config import UserError
-from supclap.data import load_corpus
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.mp3 import bit_rates
 from supclap_clips import log_of
 

@@ -5,8 +5,10 @@ import pytest
 import soundfile
 import torch
 from supclap.audio import HOP, N_FFT, N_MELS, load_audio, log_mel, mel_filters
-from supclap.config import UserError
-from supclap.data import Bytes, load_corpus, pad_features
+from supclap.batches import pad_features
+from supclap.builtin import Bytes
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.manifest import read_manifest
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from supclap import train as loop
+from supclap.batches import pad_features
 from supclap.ced import CED, CHUNK, NAMES, PATCH, SIZES
 from supclap.cli import main
-from supclap.config import ModelConfig, UserError
-from supclap.data import pad_features
+from supclap.config import ModelConfig
+from supclap.errors import UserError
 from supclap.evaluate import evaluate_run
 from supclap.model import SupclapModel, load_model
+from supclap.train import train
 from supclap_clips import log_of, near, settings, write_clips
 
 transformers = pytest.importorskip("transformers")
@@ -200,9 +201,7 @@ def test_clap(manifest, tmp_path, fusion):
     assert (audio - wanted.audio_embeds).abs().max() < 1e-6
 
     model = ModelConfig(audio_encoder=name, text_encoder=name, max_seconds=1.0)
-    run = loop.train(
-        settings(manifest, tmp_path / "run", batch_size=9, model=model, freeze="audio")
-    )
+    run = train(settings(manifest, tmp_path / "run", batch_size=9, model=model, freeze="audio"))
     (tmp_path / "clap").rename(tmp_path / "gone")
     metrics, _ = evaluate_run(run, manifest)
     assert 0 <= metrics["t2a"]["R@1"] <= 1
@@ -226,7 +225,7 @@ def test_any_text_encoder_and_published_ced(manifest, tmp_path):
     model = ModelConfig(
         audio_encoder=f"hf:{tmp_path / 'ced'}", text_encoder=f"hf:{tmp_path / 'bert'}", embed_dim=24
     )
-    run = loop.train(
+    run = train(
         settings(manifest, tmp_path / "run", model=model, freeze="text", epochs=20, lr=1e-2)
     )
     log = log_of(run)
@@ -237,7 +236,7 @@ def test_any_text_encoder_and_published_ced(manifest, tmp_path):
     for name in ("bert", "ced"):  # a run that begins from this one needs its folder alone
         shutil.rmtree(tmp_path / name)
     given = {"model": model, "init": run, "epochs": 1, "lr": 1e-9}
-    again = load_model(loop.train(settings(manifest, tmp_path / "again", **given))).state_dict()
+    again = load_model(train(settings(manifest, tmp_path / "again", **given))).state_dict()
     for name, tensor in load_model(run).state_dict().items():
         assert near(again[name].double(), tensor.double())
 

@@ -6,13 +6,13 @@ import unicodedata
 import pytest
 import soundfile
 import torch
-from supclap import data
-from supclap import train as loop
 from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
 from supclap.config import read_config
+from supclap.corpus import digest
 from supclap.manifest import read_manifest
 from supclap.model import load_model
+from supclap.train import train
 from supclap_clips import Stop, log_of, settings, stopped_at, write_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +28,7 @@ def stopped(monkeypatch, config, step):
     with monkeypatch.context() as patch:
         stopped_at(patch, step)
         with pytest.raises(Stop):
-            loop.train(config)
+            train(config)
     return config.out
 
 
@@ -43,7 +43,7 @@ def copied(manifest, folder, text=None):
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_run_goes_on_with_data_that_moved(manifest, tmp_path, monkeypatch, absolute):
     given = {"batch_size": 4, "checkpoint_every": 2, "val": manifest}
-    whole = loop.train(settings(manifest, tmp_path / "whole", **given))
+    whole = train(settings(manifest, tmp_path / "whole", **given))
     before = copied(manifest, tmp_path / "before")
     if absolute:
         header, *rows = before.read_text().splitlines()
@@ -86,8 +86,8 @@ def test_a_state_of_an_earlier_version_fits(manifest, tmp_path, monkeypatch, cap
     run = stopped(monkeypatch, settings(other, tmp_path / "run", batch_size=4), 3)
     state = torch.load(run / STATE, weights_only=True)
     said = [[c.name, c.captions, c.languages] for c in read_manifest(other)]
-    assert state.pop("pairs") and state["data"] != data.digest(said)
-    torch.save(state | {"data": data.digest(said)}, run / STATE)
+    assert state.pop("pairs") and state["data"] != digest(said)
+    torch.save(state | {"data": digest(said)}, run / STATE)
     torch.save(state | {"data": "another"}, run / "other.pt")
     assert main(["train", "--resume", str(run)]) == 0
     (run / FINISHED).unlink()
@@ -129,8 +129,8 @@ def test_names_of_another_disk_are_the_same(manifest, tmp_path, monkeypatch):
 def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
     """With a constant rate the run is the one that was longer from the start."""
     given = {"batch_size": 4, "schedule": "constant", "warmup": 0.0, "val": manifest}
-    whole = loop.train(settings(manifest, tmp_path / "whole", epochs=4, **given))
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=2, **given))
+    whole = train(settings(manifest, tmp_path / "whole", epochs=4, **given))
+    run = train(settings(manifest, tmp_path / "run", epochs=2, **given))
     assert main(["train", "--resume", str(run), "--epochs", "2"]) == 2
     message = capsys.readouterr().err
     assert "is finished; go on with more than its --epochs 2, or begin" in message
@@ -147,7 +147,7 @@ def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_extension_that_is_stopped_goes_on(manifest, tmp_path, monkeypatch, steps):
     given = {"batch_size": 4, "checkpoint_every": 1}
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=1, **given))
+    run = train(settings(manifest, tmp_path / "run", epochs=1, **given))
     with monkeypatch.context() as patch:
         stopped_at(patch, steps)
         with pytest.raises(Stop):
@@ -160,7 +160,7 @@ def test_an_extension_that_is_stopped_goes_on(manifest, tmp_path, monkeypatch, s
 
 
 def test_a_run_begins_from_another(manifest, tmp_path, capsys):
-    first = loop.train(settings(manifest, tmp_path / "first", learn_tau=True, batch_size=4))
+    first = train(settings(manifest, tmp_path / "first", learn_tau=True, batch_size=4))
     arguments = ["train", "--data", str(manifest), "--out", str(tmp_path / "second")]
     arguments += ["--init", str(first), "--batch-size", "4", "--epochs", "1"]
     # The first step is of the other's weights, temperature and radius, with a schedule of its own.
@@ -183,7 +183,7 @@ def test_a_run_begins_from_another(manifest, tmp_path, capsys):
         assert f"drop {more[0]}" in capsys.readouterr().err
     assert main([*arguments[:-4], "--init", str(tmp_path / "none")]) == 2
     assert "is not a run" in capsys.readouterr().err
-    loop.train(settings(manifest, tmp_path / "third", svr="bi-dynamic", init=first, epochs=1))
+    train(settings(manifest, tmp_path / "third", svr="bi-dynamic", init=first, epochs=1))
     assert "has no such radius: this one begins anew" in capsys.readouterr().out
     (first / "model.safetensors").unlink()
     assert main([*arguments, "--overwrite"]) == 2
@@ -203,16 +203,16 @@ def test_a_run_that_trains_nothing_says_so(manifest, tmp_path, capsys):
         ({"data": one / "one.csv"}, True), ({"data": one / "one.csv", "ids": False}, False),
     ):  # fmt: skip
         given = {"epochs": 1, "overwrite": True, "data": manifest, **options}
-        loop.train(settings(given.pop("data"), tmp_path / "run", **given))
+        train(settings(given.pop("data"), tmp_path / "run", **given))
         assert (note in capsys.readouterr().out) == expected, options
-    loop.train(settings(manifest, tmp_path / "run", epochs=1, overwrite=True, val=one / "one.csv"))
+    train(settings(manifest, tmp_path / "run", epochs=1, overwrite=True, val=one / "one.csv"))
     printed = capsys.readouterr().out
     assert "has one clip, which every model finds: the first epoch is kept" in printed
     assert json.loads((tmp_path / "run" / FINISHED).read_text())["epochs"] == 1
 
 
 def test_a_search_hears_what_the_decoder_reads(manifest, tmp_path, capsys):
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=1))
+    run = train(settings(manifest, tmp_path / "run", epochs=1))
     folder = tmp_path / "folder"
     folder.mkdir()
     wave, rate = soundfile.read(manifest.parent / "dog.wav")

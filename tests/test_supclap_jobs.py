@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import supclap
 import torch
-from supclap import data, files
-from supclap import train as loop
+from supclap import files
 from supclap.checkpoint import STATE
 from supclap.cli import main
-from supclap.config import UserError, explained
+from supclap.errors import UserError, explained
 from supclap.ranks import ECHO, Ranks, stop_asked
 from supclap_clips import log_of, write_clips
 
@@ -188,13 +187,13 @@ def test_errors_of_any_call_are_explained(monkeypatch, tmp_path, capsys, error, 
     def fails(*args, **options):
         raise error
 
-    monkeypatch.setattr(loop, "choose_device", fails)
+    monkeypatch.setattr("supclap.run.choose_device", fails)
     assert main(["train", "--data", "a", "--out", str(tmp_path / "x")]) == 2
     message = capsys.readouterr().err
     assert said in message and "Traceback" not in message
     with pytest.raises(UserError, match=said):  # the disk is not blamed
         files.write_whole(tmp_path / "file", fails)
-    monkeypatch.setattr(data, "decode", fails)
+    monkeypatch.setattr("supclap.corpus.decode", fails)
     assert explained(RuntimeError("shapes do not fit")) is None
 
 

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 from supclap.audio import load_audio, open_audio
 from supclap.cli import main
-from supclap.config import UserError
-from supclap.data import load_corpus
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.manifest import read_manifest, scan_manifest
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from supclap import train as loop
 from supclap.checkpoint import STATE
 from supclap.config import read_config
 from supclap.model import load_model
+from supclap.step import build_loss
+from supclap.train import train
 from supclap_clips import log_of, settings, write_clips
 from test_supclap_resume import Stop, stopped_at
 
@@ -34,30 +35,30 @@ def without_dimensions(state):
 def test_an_old_run_is_resumed(manifest, tmp_path, monkeypatch, optimizer):
     """Bit for bit as one of today."""
     given = {"svr": "bi-static", "batch_size": 4, "checkpoint_every": 2, "optimizer": optimizer}
-    whole = loop.train(settings(manifest, tmp_path / "whole", **given))
+    whole = train(settings(manifest, tmp_path / "whole", **given))
     with monkeypatch.context() as patch:
         stopped_at(patch, 4)
         with pytest.raises(Stop):
-            loop.train(settings(manifest, tmp_path / "part", **given))
+            train(settings(manifest, tmp_path / "part", **given))
     path = tmp_path / "part" / STATE
     state = torch.load(path, weights_only=True)
     assert without_dimensions(state) == 2
     torch.save(state, path)
-    run = loop.train(read_config(tmp_path / "part"), resume=True)
+    run = train(read_config(tmp_path / "part"), resume=True)
     assert log_of(run) == log_of(whole)
     ours, wanted = load_model(run).state_dict(), load_model(whole).state_dict()
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
 def test_an_old_model_file_is_read(manifest, tmp_path):
-    run = loop.train(settings(manifest, tmp_path / "run", svr="bi-static", batch_size=4))
+    run = train(settings(manifest, tmp_path / "run", svr="bi-static", batch_size=4))
     tensors = load_file(run / "model.safetensors")
     name = "criterion.radius.radius"
     assert tensors[name].shape == (1,)
     save_file({**tensors, name: tensors[name].reshape(())}, run / "model.safetensors")
     assert load_model(run).state_dict().keys()
     config = read_config(run)
-    criterion = loop.build_loss(config, 4)
+    criterion = build_loss(config, 4)
     state = load_file(run / "model.safetensors")
     criterion.load_state_dict({"radius.radius": state[name]})
     assert torch.equal(criterion.radius.radius, tensors[name])

@@ -12,18 +12,19 @@ from inspect import signature
 
 import pytest
 import torch
-from supclap import experiments, report
-from supclap import reproduce as module
 from supclap.cli import main
-from supclap.config import TrainConfig, UserError
+from supclap.config import TrainConfig
+from supclap.errors import UserError
 from supclap.evaluate import chance, evaluate_run
-from supclap.experiments import HARD, LOSSES, PRESETS, Run, planned
-from supclap.findings import Findings
 from supclap.logs import read_lines
 from supclap.manifest import read_manifest
+from supclap.reproduction import experiments, report
+from supclap.reproduction import run as module
+from supclap.reproduction.experiments import HARD, LOSSES, PRESETS, Experiment, plan_experiments
+from supclap.reproduction.findings import Findings
+from supclap.reproduction.verdicts import T_95, Verdict, interval, mean_and_deviation
 from supclap.synth import EVENTS, synthesise, synthesise_events
 from supclap.train import train
-from supclap.verdicts import T_95, Verdict, interval, mean_and_deviation
 from supclap.zeroshot import labelled_clips
 from supclap_clips import near
 
@@ -60,7 +61,7 @@ def test_verdicts(differences, word):
 
 def test_the_plan_has_every_loss_and_sweep():
     for preset in PRESETS.values():
-        runs = planned(preset)
+        runs = plan_experiments(preset)
         assert len({run.folder for run in runs}) == len(runs)
         for name in LOSSES:
             seeds = [run.seed for run in runs if (run.group, run.name) == ("ablation", name)]
@@ -112,12 +113,12 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
     assert process.returncode == 130, message[-2000:]
     assert "the same command goes on" in message and "Traceback" not in message
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
-    assert 5 <= len(done) < len(planned(PRESETS["smoke"]))
+    assert 5 <= len(done) < len(plan_experiments(PRESETS["smoke"]))
 
     assert main(["reproduce", "--preset", "smoke", "--out", str(out), "--jobs", "2"]) == 0
     assert time.monotonic() - start < 180
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-    runs = planned(PRESETS["smoke"])
+    runs = plan_experiments(PRESETS["smoke"])
     assert len(list(out.glob("runs/*/result.json"))) == len(runs)
     first = (out / "report.md").read_text()
     assert main(["reproduce", "--preset", "smoke", "--out", str(out)]) == 0
@@ -137,7 +138,7 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
 
     # The first claim, recomputed from the runs' own evaluations.
     def recall(name, seed):
-        folder = Run("ablation", name, seed).folder
+        folder = Experiment("ablation", name, seed).folder
         result = json.loads((out / "runs" / folder / "result.json").read_text())["here"]
         return 50 * (result["t2a"]["R@1"] + result["a2t"]["R@1"])
 
@@ -159,7 +160,9 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
         runs = [
             [
                 (line["step"], (line["t2a"]["R@1"] + line["a2t"]["R@1"]) / 2)
-                for line in read_lines(out / "runs" / Run("ablation", n, seed).folder / "val.jsonl")
+                for line in read_lines(
+                    out / "runs" / Experiment("ablation", n, seed).folder / "val.jsonl"
+                )
             ]
             for n in (name, other)
         ]
@@ -179,8 +182,8 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
-    bad = Run("ablation", "InfoNCE", 0, changes={"lr": -1.0})
-    monkeypatch.setattr(module, "planned", lambda preset: [bad])
+    bad = Experiment("ablation", "InfoNCE", 0, changes={"lr": -1.0})
+    monkeypatch.setattr(module, "plan_experiments", lambda preset: [bad])
     monkeypatch.setattr(module, "make_corpora", lambda out, preset: None)
     assert main(["reproduce", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
@@ -199,7 +202,9 @@ def test_the_radius_is_told_by_hard_negatives(tmp_path):
     """A predictor that returns its largest negative sees the hard ones."""
     torch.manual_seed(0)
     config = replace(
-        experiments.settings_of(Run("ablation", "bi-DynamicSVR", 0), tmp_path, PRESETS["smoke"]),
+        experiments.settings_of(
+            Experiment("ablation", "bi-DynamicSVR", 0), tmp_path, PRESETS["smoke"]
+        ),
         batch_size=8,
     )
     audio = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)

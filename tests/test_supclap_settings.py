@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from supclap import train as loop
+from supclap.batches import Batch, Epoch, pad_features
+from supclap.builtin import Bytes
 from supclap.cli import build_parser, main
 from supclap.config import (
     MODEL,
@@ -16,18 +17,23 @@ from supclap.config import (
     TRAIN,
     ModelConfig,
     TrainConfig,
-    UserError,
     build_config,
     config_text,
     read_config,
 )
-from supclap.data import Batch, Bytes, Epoch, load_corpus, pad_features
+from supclap.corpus import load_corpus
 from supclap.diagnose import QUANTILES, Diagnosis, spread
+from supclap.errors import UserError
 from supclap.model import SupclapModel
+from supclap.ranks import Ranks
+from supclap.step import build_loss, build_optimizer, compute_loss, schedule
+from supclap.train import train
 from supclap_clips import SMALL, log_of, near, settings, write_clips
 
+from supclap_kernels import SVRLoss
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALONE = loop.Ranks(torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +122,8 @@ def test_towers_have_their_own_learning_rates_and_may_be_frozen(manifest, tmp_pa
     given = {"audio_lr": 1e-4, "text_lr": 2e-4, "svr": "bi-dynamic", "freeze": "none"}
     for freeze in ("none", "audio", "text", "both"):
         config = settings(manifest, tmp_path, **(given | {"freeze": freeze}))
-        model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
-        optimizer = loop.build_optimizer(config, model, criterion)
+        model, criterion = SupclapModel(SMALL), build_loss(config, 18)
+        optimizer = build_optimizer(config, model, criterion)
         found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in [*model.named_parameters(), *criterion.named_parameters()]:
             side = name.split(".")[0] if ".encoder." in name else ""
@@ -134,8 +140,8 @@ def test_towers_have_their_own_learning_rates_and_may_be_frozen(manifest, tmp_pa
 
 def test_constant_schedule_without_warm_up(manifest, tmp_path):
     config = settings(manifest, tmp_path, schedule="constant", warmup=0.0)
-    assert {loop.schedule(config, step, 100) for step in range(100)} == {1.0}
-    log = log_of(loop.train(settings(manifest, tmp_path / "r", schedule="constant", warmup=0.0)))
+    assert {schedule(config, step, 100) for step in range(100)} == {1.0}
+    log = log_of(train(settings(manifest, tmp_path / "r", schedule="constant", warmup=0.0)))
     assert {line["lr"] for line in log} == {1e-3}
 
 
@@ -143,14 +149,14 @@ def test_gradients_are_clipped_unless_told_not_to(manifest, tmp_path):
     runs = {}
     for clip in (1e-6, 0.0):
         given = {"clip_grad": clip, "optimizer": "adam", "weight_decay": 0.0, "batch_size": 18}
-        runs[clip] = log_of(loop.train(settings(manifest, tmp_path / f"{clip}", **given, epochs=3)))
+        runs[clip] = log_of(train(settings(manifest, tmp_path / f"{clip}", **given, epochs=3)))
     assert runs[1e-6][0]["norm"] == runs[0.0][0]["norm"] > 1
     assert runs[1e-6][-1]["loss"] != runs[0.0][-1]["loss"]
 
 
 def test_bfloat16_lowers_the_encoders_only(manifest, tmp_path):
-    full = log_of(loop.train(settings(manifest, tmp_path / "a", epochs=4)))
-    low = log_of(loop.train(settings(manifest, tmp_path / "b", epochs=4, precision="bf16")))
+    full = log_of(train(settings(manifest, tmp_path / "a", epochs=4)))
+    low = log_of(train(settings(manifest, tmp_path / "b", epochs=4, precision="bf16")))
     assert full[0]["loss"] != low[0]["loss"]
     assert near(full[0]["loss"], low[0]["loss"], within=0.01 * full[0]["loss"])
     assert near(full[-1]["loss"], low[-1]["loss"], within=0.05 * full[-1]["loss"])
@@ -164,7 +170,7 @@ def test_bfloat16_lowers_the_encoders_only(manifest, tmp_path):
 
 def test_without_ids_captions_of_one_clip_are_negatives(manifest, tmp_path):
     logs = [
-        log_of(loop.train(settings(manifest, tmp_path / f"{ids}", ids=ids, batch_size=18)))
+        log_of(train(settings(manifest, tmp_path / f"{ids}", ids=ids, batch_size=18)))
         for ids in (True, False)
     ]
     assert logs[0][0]["l_t2a"] < logs[1][0]["l_t2a"]
@@ -174,7 +180,7 @@ def test_tensorboard_has_the_numbers_of_the_log(manifest, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = loop.train(settings(manifest, tmp_path / "run", tensorboard=True, val=manifest))
+    run = train(settings(manifest, tmp_path / "run", tensorboard=True, val=manifest))
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     losses = [(e.step, e.value) for e in events.Scalars("log/loss")]
@@ -200,10 +206,10 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
     """The force is minus the gradient of the summed loss; the update is the change of the texts."""
     torch.manual_seed(0)
     config = settings(manifest, tmp_path, **options)
-    model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
+    model, criterion = SupclapModel(SMALL), build_loss(config, 18)
     corpus = load_corpus(manifest, 30.0)
     model.audio.encoder.set_statistics(corpus.sample)
-    loop.build_optimizer(config, model, criterion)
+    build_optimizer(config, model, criterion)
     text = model.text.encoder.tokenizer(corpus.captions, corpus.languages)
     clips = corpus.clip_of
     batch = Batch(pad_features([corpus.kept[clip] for clip in clips.tolist()]), text, clips)
@@ -211,10 +217,10 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
     found = Diagnosis(model, criterion, batch, 5, ALONE)
     assert states == {name: module.training for name, module in model.named_modules()}
     a, t = model.audio(*batch.audio).detach(), model.text(*batch.text).detach().requires_grad_()
-    loss, _ = loop.compute_loss(model, criterion, a, t, clips, ALONE)
+    loss, _ = compute_loss(model, criterion, a, t, clips, ALONE)
     if options["svr" if "svr" in options else "loss"] == "bi-dynamic":
         radius = criterion.radius(a, t.detach(), model.logit_scale).detach()
-        fixed = loop.SVRLoss(None, **{**criterion.options, "return_stats": False})
+        fixed = SVRLoss(None, **{**criterion.options, "return_stats": False})
         fixed.radius = lambda *_: radius  # the decomposition holds R still
         loss = fixed(a, t, model.logit_scale, ids=clips)
     force = -torch.autograd.grad(loss, t)[0] * len(t)
@@ -241,8 +247,8 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
 
 def test_diagnostics_change_nothing_and_come_every_k_steps(manifest, tmp_path):
     given = {"batch_size": 5, "model": ModelConfig(**{**vars(SMALL), "dropout": 0.2})}
-    plain = log_of(loop.train(settings(manifest, tmp_path / "a", **given)))
-    run = loop.train(settings(manifest, tmp_path / "b", diagnose_every=3, **given))
+    plain = log_of(train(settings(manifest, tmp_path / "a", **given)))
+    run = train(settings(manifest, tmp_path / "b", diagnose_every=3, **given))
     assert log_of(run) == plain and len(plain) == 8
     lines = log_of(run, "diagnostics")
     assert [line["step"] for line in lines] == [3, 6]
@@ -291,7 +297,7 @@ def test_every_loss_by_name(manifest, tmp_path, loss, svr):
     for bilateral in ("mirror", "shared"):
         for beta in (None, 0.0, 0.3):
             given = {"loss": loss, "svr": svr, "bilateral": bilateral, "beta": beta}
-            built[bilateral, beta] = loop.build_loss(settings(manifest, tmp_path, **given), 18)
+            built[bilateral, beta] = build_loss(settings(manifest, tmp_path, **given), 18)
     for (bilateral, beta), criterion in built.items():
         side, _, kind = svr.partition("-")
         default = 0.01 if kind == "dynamic" else 0.0

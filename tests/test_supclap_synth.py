@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 from supclap import phrases, synth
-from supclap.config import UserError
+from supclap.errors import UserError
 from supclap.manifest import read_manifest
 
 

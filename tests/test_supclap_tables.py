@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from supclap.cli import main
-from supclap.config import UserError
+from supclap.errors import UserError
 from supclap.folders import EXTENSIONS, alike
 from supclap.hub import Tokenizer
 from supclap.languages import caption_language, language_code

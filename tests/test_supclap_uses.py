@@ -7,10 +7,10 @@ import pytest
 import soundfile
 import torch
 from safetensors import safe_open
-from supclap import train as loop
 from supclap.cli import main
-from supclap.config import ModelConfig, UserError
-from supclap.data import load_corpus
+from supclap.config import ModelConfig
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.evaluate import (
     embed_corpus,
     embed_text,
@@ -19,6 +19,7 @@ from supclap.evaluate import (
     retrieval_metrics,
 )
 from supclap.model import SupclapModel, load_model
+from supclap.train import train
 from supclap.zeroshot import accuracies, class_vectors, labelled_clips
 from supclap_clips import SMALL, WORDS, log_of, near, settings, write_clips
 
@@ -34,7 +35,7 @@ def manifest(tmp_path_factory):
 def run(manifest):
     """Knows its clips by heart."""
     config = settings(manifest, manifest.parent / "run", epochs=60, lr=3e-3, model=ModelConfig())
-    return loop.train(config)
+    return train(config)
 
 
 def test_each_language_is_measured_by_itself(manifest, tmp_path, capsys, run):

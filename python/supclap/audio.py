@@ -17,7 +17,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from .config import UserError, explained
+from .errors import UserError, explained
 from .manifest import Clip
 from .mp3 import bit_rates
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .audio import N_MELS, LogMel
 from .config import ModelConfig
-from .data import Bytes
 from .layers import Block, bin_statistics, masked_mean, positions
 
 
@@ -60,6 +59,18 @@ class AudioEncoder(nn.Module):
         mel = (mel - self.mel_mean) / self.mel_std * real[:, :, None]
         patches = mel.unflatten(1, (-1, size)).flatten(2)  # [B, F / size, size * N_MELS]
         return self.transformer(self.patch(patches), real[:, ::size])
+
+
+class Bytes:
+    """The built-in tokenizer: UTF-8 bytes of the lower-cased text plus 1, padded with 0."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
+        """Captions, whatever their languages -> [B, L] int64."""
+        texts = [text.lower().encode()[: self.max_bytes] for text in captions]
+        return (nn.utils.rnn.pad_sequence([torch.tensor(list(t)) + 1 for t in texts], True),)
 
 
 class TextEncoder(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .audio import examine, open_audio
-from .config import UserError
+from .errors import UserError
 from .manifest import Clip, problems_of, readings
 
 

@@ -2,8 +2,8 @@
 
 `state.pt` is written as a whole or not at all, after the lines of the log it stands for; what the
 log has beyond it is dropped on resuming. The order of the pairs and the crops need no state: they
-are drawn from the seed, the epoch and the pair (data.py). A finished run keeps its last state, so
-that it can be extended.
+are drawn from the seed, the epoch and the pair (batches.py). A finished run keeps its last state,
+so that it can be extended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .config import UserError
-from .data import Corpus
+from .corpus import Corpus
+from .errors import UserError
 from .files import write_whole
 from .ranks import Ranks
 

@@ -1,4 +1,4 @@
-"""Every setting of a model and of a training run, and the errors a user may see.
+"""Every setting of a model and of a training run.
 
 A setting is a flag of `supclap train` and a key of its TOML file; both are made from the fields
 here. Settings given on the command line come before those of the file, and those before a recipe's.
@@ -17,41 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
-class UserError(Exception):
-    """Something the user can put right; the command line prints its text and no traceback."""
-
-    exit_code = 2
-
-
-class Exhausted(UserError):  # noqa: N818 (no fault of what was being read)
-    """Memory ran out, or a process was killed."""
-
-
-class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
-    """The user stopped the run; what is on disk is complete and the text says where it is."""
-
-    exit_code = 130
-
-
-KILLED = (
-    "a process that decodes audio was killed ({}): by hand, or since memory ran out; try fewer "
-    "--workers"
-)
-
-
-def explained(error: BaseException) -> UserError | None:
-    """What a user can be told of an error that any call may end in: no memory, a killed worker."""
-    text = str(error)
-    memory = ("out of memory", "can't allocate memory", "Cannot allocate memory")
-    if isinstance(error, MemoryError) or any(one in text for one in memory):
-        return Exhausted(
-            "out of memory; try a smaller --micro-batch-size, --batch-size or --max-seconds, "
-            "--cache off, or fewer --workers"
-        )
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return Exhausted(KILLED.format(text.strip()))
-    return None
+from .errors import UserError
 
 
 def setting(default: Any, text: str, *choices: str) -> Any:

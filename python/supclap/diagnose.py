@@ -11,7 +11,7 @@ from torch import Tensor
 
 from supclap_kernels import SVRLoss, force_decomposition
 
-from .data import Batch
+from .batches import Batch
 from .model import SupclapModel, Tower, evaluating
 from .ranks import Ranks
 

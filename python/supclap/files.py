@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .config import UserError, explained
+from .errors import UserError, explained
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .ced import CED, SIZES, translate
-from .config import UserError
+from .errors import UserError
 from .languages import language_code
 from .layers import masked_mean
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 from .folders import EXTENSIONS, Folders, is_audio
 from .languages import LANGUAGE, caption_language, language_code
 from .tables import TOO_MANY, clean, csv_rows, read_text

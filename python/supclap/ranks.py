@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 
 ECHO = 1.0  # seconds in which one Ctrl-C may arrive twice
 PATIENCE = timedelta(hours=2)  # while the first rank validates, the others wait

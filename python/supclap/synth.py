@@ -17,7 +17,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from .config import UserError, check_seed
+from .config import check_seed
+from .errors import UserError
 from .files import write_text
 from .languages import LANGUAGE
 from .phrases import CAPTIONS, CODES, describe, words_of

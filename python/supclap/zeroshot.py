@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import UserError
-from .evaluate import USE, Use, embed_audio, embed_text
+from .corpus import read_as_heard
+from .embeddings import DEFAULTS, EmbedOptions, embed_audio, embed_text
+from .errors import UserError
 from .folders import Folders
 from .languages import LANGUAGE
 from .manifest import Clip
-from .model import chosen_on_test, load_model
+from .model import load_model, selection_note
 from .tables import TOO_MANY, clean, csv_rows
 
 TEMPLATE = "This is a sound of {label}"
@@ -110,20 +111,18 @@ def classify_run(
     data: Path,
     templates: list[str] | None = None,
     language: str = LANGUAGE,
-    use: Use = USE,
+    options: EmbedOptions = DEFAULTS,
 ) -> dict[str, Any]:
-    """Accuracy of a run's checkpoint, the rule, the templates and what was skipped."""
-    model = load_model(run).to(use.device)
+    """Returns the accuracy of a run's checkpoint, the rule, the templates and what was skipped."""
+    model = load_model(run).to(options.device)
     clips, labels, folds = labelled_clips(data)
     names, templates = sorted(set(labels)), templates or [TEMPLATE]
-    corpus = use.corpus(model, clips, data)
+    corpus = read_as_heard(model, clips, data, options)
     used = {id(clip) for clip in corpus.clips}
     kept = [n for n, clip in enumerate(clips) if id(clip) in used]
-    audio = torch.cat(list(embed_audio(model, corpus, use.rows, use.workers)))
+    audio = torch.cat(list(embed_audio(model, corpus, options.batch_size, options.workers)))
     scores = audio @ class_vectors(model, names, templates, language).T
     truth = torch.tensor([names.index(labels[n]) for n in kept])
-    found = accuracies(scores, truth, [folds[n] for n in kept])
-    if chosen_on_test(run):
-        found["selected_on"] = "test"
+    numbers = accuracies(scores, truth, [folds[n] for n in kept]) | selection_note(run)
     shared = {"rule": RULE, "templates": templates, "clips": len(kept), "classes": len(names)}
-    return {**shared, **found, "skipped": corpus.skipped}
+    return {**shared, **numbers, "skipped": corpus.skipped}

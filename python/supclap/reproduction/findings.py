@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..evaluate import mean_recall
+from ..logs import read_lines
+from ..zeroshot import TEMPLATE
 from . import paper
-from .experiments import LOSSES, MAIN, Preset, Run, results
-from .logs import read_lines
+from .experiments import LOSSES, MAIN, Experiment, Preset, read_results
 from .verdicts import Verdict, mean_and_deviation
-from .zeroshot import TEMPLATE
 
 WAYS = (("t2a", "text to audio"), ("a2t", "audio to text"))
 INFONCE, STATIC, DYNAMIC = MAIN
+CLAIMS = (  # of R@1: what is claimed, of which loss, over which
+    ("bi-DynamicSVR retrieves better than InfoNCE", DYNAMIC, INFONCE),
+    ("bi-StaticSVR retrieves better than InfoNCE", STATIC, INFONCE),
+    ("SigLIP: bi-DynamicSVR retrieves better", "SigLIP bi-DynamicSVR", "SigLIP"),
+    ("SigLIP: bi-StaticSVR retrieves better", "SigLIP bi-StaticSVR", "SigLIP"),
+    ("bilateral is better than one-sided (static)", STATIC, "uni-StaticSVR"),
+    ("bilateral is better than one-sided (dynamic)", DYNAMIC, "uni-DynamicSVR"),
+    ("a dynamic radius is better than a static one", DYNAMIC, STATIC),
+    ("the constraint on the radius helps", DYNAMIC, f"{DYNAMIC}, no constraint"),
+)
 Result = dict[str, Any]
 Cell = str | float | None | tuple[float, float]
 """A word, a number, nothing, or mean and deviation over seeds."""
@@ -30,7 +42,7 @@ class Table:
 
 
 def score(result: Result, side: str = "here", way: str = "t2a", metric: str = "R@1") -> float:
-    """In percent."""
+    """One of a result's retrieval metrics, in percent."""
     return 100.0 * float(result[side][way][metric])
 
 
@@ -39,121 +51,99 @@ def recall(result: Result, side: str = "here") -> float:
     return (score(result, side, "t2a") + score(result, side, "a2t")) / 2
 
 
+def points_zero_shot(result: Result) -> float:
+    return 100 * float(result["zeroshot"])
+
+
+def scores(results: list[Result], **which: str) -> tuple[float, float]:
+    """Mean and deviation over seeds of the score that the keywords name."""
+    return mean_and_deviation([score(result, **which) for result in results])
+
+
 class Findings:
     """Everything a reproduction measured."""
 
     def __init__(self, out: Path, preset: Preset) -> None:
         self.out, self.preset = out, preset
-        self.by_key: dict[tuple[str, str, float], list[Result]] = {}
-        for result in results(out, preset):
+        self.results: dict[tuple[str, str, float], list[Result]] = {}
+        for result in read_results(out, preset):
             key = (result["group"], result["name"], result["value"])
-            self.by_key.setdefault(key, []).append(result)
+            self.results.setdefault(key, []).append(result)
 
     def of(self, group: str, name: str, value: float = 0.0) -> list[Result]:
-        """By seed."""
-        return self.by_key[group, name, value]
+        """The results of one group, loss and value, by seed."""
+        return self.results[group, name, value]
 
     def log(self, result: Result, kind: str = "log") -> list[dict[str, Any]]:
+        """The lines of an experiment's log."""
         names = {"group", "name", "seed", "value", "data", "changes"}
-        run = Run(**{name: result[name] for name in names})
-        return read_lines(self.out / "runs" / run.folder / f"{kind}.jsonl")
-
-    def mean_of(self, result: Result, kind: str, key: str) -> float:
-        """Over a run's lines."""
-        values = [line[key] for line in self.log(result, kind)]
-        return sum(values) / len(values)
+        experiment = Experiment(**{name: result[name] for name in names})
+        return read_lines(self.out / "runs" / experiment.folder / f"{kind}.jsonl")
 
     def few(self, name: str) -> list[Result]:
-        """The ablation's runs of the seeds that the sweeps have."""
+        """The ablation's results of the seeds that the sweeps have."""
         return self.of("ablation", name)[: self.preset.few]
-
-    # ------------------------------------------------------------------------------------- verdicts
-
-    def difference(
-        self,
-        claim: str,
-        unit: str,
-        value: Callable[[Result], float],
-        more: list[Result],
-        less: list[Result],
-    ) -> Verdict:
-        """Of one seed's runs; above zero where `more` has more."""
-        pairs = zip(more, less, strict=True)
-        return Verdict(claim, unit, [value(a) - value(b) for a, b in pairs])
-
-    def verdicts(self) -> list[Verdict]:
-        """One for each claim of the paper."""
-        runs = {name: self.of("ablation", name) for name in LOSSES}
-        found = []
-
-        def better(claim: str, more: str, less: str) -> None:
-            found.append(self.difference(claim, "points of R@1", recall, runs[more], runs[less]))
-
-        better("bi-DynamicSVR retrieves better than InfoNCE", DYNAMIC, INFONCE)
-        better("bi-StaticSVR retrieves better than InfoNCE", STATIC, INFONCE)
-        better("SigLIP: bi-DynamicSVR retrieves better", "SigLIP bi-DynamicSVR", "SigLIP")
-        better("SigLIP: bi-StaticSVR retrieves better", "SigLIP bi-StaticSVR", "SigLIP")
-        better("bilateral is better than one-sided (static)", STATIC, "uni-StaticSVR")
-        better("bilateral is better than one-sided (dynamic)", DYNAMIC, "uni-DynamicSVR")
-        better("a dynamic radius is better than a static one", DYNAMIC, STATIC)
-        better("the constraint on the radius helps", DYNAMIC, f"{DYNAMIC}, no constraint")
-
-        def drift(key: str) -> Callable[[Result], float]:
-            return lambda result: self.mean_of(result, "diagnostics", key)
-
-        for claim, key in (
-            ("the trajectory drifts less (steps of the texts)", "update_gap"),
-            ("the trajectory drifts less (force on the texts)", "drift_gap"),
-        ):
-            one = self.difference(claim, "cosine", drift(key), runs[DYNAMIC], runs[INFONCE])
-            found.append(one)
-        pairs = zip(runs[DYNAMIC], runs[INFONCE], strict=True)
-        sooner = [self.steps_sooner(one, other) for one, other in pairs]
-        unit = "steps sooner at the best R@1 that both reach"
-        found.append(Verdict("training converges faster", unit, sooner))
-        for name in (STATIC, DYNAMIC):
-            falls = [-self.radius_change(result) for result in runs[name]]
-            found.append(Verdict(f"the radius falls during training ({name})", "fall of R", falls))
-        found.append(
-            self.difference(
-                "zero-shot classification is better", "points",
-                lambda result: 100 * result["zeroshot"], runs[DYNAMIC], runs[INFONCE],
-            )
-        )  # fmt: skip
-        found.append(
-            self.difference(
-                "it carries over better to other acoustics", "points of R@1",
-                lambda result: recall(result, "there"), runs[DYNAMIC], runs[INFONCE],
-            )
-        )  # fmt: skip
-        for noise in self.preset.noises:
-            pair = [self.of("noise", name, noise) for name in (DYNAMIC, INFONCE)]
-            claim = f"it is better with {noise} % of the captions wrong"
-            found.append(self.difference(claim, "points of R@1", recall, *pair))
-        for size in self.preset.batch_sizes:
-            pair = [self.of("batch", name, size) for name in (DYNAMIC, INFONCE)]
-            claim = f"it is better at batch size {size}"
-            found.append(self.difference(claim, "points of R@1", recall, *pair))
-        for alpha in self.preset.alphas:
-            claim = f"alpha = 1 is better than {alpha:g}"
-            other = self.of("alpha", DYNAMIC, alpha)
-            found.append(self.difference(claim, "points of R@1", recall, self.few(DYNAMIC), other))
-        return found
 
     def validation(self, result: Result) -> list[tuple[int, float]]:
         """Step and R@1, averaged over directions, of each validation."""
-        lines = self.log(result, "val")
-        return [(x["step"], (x["t2a"]["R@1"] + x["a2t"]["R@1"]) / 2) for x in lines]
+        return [(line["step"], mean_recall(line)) for line in self.log(result, "val")]
+
+    # ------------------------------------------------------------------------------------- verdicts
+
+    def verdicts(self) -> list[Verdict]:
+        """One for each claim of the paper: its differences are above zero where it is right."""
+        losses = {name: self.of("ablation", name) for name in LOSSES}
+        dynamic, infonce = losses[DYNAMIC], losses[INFONCE]
+        verdicts: list[Verdict] = []
+
+        def compare(
+            claim: str, more: list[Result], less: list[Result],
+            value: Callable[[Result], float] = recall, unit: str = "points of R@1",
+        ) -> None:  # fmt: skip
+            pairs = zip(more, less, strict=True)
+            verdicts.append(Verdict(claim, unit, [value(a) - value(b) for a, b in pairs]))
+
+        for claim, better, worse in CLAIMS:
+            compare(claim, losses[better], losses[worse])
+        for name, key in (("steps of", "update_gap"), ("force on", "drift_gap")):
+            claim = f"the trajectory drifts less ({name} the texts)"
+            compare(claim, dynamic, infonce, partial(self.mean_diagnostic, key=key), "cosine")
+        sooner = list(map(self.steps_sooner, dynamic, infonce))
+        unit = "steps sooner at the best R@1 that both reach"
+        verdicts.append(Verdict("training converges faster", unit, sooner))
+        for name in (STATIC, DYNAMIC):
+            falls = [-self.radius_change(result) for result in losses[name]]
+            claim = f"the radius falls during training ({name})"
+            verdicts.append(Verdict(claim, "fall of R", falls))
+        claim = "zero-shot classification is better"
+        compare(claim, dynamic, infonce, points_zero_shot, "points")
+        claim = "it carries over better to other acoustics"
+        compare(claim, dynamic, infonce, partial(recall, side="there"))
+        for noise in self.preset.noises:
+            claim = f"it is better with {noise} % of the captions wrong"
+            compare(claim, self.of("noise", DYNAMIC, noise), self.of("noise", INFONCE, noise))
+        for size in self.preset.batch_sizes:
+            claim = f"it is better at batch size {size}"
+            compare(claim, self.of("batch", DYNAMIC, size), self.of("batch", INFONCE, size))
+        for alpha in self.preset.alphas:
+            other = self.of("alpha", DYNAMIC, alpha)
+            compare(f"alpha = 1 is better than {alpha:g}", self.few(DYNAMIC), other)
+        return verdicts
+
+    def mean_diagnostic(self, result: Result, key: str) -> float:
+        """The mean of a number over the lines of an experiment's diagnostics."""
+        values = [line[key] for line in self.log(result, "diagnostics")]
+        return float(sum(values) / len(values))
 
     def steps_sooner(self, result: Result, other: Result) -> float:
         """By how many steps `result` comes sooner than `other` to the best R@1 that both reach."""
-        ours, theirs = self.validation(result), self.validation(other)
-        goal = min(max(recall for _, recall in one) for one in (ours, theirs))
-        first = [next(step for step, recall in one if recall >= goal) for one in (ours, theirs)]
-        return float(first[1] - first[0])
+        curves = [self.validation(result), self.validation(other)]
+        goal = min(max(recall for _, recall in curve) for curve in curves)
+        first, last = (next(step for step, r in curve if r >= goal) for curve in curves)
+        return float(last - first)
 
     def radius_change(self, result: Result) -> float:
-        """From the first tenth of the steps to the last."""
+        """How the radius changes from the first tenth of the steps to the last."""
         radii = [line["radius"] for line in self.log(result)]
         part = max(1, len(radii) // 10)
         return (sum(radii[-part:]) - sum(radii[:part])) / part
@@ -161,14 +151,14 @@ class Findings:
     # --------------------------------------------------------------------------------------- tables
 
     def tables(self) -> list[Table]:
+        preset = self.preset
         return [
             self.ablation(), self.languages(), self.cross(), self.zeroshot(),
-            self.sweep("noise", "Captions of other clips", "%", self.preset.noises, MAIN, 0),
+            self.sweep("noise", "Captions of other clips", "%", preset.noises, MAIN, 0),
             self.sweep(
-                "batch", "Batch size", "pairs", self.preset.batch_sizes, MAIN[::2],
-                self.preset.batch_size,
+                "batch", "Batch size", "pairs", preset.batch_sizes, MAIN[::2], preset.batch_size
             ),
-            self.sweep("alpha", "Weight of the SVR term", "alpha", self.preset.alphas, MAIN[2:], 1),
+            self.sweep("alpha", "Weight of the SVR term", "alpha", preset.alphas, MAIN[2:], 1),
             self.cost(),
         ]  # fmt: skip
 
@@ -176,10 +166,8 @@ class Findings:
         metrics = [(way, metric) for way, _ in WAYS for metric in ("R@1", "R@10", "mAP@10")]
         rows: list[list[Cell]] = []
         for name in LOSSES:
-            cells: list[Cell] = [
-                mean_and_deviation([score(x, way=way, metric=m) for x in self.of("ablation", name)])
-                for way, m in metrics
-            ]
+            results = self.of("ablation", name)
+            cells = [scores(results, way=way, metric=metric) for way, metric in metrics]
             rows.append([name, *cells, *paper.ABLATION[name]])
         header = ["loss", *(f"{way} {metric}" for way, metric in metrics)]
         header += [f"paper: {way} {metric}" for way, metric in metrics]
@@ -187,29 +175,30 @@ class Findings:
         return Table("Ablation", header, rows, note)
 
     def languages(self) -> Table:
+        codes = sorted(self.preset.languages)
         rows: list[list[Cell]] = []
         for name in MAIN:
+            results = self.of("ablation", name)
             for n, (way, words) in enumerate(WAYS):
-                several = self.of("ablation", name)
-                cells: list[Cell] = [
+                cells = [
                     mean_and_deviation(
-                        [100 * x["here"]["languages"][code][way]["R@1"] for x in several]
+                        [100 * x["here"]["languages"][code][way]["R@1"] for x in results]
                     )
-                    for code in sorted(self.preset.languages)
+                    for code in codes
                 ]
-                mean = mean_and_deviation([score(x, way=way) for x in several])
+                mean = scores(results, way=way)
                 rows.append([f"{name}, {words}", *cells, mean, paper.MULTILINGUAL[name][n]])
-        header = ["R@1", *sorted(self.preset.languages), "mean", "paper: mean"]
+        header = ["R@1", *codes, "mean", "paper: mean"]
         return Table("Languages", header, rows, "R@1 in %.")
 
     def cross(self) -> Table:
         rows: list[list[Cell]] = []
         for name in MAIN:
-            cells: list[Cell] = []
-            for group, side in (("ablation", "there"), ("cross", "here")):
-                for way, _ in WAYS:
-                    values = [score(x, side, way) for x in self.of(group, name)]
-                    cells.append(mean_and_deviation(values))
+            cells = [
+                scores(self.of(group, name), side=side, way=way)
+                for group, side in (("ablation", "there"), ("cross", "here"))
+                for way, _ in WAYS
+            ]
             rows.append([name, *cells, *paper.CROSS[name]])
         header = ["loss", "here to there, t2a", "a2t", "there to here, t2a", "a2t"]
         header += ["paper: AudioCaps to Clotho, t2a", "a2t", "Clotho to AudioCaps, t2a", "a2t"]
@@ -222,9 +211,9 @@ class Findings:
     def zeroshot(self) -> Table:
         rows: list[list[Cell]] = []
         for name in LOSSES:
-            values = [100 * x["zeroshot"] for x in self.of("ablation", name)]
-            wanted = paper.ZERO_SHOT.get(name, (None, None, None))
-            rows.append([name, mean_and_deviation(values), *wanted])
+            accuracies = [points_zero_shot(result) for result in self.of("ablation", name)]
+            published = paper.ZERO_SHOT.get(name, (None, None, None))
+            rows.append([name, mean_and_deviation(accuracies), *published])
         note = f"Accuracy in % on ten kinds of single events, by '{TEMPLATE}'."
         header = ["loss", "accuracy", "paper: ESC-50", "US8K", "VGGSound"]
         return Table("Zero-shot", header, rows, note)
@@ -236,17 +225,16 @@ class Findings:
         unit: str,
         values: tuple[float, ...],
         names: tuple[str, ...],
-        own: float,
+        of_ablation: float,
     ) -> Table:
-        """`own`: the value that the ablation's runs have."""
+        """`of_ablation`: the value that the ablation's experiments have."""
         rows: list[list[Cell]] = []
-        for value in sorted((*values, own)):
-            cells: list[Cell] = []
-            for name in names:
-                several = self.few(name) if value == own else self.of(group, name, value)
-                cells += [
-                    mean_and_deviation([score(x, way=way) for x in several]) for way, _ in WAYS
-                ]
+        for value in sorted((*values, of_ablation)):
+            results = [
+                self.few(name) if value == of_ablation else self.of(group, name, value)
+                for name in names
+            ]
+            cells = [scores(of_loss, way=way) for of_loss in results for way, _ in WAYS]
             rows.append([f"{value:g}", *cells])
         header = [unit, *(f"{name}, {way}" for name in names for way, _ in WAYS)]
         return Table(title, header, rows, "R@1 in %.")
@@ -258,16 +246,15 @@ class Findings:
             pairs = zip((x["seconds"] for x in self.of("ablation", name)), base, strict=True)
             ratios = [a / b for a, b in pairs if a and b]
             sizes = [x["bytes"] / 2**20 for x in self.of("ablation", name) if x["bytes"]]
-            cells = [mean_and_deviation(one) if one else None for one in (ratios, sizes)]
+            cells = [mean_and_deviation(values) if values else None for values in (ratios, sizes)]
             rows.append([name, *cells, *paper.COST.get(name, (None, None))])
         note = (
             "Time of a run as a multiple of InfoNCE's of the same seed; several runs share the "
             "machine, and a run's diagnostics and validations are in it. Memory: of the process, "
             "or what it allocated on the GPU."
         )
-        return Table(
-            "Cost", ["loss", "time", "peak MiB", "paper: time", "paper: peak MB"], rows, note
-        )
+        header = ["loss", "time", "peak MiB", "paper: time", "paper: peak MB"]
+        return Table("Cost", header, rows, note)
 
     def as_json(self) -> dict[str, Any]:
         def plain(cell: Cell) -> Any:
@@ -278,9 +265,9 @@ class Findings:
 
         tables = [
             {
-                "title": t.title, "header": t.header, "note": t.note,
-                "rows": [[plain(cell) for cell in row] for row in t.rows],
+                "title": table.title, "header": table.header, "note": table.note,
+                "rows": [[plain(cell) for cell in row] for row in table.rows],
             }
-            for t in self.tables()
+            for table in self.tables()
         ]  # fmt: skip
-        return {"verdicts": [one.as_json() for one in self.verdicts()], "tables": tables}
+        return {"verdicts": [verdict.as_json() for verdict in self.verdicts()], "tables": tables}
