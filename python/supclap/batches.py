@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .corpus import Corpus
 from .loader import load_items
@@ -42,7 +41,7 @@ def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(features, batch_first=True).float(), lengths
 
 
-class Epoch(Dataset[Batch]):
+class Epoch:
     """The batches of an epoch: every (clip, caption) pair once, in random order. Each batch has the
     share of one rank."""
 
@@ -64,10 +63,7 @@ class Epoch(Dataset[Batch]):
         parts = order.split(size)[: steps_of(count, size, ranks, whole)]
         self.parts = [pairs.tensor_split(ranks)[rank] for pairs in parts]
 
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, number: int) -> Batch:
+    def batch(self, number: int) -> Batch:
         corpus, pairs = self.corpus, self.parts[number].tolist()
         clips = corpus.clip_of[pairs]
         features = [
@@ -83,7 +79,7 @@ class Epoch(Dataset[Batch]):
         """Yields the batches from `start` on."""
         nothing_to_decode = self.corpus.kept is not None and not self.corpus.longer.any()
         workers = 0 if nothing_to_decode else workers
-        yield from load_items(self, range(start, len(self)), workers, pin)
+        yield from load_items(self.batch, range(start, len(self.parts)), workers, pin)
 
 
 def steps_of(pairs: int, size: int, ranks: int = 1, whole: bool = False) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .audio import FrontEnd, LogMel, load_audio, open_audio, read_duration
@@ -120,30 +119,20 @@ class Decoded(NamedTuple):
     problem: str  # what is wrong with the file; "" if nothing is
 
 
-class Decoding(Dataset[Decoded]):
-    """Reads clips. `whole`: decodes all that is heard of a clip, not its header and end alone."""
-
-    def __init__(
-        self, clips: list[Clip], front_end: FrontEnd, max_seconds: float, keep: bool, whole: bool
-    ) -> None:
-        self.clips, self.front_end, self.max_seconds = clips, front_end, max_seconds
-        self.keep, self.whole = keep, whole
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, number: int) -> Decoded:
-        clip = self.clips[number]
-        try:
-            seconds = read_duration(open_audio(clip))
-            if not seconds:
-                raise UserError("the clip has zero length")
-            features = decode(clip, self.front_end, self.max_seconds) if self.whole else None
-        except Exhausted:  # no fault of the file
-            raise
-        except UserError as error:
-            return Decoded(None, False, str(error))
-        return Decoded(features if self.keep else None, seconds > self.max_seconds, "")
+def read_clip(
+    clip: Clip, front_end: FrontEnd, max_seconds: float, keep: bool, whole: bool
+) -> Decoded:
+    """Reads a clip. `whole`: decodes all that is heard of it, not its header and end alone."""
+    try:
+        seconds = read_duration(open_audio(clip))
+        if not seconds:
+            raise UserError("the clip has zero length")
+        features = decode(clip, front_end, max_seconds) if whole else None
+    except Exhausted:  # no fault of the file
+        raise
+    except UserError as error:
+        return Decoded(None, False, str(error))
+    return Decoded(features if keep else None, seconds > max_seconds, "")
 
 
 def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
@@ -198,9 +187,11 @@ def read_clips(
         stored = cache_file(Path(options.cache), clips, front_end, max_seconds)
         decoded = read_cache(stored, len(clips))
     if decoded is None:
-        whole = keep or options.skip_bad_audio
-        work = Decoding(clips, front_end, max_seconds, keep, whole)
-        items = load_items(work, workers=options.workers)
+        read = partial(
+            read_clip, front_end=front_end, max_seconds=max_seconds, keep=keep,
+            whole=keep or options.skip_bad_audio,
+        )  # fmt: skip
+        items = load_items(read, clips, options.workers)
         bar = tqdm(items, f"reading {manifest.name}", len(clips), mininterval=1.0)
         # A copy: what a worker sends is in shared memory.
         decoded = [

@@ -29,12 +29,7 @@ class Diagnosis:
     """Of one step: made before it from the batch, finished after it. On every rank."""
 
     def __init__(
-        self,
-        model: SupclapModel,
-        criterion: SVRLoss,
-        batch: Batch,
-        size: int | None,
-        ranks: Ranks,
+        self, model: SupclapModel, criterion: SVRLoss, batch: Batch, size: int | None, ranks: Ranks
     ) -> None:
         self.model, self.batch, self.size, self.ranks = model, batch, size, ranks
         self.audio = ranks.rows(self.embed(model.audio, batch.audio))

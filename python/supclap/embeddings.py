@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .batches import pad_features
 from .corpus import Corpus, ReadOptions
@@ -26,18 +26,8 @@ class EmbedOptions(ReadOptions):
 DEFAULTS = EmbedOptions()
 
 
-class Features(Dataset[tuple[Tensor, ...]]):
-    """The features of a corpus, `batch_size` clips at a time, padded, and their lengths."""
-
-    def __init__(self, corpus: Corpus, batch_size: int) -> None:
-        self.corpus, self.batch_size = corpus, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.corpus.clips) // self.batch_size)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, ...]:
-        clips = range(len(self.corpus.clips))[number * self.batch_size :][: self.batch_size]
-        return pad_features([self.corpus.features(clip) for clip in clips])
+def padded_features(clips: range, corpus: Corpus) -> tuple[Tensor, ...]:
+    return pad_features([corpus.features(clip) for clip in clips])
 
 
 def embed_audio(
@@ -46,7 +36,9 @@ def embed_audio(
     """Yields the unit vectors of some clips at a time, on the CPU: [at most batch_size, D]."""
     device = model.log_scale.device
     workers = 0 if corpus.kept is not None else workers
-    for batch in load_items(Features(corpus, batch_size), workers=workers):
+    clips = range(len(corpus.clips))
+    parts = [clips[start : start + batch_size] for start in clips[::batch_size]]
+    for batch in load_items(partial(padded_features, corpus=corpus), parts, workers):
         with evaluating(model):
             vectors = model.audio(*(x.to(device) for x in batch)).cpu()
         yield vectors

@@ -1,4 +1,4 @@
-"""Items of a dataset, prepared in worker processes."""
+"""Batches and features, prepared in worker processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from .errors import KILLED, UserError, explained
 
 
-class ErrorsAsItems(Dataset[Any]):
-    """A dataset whose UserErrors are items: a worker process would wrap them in its traceback."""
+class Items(Dataset[Any]):
+    """What a function makes of its arguments. UserErrors are items as well: a worker process would
+    wrap them in its traceback."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, argument: Any) -> Any:
         try:
-            return self.dataset[number]
+            return self.function(argument)
         except UserError as error:
             return str(error)
 
@@ -46,16 +44,15 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def load_items(
-    dataset: Any, order: Sequence[int] | None = None, workers: int = 0, pin: bool = False
+    function: Callable[[Any], Any], arguments: Sequence[Any], workers: int = 0, pin: bool = False
 ) -> Iterator[Any]:
-    """Yields items of a dataset, one by one, prepared in `workers` processes; draws no global
-    random number."""
-    numbers = range(len(dataset)) if order is None else order
+    """Yields what the function makes of each argument, prepared in `workers` processes; draws no
+    global random number."""
     items = DataLoader(
-        ErrorsAsItems(dataset),
+        Items(function),
         batch_size=None,
-        sampler=numbers,
-        num_workers=min(workers, len(numbers)),
+        sampler=arguments,
+        num_workers=min(workers, len(arguments)),
         pin_memory=pin,
         generator=torch.Generator(),
         worker_init_fn=leave_signals_to_parent if hasattr(signal, "sigwaitinfo") else None,

@@ -70,13 +70,10 @@ class Run:
         self.steps = steps_of(pairs, self.batch_size, self.ranks.count, self.whole_batches)
         self.total = config.epochs * self.steps
 
+        self.parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
+        self.progress = Progress()
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
-        self.progress = self.load_progress() if resume else Progress()
-        if self.first and not resume:
-            self.begin_folder()
-        if self.first:
-            for leftover in self.folder.glob("*.partial"):  # of a process that was killed
-                leftover.unlink()
+        self.open_folder()
         self.say(
             f"{len(self.corpus.clips)} clips, {pairs} pairs, {self.total} steps on {self.device}"
         )
@@ -149,31 +146,27 @@ class Run:
         self.model.audio.bf16 = self.model.text.bf16 = self.config.precision == "bf16"
         self.model.to(self.device)
 
-    def load_progress(self) -> Progress:
-        progress = load_state(self.folder, self.parts, self.corpora, self.ranks, self.device)
-        if self.config.epochs < progress.epoch - (0 if progress.batch else 1):
-            raise UserError(
-                f"{self.folder} is in epoch {progress.epoch}: --epochs {self.config.epochs} is "
-                "fewer"
-            )
-        return progress
-
-    def begin_folder(self) -> None:
-        """Removes what an earlier run left, and writes what a run needs beside its checkpoints."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        logs = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
-        for name in (STATE, FINISHED, LAST, WEIGHTS, *logs):
-            (self.folder / name).unlink(missing_ok=True)
-        self.write_config()
-        self.model.keep_encoders(self.folder)
+    def open_folder(self) -> None:
+        """Goes on from the last checkpoint, or removes what an earlier run left."""
+        folder, epochs = self.folder, self.config.epochs
+        if self.resume:
+            self.progress = load_state(folder, self.parts, self.corpora, self.ranks, self.device)
+            epoch = self.progress.epoch
+            if epochs < epoch - (0 if self.progress.batch else 1):
+                raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
+        elif self.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            logs = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
+            for name in (STATE, FINISHED, LAST, WEIGHTS, *logs):
+                (folder / name).unlink(missing_ok=True)
+            self.write_config()
+            self.model.keep_encoders(folder)
+        if self.first:
+            for leftover in folder.glob("*.partial"):  # of a process that was killed
+                leftover.unlink()
 
     def write_config(self) -> None:
         write_text(self.folder / "config.json", config_text(self.config.settled()))
-
-    @property
-    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        """What a checkpoint holds the state of."""
-        return {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
 
     # ----------------------------------------------------------------------------------- one step
 
@@ -271,15 +264,14 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
 
     def interruption(self) -> Interrupted:
-        """The error that ends a run which the user stopped; the first rank says it."""
-        return Interrupted(
+        """Returns the error that ends a run which the user stopped; the first rank says it."""
+        message = (
             f"interrupted after step {self.progress.step} of {self.total}; {self.progress.saved} "
             f"and the log are in {self.folder}\n"
             f"go on with: supclap train --resume {self.folder}\n"
             f"evaluate it with: supclap eval {self.folder} --data MANIFEST.csv"
-            if self.first
-            else ""
         )
+        return Interrupted(message if self.first else "")
 
     def finish(self) -> None:
         """Marks the run as finished; its last state stays, so that it can be extended."""
