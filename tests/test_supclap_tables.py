@@ -125,7 +125,7 @@ def test_a_wide_table_has_holes(tmp_path):
     """A translation that is missing is left out, a caption that is missing is a problem."""
     path = tmp_path / "m.csv"
     path.write_text("file_name,caption,caption_fr\na.wav,one,un\nb.wav,two,\nc.wav,,trois\n")
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert [pairs_of(clip) for clip in clips] == [[("one", "eng"), ("un", "fra")], [("two", "eng")]]
     assert len(problems) == 1 and "line 4 (c.wav): caption is empty" in problems[0]
     rows = [
@@ -136,7 +136,7 @@ def test_a_wide_table_has_holes(tmp_path):
     ]
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert [c.captions for c in clips] == [("one",), ("two",), ("three",)]
     assert len(problems) == 1 and "line 4 (d.wav): no caption" in problems[0]
 
@@ -226,7 +226,7 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
         assert [str(clip.path) for clip in read_manifest(path)] == [file]
         assert main(["check", str(path)]) == 0
     path.write_bytes(b"file_name,caption\nx.wav,a caf\xe9\n")
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert not clips and "line 2 (x.wav): 'a caf\\udce9' is not Unicode text" in problems[0]
     path.write_text("file_name,caption\nx.wav,one\n", encoding="utf-16")
     with pytest.raises(UserError, match="save it as UTF-8"):
@@ -238,7 +238,7 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
     path = tmp_path / "m.jsonl"
     lines = ['{"audio": "a.wav", "captions": "a \\ud83d"}', '{"audio": "\\ud83d", "captions": "b"}']
     path.write_text("\n".join(lines))
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert not clips and len(problems) == 2
     assert "line 1 (a.wav): 'a \\ud83d' is not Unicode text" in problems[0]
     assert "line 2" in problems[1]
@@ -286,7 +286,7 @@ def test_languages_of_a_table_have_one_form(tmp_path):
         {"audio": "f.wav", "captions": "x", "lang": 3},
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert [clip.languages for clip in clips] == [("fra",) * 2, ("spa",) * 2, ("zho",), ("eng",)]
     assert len(problems) == 2 and "line 5 (e.wav): 'xx' is no language" in problems[0]
 

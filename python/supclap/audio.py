@@ -70,8 +70,8 @@ def readable() -> Iterator[None]:
     try:
         yield
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-        said = getattr(error, "error_string", error)  # the library's, without the file's name
-        raise explained(error) or UserError(f"not readable as audio: {said}") from error
+        reason = getattr(error, "error_string", error)  # the library's, without the file's name
+        raise explained(error) or UserError(f"not readable as audio: {reason}") from error
 
 
 def read_wave(
@@ -112,23 +112,23 @@ def check_samples(wave: np.ndarray) -> None:
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
 
 
-def part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:
+def read_part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:
     """Bytes of a file from a place on, which counts from the end if it is negative."""
     if isinstance(source, bytes):
         with open(source, "rb") as stream:
-            return part(stream, start, size)
+            return read_part(stream, start, size)
     place, length = source.tell(), source.seek(0, os.SEEK_END)
     source.seek(start if start >= 0 else max(0, length + start))
-    found = source.read(size)
+    raw = source.read(size)
     source.seek(place)
-    return found
+    return raw
 
 
 def is_tagged(source: bytes | BinaryIO) -> bool:
     """Whether an MP3 says how long it is, behind the pictures and names of an ID3 tag."""
-    head = part(source, 0, 10)
+    head = read_part(source, 0, 10)
     size = sum((byte & 127) << 7 * (3 - n) for n, byte in enumerate(head[6:]))
-    first = part(source, 10 + size if head.startswith(b"ID3") else 0, EDGE)
+    first = read_part(source, 10 + size if head.startswith(b"ID3") else 0, EDGE)
     return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
 
 
@@ -141,21 +141,21 @@ def page_is_cut(last: bytes) -> bool:
     return at + 27 + last[at + 26] + sum(lengths) > len(last) or not last[at + 5] & 4
 
 
-def promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool, str]:
+def header_promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool, str]:
     """Whether a header says how long a file is, and how it differs from what is there ("": not)."""
     seconds = opened.frames / opened.samplerate
-    for name, promised, found in SIZES.findall(opened.extra_info):
-        missing = int(promised) - int(found)  # bytes
+    for name, promised, present in SIZES.findall(opened.extra_info):
+        missing = int(promised) - int(present)  # bytes
         counts = name.strip() not in ("RIFF", "FORM") and int(promised) < STREAMED
-        if counts and missing * seconds > END * int(found):
-            return True, f"{found} of the {promised} bytes its header promises are there"
+        if counts and missing * seconds > END * int(present):
+            return True, f"{present} of the {promised} bytes its header promises are there"
     if "\nSeems to be a truncated file." in opened.extra_info:  # VOC
         return True, f"it ends after {seconds:.2f} seconds"
     is_ogg = opened.format == "OGG" and JUNK.search(opened.extra_info)
-    if is_ogg and page_is_cut(part(source, -EDGE)):
+    if is_ogg and page_is_cut(read_part(source, -EDGE)):
         return True, f"it ends after {seconds:.2f} seconds"
     if opened.format == "NIST":
-        count = re.search(rb"sample_count -i (\d+)", part(source, 0, 1024))
+        count = re.search(rb"sample_count -i (\d+)", read_part(source, 0, 1024))
         samples = int(count[1]) if count else 0
         if samples - opened.frames > END * opened.samplerate:
             return True, f"{opened.frames} of the {samples} samples its header promises are there"
@@ -174,11 +174,11 @@ def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
     if not opened.seekable():
         raise UserError("the decoder cannot search a file of this kind; convert it, say to FLAC")
     seconds = frames / rate
-    promised, difference = promise(opened, source)
+    promised, difference = header_promise(opened, source)
     if difference:
         raise UserError(f"it is cut off: {difference}")
     if not promised:  # the library guesses the length from the size and the first frame
-        if len(bit_rates(part(source, 0))) > 1:
+        if len(bit_rates(read_part(source, 0))) > 1:
             raise UserError("nothing says how long it is, and its bit rate varies; write it anew")
         while len(opened.read(BLOCK, dtype="float32")):  # whatever there is must decode
             pass
@@ -207,7 +207,7 @@ def examine(source: bytes | BinaryIO) -> tuple[float, int]:
     frames = 0
     with readable(), soundfile.SoundFile(source) as opened:
         rate, seconds = opened.samplerate, duration_of(opened, source)
-        promised = promise(opened, source)[0]
+        promised = header_promise(opened, source)[0]
         while len(part := opened.read(BLOCK, dtype="float32", always_2d=True)):
             frames += len(part)
             check_samples(part)

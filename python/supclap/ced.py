@@ -92,7 +92,7 @@ NAMES = {
 
 def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under this module's names, without the tagging head and the front end."""
-    found = {}
+    translated = {}
     for name, tensor in state.items():
         for prefix in ("encoder.", "ced."):
             name = name.removeprefix(prefix)
@@ -100,5 +100,5 @@ def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
-        found[name] = tensor
-    return found
+        translated[name] = tensor
+    return translated

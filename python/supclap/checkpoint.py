@@ -94,11 +94,11 @@ def save_state(
     on every rank; the first one writes."""
     randoms = ranks.each(random_state(device))
     if ranks.rank == 0:
-        whole = {name: part.state_dict() for name, part in parts.items()}
-        whole["pairs"] = {name: corpus.hashes for name, corpus in corpora.items()}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state["pairs"] = {name: corpus.hashes for name, corpus in corpora.items()}
         data = corpora["data"].fingerprint
-        whole |= {"data": data, "progress": asdict(progress), "randoms": randoms}
-        write_whole(run / STATE, lambda path: torch.save(whole, path))
+        state |= {"data": data, "progress": asdict(progress), "randoms": randoms}
+        write_whole(run / STATE, lambda path: torch.save(state, path))
 
 
 def give_dimensions(optimizer: torch.optim.Optimizer) -> None:
@@ -117,13 +117,13 @@ def load_state(
     finished = (run / FINISHED).exists() and not (run / STATE).exists()
     path = run / (LAST if finished else STATE)
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            part.load_state_dict(whole[name])
+            part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
                 give_dimensions(part)
-        progress, randoms = Progress(**whole["progress"]), whole["randoms"]
-        same = corpora["data"].fits(whole["data"])
+        progress, randoms = Progress(**state["progress"]), state["randoms"]
+        same = corpora["data"].fits(state["data"])
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name} to go on from") from None
     except (
@@ -131,11 +131,11 @@ def load_state(
     ) as error:  # fmt: skip
         raise UserError(f"cannot read the run's state {path}: {error!r}") from error
     for name, corpus in corpora.items():
-        before = whole.get("pairs", {}).get(name)  # none in a state of an earlier version
-        found = "" if before is None else difference(before, corpus)
-        if found or (name == "data" and not same):
+        before = state.get("pairs", {}).get(name)  # none in a state of an earlier version
+        changes = "" if before is None else difference(before, corpus)
+        if changes or (name == "data" and not same):
             which = "its manifest" if name == "data" else f"its manifest of --{name}"
-            more = f": {found}" if found else f", or are read otherwise now; {begin_from(run)}"
+            more = f": {changes}" if changes else f", or are read otherwise now; {begin_from(run)}"
             raise UserError(f"{run}: the clips or captions of {which} have changed since{more}")
     if len(randoms) != ranks.count:
         raise UserError(f"{run} was trained by {len(randoms)} processes; resume it with as many")

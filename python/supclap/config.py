@@ -7,7 +7,9 @@ here. Settings given on the command line come before those of the file, and thos
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -136,33 +138,30 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         every = ("validate_every", "checkpoint_every", "diagnose_every")
-        for name in ("epochs", "batch_size", "micro_batch_size", *every, "threads"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UserError(f"{flag(name)} must be at least 1, got {count}")
+        counts = ("epochs", "batch_size", "micro_batch_size", *every, "threads")
+        self.check(counts, lambda count: count >= 1, "be at least 1")
         check_seed(self.seed)
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"--warmup must be in [0, 1), got {self.warmup}")
-        for name in ("weight_decay", "clip_grad", "workers"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "tau", "audio_lr", "text_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{flag(name)} must be a positive number, got {value}")
-        for part in (self, self.model):
-            for one in fields(part):
-                choices, value = one.metadata.get("choices"), getattr(part, one.name)
-                if choices and value not in choices:
-                    raise UserError(f"{flag(one.name)} must be one of {choices}, got {value!r}")
+        self.check(("warmup",), lambda share: 0 <= share < 1, "be in [0, 1)")
+        sizes = ("weight_decay", "clip_grad", "workers")
+        self.check(sizes, lambda size: 0 <= size < math.inf, "not be negative")
+        rates = ("lr", "tau", "audio_lr", "text_lr")
+        self.check(rates, lambda rate: 0 < rate < math.inf, "be a positive number")
+        for name, choices in CHOICES.items():
+            value = getattr(self if name in TRAIN else self.model, name)
+            if value not in choices:
+                raise UserError(f"{flag(name)} must be one of {choices}, got {value!r}")
         if (self.select_on == "test") != (self.test is not None):
             raise UserError(
                 "--select-on test needs --test MANIFEST, and --test is for nothing else"
             )
-        for name in ("alpha", "beta", "radius_init"):
+        self.check(("alpha", "beta", "radius_init"), math.isfinite, "be a finite number")
+
+    def check(self, names: tuple[str, ...], allows: Callable[[Any], bool], rule: str) -> None:
+        """Raises an error if one of these settings has a value that the rule does not allow."""
+        for name in names:
             value = getattr(self, name)
-            if value is not None and not abs(value) < float("inf"):
-                raise UserError(f"{flag(name)} must be a finite number, got {value}")
+            if value is not None and not allows(value):
+                raise UserError(f"{flag(name)} must {rule}, got {value}")
 
     def settled(self) -> TrainConfig:
         """As a run keeps it: wherever it is resumed from, its files are found."""
@@ -202,26 +201,31 @@ RECIPES: dict[str, dict[str, Any]] = {
         "beta": 0.01,
     }
 }
-MODEL = {one.name: one for one in fields(ModelConfig)}
-TRAIN = {one.name: one for one in fields(TrainConfig) if one.name != "model"}
+MODEL = {setting.name: setting for setting in fields(ModelConfig)}
+TRAIN = {setting.name: setting for setting in fields(TrainConfig) if setting.name != "model"}
+CHOICES = {
+    name: setting.metadata["choices"]
+    for name, setting in (TRAIN | MODEL).items()
+    if setting.metadata["choices"]
+}
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
 
 
-def kind_of(one: Field[Any]) -> Any:
-    """The type of a setting that has a value."""
-    return TYPES[str(one.type).partition(" | ")[0]]
+def kind_of(setting: Field[Any]) -> Any:
+    """Returns the type of a setting that has a value."""
+    return TYPES[str(setting.type).partition(" | ")[0]]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings of a file, named as the flags are, with - or _."""
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from error
-    found = {}
-    for key, value in given.items():
+    settings = {}
+    for key, value in table.items():
         name = key.replace("-", "_")
         known = TRAIN | MODEL
         if name not in known:
@@ -233,31 +237,31 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = Path(value)
         if type(value) is not (type(Path()) if kind is Path else kind):
             raise UserError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
-        found[name] = value
-    return found
+        settings[name] = value
+    return settings
 
 
 def build_config(
-    given: dict[str, Any], config: Path | None = None, recipe: str | None = None
+    flags: dict[str, Any], config: Path | None = None, recipe: str | None = None
 ) -> TrainConfig:
     """From flags, a TOML file and a recipe, the first that has a setting."""
-    explicit = (read_toml(config) if config else {}) | given
-    found = (RECIPES[recipe] if recipe else {}) | explicit
+    explicit = (read_toml(config) if config else {}) | flags
+    settings = (RECIPES[recipe] if recipe else {}) | explicit
     for name in ("data", "out"):
-        if name not in found:
+        if name not in settings:
             raise UserError(f"{flag(name)} is needed: {TRAIN[name].metadata['help']}")
-    if "init" in found:
-        before = read_config(found["init"])
+    if "init" in settings:
+        before = read_config(settings["init"])
         theirs = asdict(before.model) | {"tau": before.tau}
         others = [name for name in theirs if explicit.get(name, theirs[name]) != theirs[name]]
         if others:
             raise UserError(
-                f"--init takes the model and the temperature of {found['init']} as they are; drop "
-                + ", ".join(map(flag, others))
+                f"--init takes the model and the temperature of {settings['init']} as they are; "
+                f"drop {', '.join(map(flag, others))}"
             )
-        found = found | theirs
-    model = ModelConfig(**{name: found[name] for name in MODEL if name in found})
-    return TrainConfig(model=model, **{name: found[name] for name in TRAIN if name in found})
+        settings = settings | theirs
+    model = ModelConfig(**{name: settings[name] for name in MODEL if name in settings})
+    return TrainConfig(model=model, **{name: settings[name] for name in TRAIN if name in settings})
 
 
 def config_text(config: TrainConfig) -> str:
@@ -269,16 +273,16 @@ def read_config(run: Path) -> TrainConfig:
     """The settings of a run, wherever it is now; an unknown one is an error."""
     path = run / "config.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        model = found.pop("model")
-        unknown = (set(found) - set(TRAIN)) | (set(model) - set(MODEL))
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model = settings.pop("model")
+        unknown = (set(settings) - set(TRAIN)) | (set(model) - set(MODEL))
     except FileNotFoundError:
         raise UserError(f"{run} is not a run: it has no {path.name}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the run's settings {path}: {error!r}") from error
     if unknown:
         raise UserError(f"{path} has settings this version does not know: {sorted(unknown)}")
-    for name, value in found.items():
+    for name, value in settings.items():
         if kind_of(TRAIN[name]) is Path and value is not None:
-            found[name] = Path(value)
-    return TrainConfig(**(found | {"out": run}), model=ModelConfig(**model))
+            settings[name] = Path(value)
+    return TrainConfig(**(settings | {"out": run}), model=ModelConfig(**model))

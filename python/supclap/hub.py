@@ -34,9 +34,9 @@ def fetch(name: str, option: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+    patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{option} hf:{name}: no such folder, and the hub has not given it "
@@ -48,8 +48,8 @@ def fetch(name: str, option: str, weights: bool) -> Path:
 def settings_of(folder: Path, option: str) -> dict[str, Any]:
     """A model's config.json."""
     try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return found
+        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return settings
     except (OSError, ValueError) as error:
         raise UserError(f"{option} hf:{folder}: cannot read its config.json: {error}") from error
 
@@ -81,8 +81,8 @@ class ClapFrontEnd:
     def __call__(self, wave: np.ndarray) -> Tensor:
         """[S] -> [views * F, M]; the same F for every clip."""
         wave = wave[: round(self.seconds * self.sample_rate)]
-        found = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
-        features: Tensor = found["input_features"][0]  # [views, F, M]
+        batch = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
+        features: Tensor = batch["input_features"][0]  # [views, F, M]
         return features.flatten(0, 1)
 
 
@@ -105,8 +105,8 @@ class ClapAudio(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """[B, views * F, M] -> [B, W]. No clip is longer than the model hears: they come cut."""
         longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
-        found = self.model(features.unflatten(1, (self.views, -1)), is_longer=longer)
-        return found.audio_embeds
+        output = self.model(features.unflatten(1, (self.views, -1)), is_longer=longer)
+        return output.audio_embeds
 
     def keep(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
@@ -152,12 +152,12 @@ class Tokenizer:
         """The tokenizer's own code for a language: eng -> eng_Latn, zho -> zho_Hans."""
         if language in self.languages:
             return language
-        found = [code for code in self.languages if code.startswith(f"{language}_")]
+        codes = [code for code in self.languages if code.startswith(f"{language}_")]
         for script in ("Latn", "Hans"):
-            found = [code for code in found if code.endswith(script)] or found
-        found = found or [code for code in self.languages if language_code(code) == language]
-        if found:
-            return found[0]
+            codes = [code for code in codes if code.endswith(script)] or codes
+        codes = codes or [code for code in self.languages if language_code(code) == language]
+        if codes:
+            return codes[0]
         nearest, _ = langcodes.closest_match(language, self.languages, max_distance=3)
         if nearest not in self.languages:
             raise UserError(
@@ -216,10 +216,10 @@ class PublishedText(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: [B, L] -> [B, W]."""
-        found = self.model(input_ids=ids, attention_mask=mask)
+        output = self.model(input_ids=ids, attention_mask=mask)
         if self.projects:
-            return found.text_embeds
-        return masked_mean(found.last_hidden_state, mask)
+            return output.text_embeds
+        return masked_mean(output.last_hidden_state, mask)
 
     def keep(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)

@@ -20,17 +20,17 @@ CAPTION = re.compile(
 )
 
 
-def tag_of(given: str) -> Language:
+def tag_of(name: str) -> Language:
     """What a code, a name, or the name of a POSIX locale means; a LookupError without a meaning."""
-    given, _, modifier = given.strip().partition("@")
+    name, _, modifier = name.strip().partition("@")
     try:
-        tag = Language.get(given.partition(".")[0])
+        tag = Language.get(name.partition(".")[0])
     except LanguageTagError:
-        tag = langcodes.find(given)
-        if given.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
-            raise LookupError(given) from None  # a word for it in some other language
+        tag = langcodes.find(name)
+        if name.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
+            raise LookupError(name) from None  # a word for it in some other language
     if not tag.is_valid() or tag.language in (None, "mul", "und", "zxx"):
-        raise LookupError(given)
+        raise LookupError(name)
     if modifier in SCRIPTS:
         tag = tag.update_dict({"script": SCRIPTS[modifier]})
     if tag.script == "Hang":  # alone, or with Chinese characters: Korean either way
@@ -45,19 +45,19 @@ def tag_of(given: str) -> Language:
 
 
 @cache
-def language_code(given: str) -> str:
+def language_code(name: str) -> str:
     """The ISO 639-3 code of a language given by code or by name, with the script if that is not the
     usual one: en, en-US, English, eng_Latn -> eng; zh-TW -> zho_Hant.
 
     A ValueError says that there is no such language.
     """
     try:
-        tag = tag_of(given)
+        tag = tag_of(name)
         alone = Language.make(language=tag.language)
         code, script = alone.to_alpha3(), tag.maximize().script
     except LookupError:
         raise ValueError(
-            f"{given!r} is no language; give a code such as eng or en, or an English name"
+            f"{name!r} is no language; give a code such as eng or en, or an English name"
         ) from None
     return code if script == alone.maximize().script else f"{code}_{script}"
 
@@ -75,14 +75,14 @@ def caption_language(column: str) -> str | None:
     match = CAPTION.fullmatch(column)
     if match is None or not column.startswith("caption"):
         return None
-    given, place = match["language"], match["place"] or ""
-    if given is None:
+    name, place = match["language"], match["place"] or ""
+    if name is None:
         return ""
-    if given.lower() in WORDS or place.lower() in WORDS | {"no"}:
+    if name.lower() in WORDS or place.lower() in WORDS | {"no"}:
         return None
     try:
-        tag, code = tag_of(given), language_code(given)
+        tag, code = tag_of(name), language_code(name)
     except (LookupError, ValueError):
         return None
-    known = len(tag.language or "") == 2 or "_" in given or "-" in given
+    known = len(tag.language or "") == 2 or "_" in name or "-" in name
     return code if known or tag.speaking_population() >= SPEAKERS else None

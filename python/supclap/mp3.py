@@ -30,8 +30,8 @@ def bit_rates(raw: bytes) -> set[int]:
         if first is not None and frame_at(raw, at + first[1]) is not None:
             break
         at = at + 1 if at >= 0 else -1
-    found: set[int] = set()
+    rates: set[int] = set()
     while at >= 0 and (frame := frame_at(raw, at)) is not None:
-        found.add(frame[0])
+        rates.add(frame[0])
         at += frame[1]
-    return found
+    return rates

@@ -28,14 +28,15 @@ def world_size() -> int:
         return 1
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
-    numbers = {
-        name: os.environ.get(name, "") for name in ("WORLD_SIZE", *names) if name != names[2]
-    }
+    numeric = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    numbers = {name: os.environ.get(name, "") for name in numeric}
     wrong = [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]
     if missing or wrong or not int(text) or not 0 < int(numbers["MASTER_PORT"]) < 2**16:
-        said = f"without {', '.join(missing)}" if missing else f"with {', '.join(wrong) or numbers}"
+        problem = f"with {', '.join(wrong) or numbers}"
+        if missing:
+            problem = f"without {', '.join(missing)}"
         raise UserError(
-            f"WORLD_SIZE={text} is set {said}: start several processes with torchrun, or unset "
+            f"WORLD_SIZE={text} is set {problem}: start several processes with torchrun, or unset "
             "WORLD_SIZE for one"
         )
     if int(numbers["RANK"]) >= int(text):
@@ -77,9 +78,9 @@ class Ranks:
         """A value of every rank, on every rank."""
         if self.count == 1:
             return [value]
-        found = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows of every rank, in their order."""
@@ -91,9 +92,9 @@ class Ranks:
             return
         for p in parameters:  # a layer may have been dropped here and not elsewhere
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        found = [p.grad for p in parameters if p.grad is not None]
-        flat = self.sum(torch.cat([g.flatten() for g in found])) / self.count
-        for g, mean in zip(found, flat.split([g.numel() for g in found]), strict=True):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = self.sum(torch.cat([g.flatten() for g in gradients])) / self.count
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(mean.view_as(g))
 
 

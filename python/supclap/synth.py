@@ -246,6 +246,12 @@ def write_wave(path: Path, wave: Wave) -> None:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    stream = io.StringIO()
+    csv.writer(stream).writerows(rows)
+    write_text(path, stream.getvalue())
+
+
 def elsewhere(wave: Wave, rng: Rng) -> Wave:
     """The same scene in another place: played at 0.8 of its speed, in a room, over louder noise."""
     points = np.arange(0, len(wave) - 1, 0.8)
@@ -296,11 +302,11 @@ def synthesise(
             wave = elsewhere(wave, rng)
             onsets = [[round(when / 0.8, 4) for when in phase] for phase in onsets]
         write_wave(out / "audio" / name, wave)
-        said = {code: describe(scene.phases, scene.background, rng, code) for code in languages}
+        texts_of = {code: describe(scene.phases, scene.background, rng, code) for code in languages}
         if captions < CAPTIONS:
-            chosen = sorted(rng.permutation(CAPTIONS)[:captions].tolist())
-            said = {code: [texts[n] for n in chosen] for code, texts in said.items()}
-        rows[split].append((name, said))
+            numbers = sorted(rng.permutation(CAPTIONS)[:captions].tolist())
+            texts_of = {code: [texts[n] for n in numbers] for code, texts in texts_of.items()}
+        rows[split].append((name, texts_of))
         phases = [
             {"event": kind, "count": count, "onsets": when}
             for (kind, count), when in zip(scene.phases, onsets, strict=True)
@@ -311,30 +317,26 @@ def synthesise(
     write_text(out / "scenes.jsonl", "".join(json.dumps(entry) + "\n" for entry in truth))
     for split, clips_of in rows.items():
         if len(languages) > 1:
-            lines = [{"audio": name, "captions": said} for name, said in clips_of]
+            lines = [{"audio": name, "captions": texts_of} for name, texts_of in clips_of]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(out / f"{split}.jsonl", text)
             continue
-        stream = io.StringIO()
-        table = csv.writer(stream)
         extra = [] if languages == (LANGUAGE,) else ["lang"]
-        table.writerow(["file_name", *(f"caption_{n + 1}" for n in range(captions)), *extra])
-        for name, said in clips_of:
-            table.writerow([name, *said[languages[0]], *languages[: len(extra)]])
-        write_text(out / f"{split}.csv", stream.getvalue())
+        table = [["file_name", *(f"caption_{n + 1}" for n in range(captions)), *extra]]
+        for name, texts_of in clips_of:
+            table.append([name, *texts_of[languages[0]], *languages[: len(extra)]])
+        write_csv(out / f"{split}.csv", table)
 
 
 def synthesise_events(out: Path, each: int, seed: int = 7) -> None:
     """Single events for zero-shot classification: `each` of every kind, and `out/labels.csv`."""
     (out / "audio").mkdir(parents=True, exist_ok=True)
-    rng, stream = np.random.default_rng(seed), io.StringIO()
-    table = csv.writer(stream)
-    table.writerow(["file_name", "label"])
+    rng, table = np.random.default_rng(seed), [["file_name", "label"]]
     for kind in EVENTS:
         for number in range(each):
             background = str(rng.choice(list(BACKGROUNDS)))
             wave, _ = compose(Scene(((kind, 1),), background), rng)
             name = f"{kind}_{number:02d}.wav"
             write_wave(out / "audio" / name, wave)
-            table.writerow([name, words_of(LANGUAGE)["events"][kind][0][0]])
-    write_text(out / "labels.csv", stream.getvalue())
+            table.append([name, words_of(LANGUAGE)["events"][kind][0][0]])
+    write_csv(out / "labels.csv", table)

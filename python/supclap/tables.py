@@ -23,15 +23,15 @@ def read_text(path: Path) -> str:
 
 def clean(text: Any) -> str:
     """Without blanks at its ends and doubled ones; a ValueError says that it cannot be encoded."""
-    found = " ".join(str("" if text is None else text).split())
+    cleaned = " ".join(str("" if text is None else text).split())
     try:
-        found.encode()
+        cleaned.encode()
     except UnicodeEncodeError:
-        shown = found.encode("ascii", "backslashreplace").decode()
+        shown = cleaned.encode("ascii", "backslashreplace").decode()
         raise ValueError(
             f"'{shown}' is not Unicode text (bytes that are not UTF-8, or half a surrogate pair)"
         ) from None
-    return found
+    return cleaned
 
 
 def split_rows(text: str, blanks: bool) -> list[tuple[int, list[str]]]:
@@ -65,10 +65,10 @@ def csv_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[Any, Any]]]]:
     doubled = {name for name in columns if name and columns.count(name) > 1}
     if doubled:
         raise csv.Error(f"line 1: the column {min(doubled)!r} is there several times")
-    found: list[tuple[int, dict[Any, Any]]] = []
+    table: list[tuple[int, dict[Any, Any]]] = []
     for line, fields in rows[1:]:
         row: dict[Any, Any] = dict.fromkeys(columns) | dict(zip(columns, fields, strict=False))
         if len(fields) > len(columns):
             row[None] = fields[len(columns) :]
-        found.append((line, row))
-    return columns, found
+        table.append((line, row))
+    return columns, table

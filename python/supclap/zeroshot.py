@@ -36,14 +36,14 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
         (data / "meta/esc50.csv", "filename", "category", "audio/{name}"),
         (data / "metadata/UrbanSound8K.csv", "slice_file_name", "class", "audio/fold{fold}/{name}"),
     )
-    found = [layout for layout in layouts if layout[0].is_file()]
-    if data.is_dir() and not found:
+    present = [layout for layout in layouts if layout[0].is_file()]
+    if data.is_dir() and not present:
         raise UserError(
             f"{data} is neither ESC-50 (meta/esc50.csv) nor UrbanSound8K "
             "(metadata/UrbanSound8K.csv); pass a CSV with the columns file_name, label"
         )
     table, file_column, label_column, pattern = (
-        found[0] if found else (data, "file_name", "label", "")
+        present[0] if present else (data, "file_name", "label", "")
     )
     try:
         columns, rows = csv_rows(table)
@@ -83,8 +83,8 @@ def class_vectors(model: Any, labels: list[str], templates: list[str], language:
     for template in templates:
         if "{label}" not in template:
             raise UserError(f"--template {template!r} needs {{label}}, such as {TEMPLATE!r}")
-    said = [template.replace("{label}", label) for label in labels for template in templates]
-    vectors = embed_text(model, said, [language] * len(said))
+    sentences = [template.replace("{label}", label) for label in labels for template in templates]
+    vectors = embed_text(model, sentences, [language] * len(sentences))
     mean = vectors.view(len(labels), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(mean, dim=1)
 
@@ -94,16 +94,17 @@ def accuracies(scores: Tensor, truth: Tensor, folds: list[str]) -> dict[str, Any
     rank = (scores >= scores.gather(1, truth[:, None])).sum(dim=1)
     right = (rank == 1).double()
     per_class = [right[truth == c].mean() for c in truth.unique()]
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "accuracy": right.mean().item(),
         "top5": (rank <= 5).double().mean().item(),
         "mean_class_accuracy": torch.stack(per_class).mean().item(),
     }
     if len(set(folds)) > 1:
         names = sorted(set(folds), key=lambda fold: (len(fold), fold))
-        of_fold = {f: right[torch.tensor([one == f for one in folds])].mean().item() for f in names}
-        found |= {"mean_fold_accuracy": sum(of_fold.values()) / len(of_fold), "folds": of_fold}
-    return found
+        in_fold = {name: torch.tensor([fold == name for fold in folds]) for name in names}
+        of_fold = {name: right[clips].mean().item() for name, clips in in_fold.items()}
+        numbers |= {"mean_fold_accuracy": sum(of_fold.values()) / len(of_fold), "folds": of_fold}
+    return numbers
 
 
 def classify_run(
