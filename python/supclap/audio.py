@@ -49,11 +49,11 @@ class FrontEnd(Protocol):
         """Names the features: of two front ends with one key they are the same."""
 
     def __call__(self, wave: np.ndarray) -> Tensor:
-        """[S] float32 at `sample_rate` -> [F, M]."""
+        """Makes features [F, M] of samples [S], float32, at `sample_rate`."""
 
 
 def open_audio(clip: Clip) -> bytes | BinaryIO:
-    """What soundfile reads: the name of the clip's file, or its bytes in a tar."""
+    """Returns what soundfile reads: the name of the clip's file, or its bytes in a tar."""
     if not clip.path.is_file():
         raise UserError("no such file (looked in the manifest's folder and in audio/ beside it)")
     if clip.span is None:
@@ -66,7 +66,7 @@ def open_audio(clip: Clip) -> bytes | BinaryIO:
 
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """What the libraries say of a file, as a UserError."""
+    """Turns what the libraries say of a file into a UserError."""
     try:
         yield
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
@@ -77,9 +77,9 @@ def readable() -> Iterator[None]:
 def read_wave(
     source: bytes | BinaryIO, max_seconds: float, draw: Callable[[int], int] | None = None
 ) -> tuple[np.ndarray, int]:
-    """At most `max_seconds` of a file, as mono float32 [S], and its sample rate.
+    """Reads at most `max_seconds` of a file, as mono float32 [S], and its sample rate.
 
-    The first ones, or from frame draw(n) on, if the file has n - 1 frames more than that.
+    These are the first ones, or those from frame draw(n) on, if the file has n - 1 frames more.
     """
     with readable(), soundfile.SoundFile(source) as opened:
         rate, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
@@ -92,7 +92,7 @@ def read_wave(
 
 
 def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
-    """[frames, channels] from a place on; where less is there than was guessed, the last ones."""
+    """Reads [frames, channels] from a place on; the last ones if fewer are there than guessed."""
     try:
         opened.seek(start)
         wave = opened.read(frames, dtype="float32", always_2d=True)
@@ -105,7 +105,7 @@ def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarra
 
 
 def check_samples(wave: np.ndarray) -> None:
-    """[S, channels]: some, and all of them numbers."""
+    """Raises an error unless there are samples [S, channels], and all of them are numbers."""
     if len(wave) == 0:
         raise UserError("the clip has zero length")
     if not (np.abs(wave) < LOUDEST).all():
@@ -113,7 +113,7 @@ def check_samples(wave: np.ndarray) -> None:
 
 
 def read_part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:
-    """Bytes of a file from a place on, which counts from the end if it is negative."""
+    """Reads bytes of a file from a place on, which counts from the end if it is negative."""
     if isinstance(source, bytes):
         with open(source, "rb") as stream:
             return read_part(stream, start, size)
@@ -163,7 +163,7 @@ def header_promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tup
 
 
 def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
-    """Seconds of a file whose end is there: what its header promises can be decoded.
+    """Returns the seconds of a file whose end is there: what its header promises can be decoded.
 
     The library says what it had to put right in a header, and seeks to the end without decoding
     what is before it.
@@ -197,13 +197,13 @@ def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
 
 
 def read_duration(source: bytes | BinaryIO) -> float:
-    """Seconds of a file, of which only the header and the end are read."""
+    """Returns the seconds of a file; reads only its header and its end."""
     with readable(), soundfile.SoundFile(source) as opened:
         return duration_of(opened, source)
 
 
 def examine(source: bytes | BinaryIO) -> tuple[float, int]:
-    """Seconds and sample rate, after all of it was decoded, a part at a time."""
+    """Decodes all of a file, a part at a time, and returns its seconds and sample rate."""
     frames = 0
     with readable(), soundfile.SoundFile(source) as opened:
         rate, seconds = opened.samplerate, duration_of(opened, source)
@@ -223,7 +223,7 @@ def load_audio(
     rate: int = SAMPLE_RATE,
     draw: Callable[[int], int] | None = None,
 ) -> np.ndarray:
-    """... at `rate`: [S]."""
+    """Reads a file as `read_wave` does and resamples it to `rate`: [S]."""
     wave, native = read_wave(source, max_seconds, draw)
     with readable():
         resampled = wave if native == rate else soxr.resample(wave, native, rate)
@@ -232,7 +232,7 @@ def load_audio(
 
 @cache
 def mel_filters() -> Tensor:
-    """[N_FFT / 2 + 1, N_MELS]: triangles of height 1, evenly spaced on the HTK mel scale."""
+    """Returns [N_FFT / 2 + 1, N_MELS]: triangles of height 1, evenly spaced on the HTK mel scale."""
     top = 2595.0 * math.log10(1.0 + F_MAX / 700.0)
     edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, N_MELS + 2, dtype=torch.float64) / 2595) - 1)
     bins = torch.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)

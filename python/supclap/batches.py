@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """B clips of [F_c, M] -> [B, F, M] float32 padded at the end, and lengths [B]."""
+    """Pads B clips of [F_c, M] at the end: [B, F, M] float32, and lengths [B]."""
     lengths = torch.tensor([len(clip) for clip in features])
     return torch.nn.utils.rnn.pad_sequence(features, batch_first=True).float(), lengths
 

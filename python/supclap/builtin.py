@@ -14,7 +14,7 @@ from .layers import Block, bin_statistics, masked_mean, positions
 
 
 class Transformer(nn.Module):
-    """Tokens -> transformer -> mean over the real tokens."""
+    """A transformer, and the mean over its real tokens."""
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Transformer(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Log-mel frames, normalised per bin, cut into patches along time."""
+    """A transformer over log-mel frames, normalised per bin, cut into patches along time."""
 
     projects = False
     mel_mean: Tensor
@@ -46,7 +46,7 @@ class AudioEncoder(nn.Module):
         self.transformer = Transformer(config.width, config.heads, config.audio_layers)
 
     def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
-        """Mean and deviation of each mel bin over some clips (CED's batch norm, once for all)."""
+        """Sets mean and deviation of each mel bin by some clips (CED's batch norm, for good)."""
         mean, variance = bin_statistics(features())
         self.mel_mean.copy_(mean)
         self.mel_std.copy_(variance.sqrt().clamp(min=1.0))
@@ -74,7 +74,7 @@ class Bytes:
 
 
 class TextEncoder(nn.Module):
-    """Bytes -> detectors of short byte runs -> the strongest hit of every POOL bytes."""
+    """A transformer over the hits of detectors of short byte runs, the strongest of POOL bytes."""
 
     POOL = 4
     projects = False

@@ -64,7 +64,7 @@ def is_finished(run: Path, epochs: int) -> bool:
 
 
 def difference(before: list[list[Any]], corpus: Corpus) -> str:
-    """How the clips and captions of a manifest differ from those a run began with; "" if not."""
+    """Returns how the clips and captions of a manifest differ from those of a run, "" if not."""
     now = corpus.hashes
     if before == now:
         return ""
@@ -90,8 +90,8 @@ def save_state(
     ranks: Ranks,
     device: torch.device,
 ) -> None:
-    """`parts`: modules and optimisers by name; `corpora`: by the flags of their manifests. Called
-    on every rank; the first one writes."""
+    """Collects the state of every rank; the first one writes it. `parts`: modules and optimisers by
+    name; `corpora`: by the flags of their manifests."""
     randoms = ranks.each(random_state(device))
     if ranks.rank == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -102,7 +102,7 @@ def save_state(
 
 
 def give_dimensions(optimizer: torch.optim.Optimizer) -> None:
-    """Moments of a parameter that had no dimensions when they were saved get its shape of today."""
+    """Gives the moments of a parameter that had no dimensions when saved its shape of today."""
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state and state[name].ndim == 0:
@@ -112,7 +112,7 @@ def give_dimensions(optimizer: torch.optim.Optimizer) -> None:
 def load_state(
     run: Path, parts: dict[str, Any], corpora: dict[str, Corpus], ranks: Ranks, device: torch.device
 ) -> Progress:
-    """Bring `parts` and the random numbers back to where `save_state` was called, and a finished
+    """Brings `parts` and the random numbers back to where `save_state` was called, and a finished
     run to its end. The corpora, by flag, must be those it began with."""
     finished = (run / FINISHED).exists() and not (run / STATE).exists()
     path = run / (LAST if finished else STATE)

@@ -23,7 +23,7 @@ from .errors import UserError
 
 
 def setting(default: Any, text: str, *choices: str) -> Any:
-    """A field with its line of --help."""
+    """Returns a field with its line of --help."""
     return field(default=default, metadata={"help": text, "choices": choices or None})
 
 
@@ -32,7 +32,7 @@ def flag(name: str) -> str:
 
 
 def check_seed(seed: int) -> None:
-    """NumPy takes no negative seed, PyTorch none above 64 bits."""
+    """Raises an error for a negative seed, which NumPy refuses, and one too large for PyTorch."""
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), got {seed}")
 
@@ -42,7 +42,7 @@ ENCODERS = "or hf:NAME or hf:FOLDER, a model of transformers"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Both towers; written into a run's `config.json` and read back by `eval`."""
+    """The settings of both towers; a run keeps them in its `config.json`."""
 
     audio_encoder: str = setting("builtin", f"builtin, ced-tiny|mini|small|base, {ENCODERS}")
     text_encoder: str = setting("builtin", f"builtin, {ENCODERS}")
@@ -164,7 +164,7 @@ class TrainConfig:
                 raise UserError(f"{flag(name)} must {rule}, got {value}")
 
     def settled(self) -> TrainConfig:
-        """As a run keeps it: wherever it is resumed from, its files are found."""
+        """Returns the settings as a run keeps them: wherever it is resumed, its files are found."""
         names = ("data", "out", "val", "test", "init")
         paths = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         cache = self.cache if self.cache in ("memory", "off") else str(Path(self.cache).absolute())
@@ -217,7 +217,7 @@ def kind_of(setting: Field[Any]) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a file, named as the flags are, with - or _."""
+    """Reads the settings of a file, named as the flags are, with - or _."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -244,7 +244,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def build_config(
     flags: dict[str, Any], config: Path | None = None, recipe: str | None = None
 ) -> TrainConfig:
-    """From flags, a TOML file and a recipe, the first that has a setting."""
+    """Takes each setting from the flags, a TOML file or a recipe, the first that has it."""
     explicit = (read_toml(config) if config else {}) | flags
     settings = (RECIPES[recipe] if recipe else {}) | explicit
     for name in ("data", "out"):
@@ -265,12 +265,12 @@ def build_config(
 
 
 def config_text(config: TrainConfig) -> str:
-    """Every setting as JSON."""
+    """Returns every setting as JSON."""
     return json.dumps(asdict(config), indent=2, default=str) + "\n"
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The settings of a run, wherever it is now; an unknown one is an error."""
+    """Reads the settings of a run, wherever it is now; an unknown one is an error."""
     path = run / "config.json"
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -43,22 +43,22 @@ class Corpus:
 
     @cached_property
     def captions(self) -> list[str]:
-        """All M captions."""
+        """Returns all M captions."""
         return [caption for clip in self.clips for caption in clip.captions]
 
     @cached_property
     def languages(self) -> list[str]:
-        """The language of each of the M captions."""
+        """Returns the language of each of the M captions."""
         return [language for clip in self.clips for language in clip.languages]
 
     @cached_property
     def clip_of(self) -> Tensor:
-        """[M] int64: the clip of each caption."""
+        """Returns the clip of each caption: [M] int64."""
         counts = torch.tensor([len(clip.captions) for clip in self.clips])
         return torch.repeat_interleave(torch.arange(len(self.clips)), counts)
 
     def features(self, clip: int, seed: list[int] | None = None) -> Tensor:
-        """[F, M] of one clip: its beginning, or a part that the seed draws."""
+        """Returns [F, M] of one clip: its beginning, or a part that the seed draws."""
         if self.kept is not None and not (seed is not None and self.longer[clip]):
             return self.kept[clip]
         try:
@@ -68,8 +68,8 @@ class Corpus:
 
     @property
     def records(self) -> list[list[Any]]:
-        """Name, captions and languages of each clip, wherever its file is: absolute names from the
-        folder that they share, and as `alike` (folders.py)."""
+        """Returns name, captions and languages of each clip, wherever its file is: absolute names
+        from the folder that they share, and as `alike` (folders.py)."""
         absolute = [Path(clip.name).parent for clip in self.clips if Path(clip.name).is_absolute()]
         base = os.path.commonpath(absolute) if absolute else ""
         paths = [Path(clip.name) for clip in self.clips]
@@ -78,12 +78,12 @@ class Corpus:
 
     @cached_property
     def hashes(self) -> list[list[Any]]:
-        """Name of each clip, and a checksum of its captions and languages."""
+        """Returns the name of each clip, and a checksum of its captions and languages."""
         return [[name, zlib.crc32(json.dumps(texts).encode())] for name, *texts in self.records]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A checksum of the pairs: a run that goes on must have the same."""
+        """Returns a checksum of the pairs: a run that goes on must have the same."""
         return digest(self.records)
 
     def fits(self, fingerprint: str) -> bool:
@@ -92,13 +92,13 @@ class Corpus:
         return fingerprint in (self.fingerprint, digest(written))
 
     def sample(self, most: int = 1000) -> list[Tensor]:
-        """The features of at most `most` clips, evenly spread."""
+        """Returns the features of at most `most` clips, evenly spread."""
         count = min(most, len(self.clips))
         return [self.features(n * len(self.clips) // count) for n in range(count)]
 
 
 def digest(value: Any) -> str:
-    """A checksum of anything that JSON can hold."""
+    """Returns a checksum of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -147,7 +147,7 @@ def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds
 
 
 def read_cache(path: Path, count: int) -> list[Decoded] | None:
-    """Maps the features from the file; None if there is none, or a broken one."""
+    """Maps the features from the file; returns None if there is none, or a broken one."""
     if not path.is_file():
         return None
     try:

@@ -20,7 +20,7 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def spread(x: Tensor) -> list[float]:
-    """[N] -> its quantiles."""
+    """Returns the quantiles of [N] numbers."""
     points = torch.tensor(QUANTILES, dtype=torch.float64)
     return torch.quantile(x.detach().double().cpu(), points).tolist()
 

@@ -32,7 +32,7 @@ Metrics = dict[str, float]
 
 
 def text_to_audio_ranks(text: Tensor, audio: Tensor, clip_of: Tensor, rows: int = 1024) -> Tensor:
-    """text: [M, D], audio: [N, D], clip_of: [M] -> [M] rank of each caption's clip."""
+    """Returns the rank of each caption's clip, [M]. text: [M, D], audio: [N, D], clip_of: [M]."""
     ranks = []
     for queries, clips in zip(text.split(rows), clip_of.split(rows), strict=True):
         scores = queries @ audio.T  # [rows, N]
@@ -41,8 +41,8 @@ def text_to_audio_ranks(text: Tensor, audio: Tensor, clip_of: Tensor, rows: int 
 
 
 def audio_to_text_ranks(text: Tensor, audio: Tensor, clip_of: Tensor) -> list[Tensor]:
-    """For each of the N clips the ranks of its own captions among all M, best first; of a clip
-    without captions none."""
+    """Returns for each of the N clips the ranks of its captions among all M, best first; none for a
+    clip without captions."""
     order = clip_of.argsort(stable=True)
     captions = order.split(torch.bincount(clip_of, minlength=len(audio)).tolist())
     ranks = []
@@ -57,7 +57,7 @@ def audio_to_text_ranks(text: Tensor, audio: Tensor, clip_of: Tensor) -> list[Te
 
 
 def summarise(ranks: Tensor, average_precision: Tensor) -> Metrics:
-    """ranks: [Q] best rank of each query; average_precision: [Q] AP@10 of each query."""
+    """Takes the best rank and the AP@10 of each of Q queries, each [Q]."""
     metrics = {f"R@{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
     metrics["mAP@10"] = average_precision.double().mean().item()
     metrics["median_rank"] = float((ranks - 1).double().quantile(0.5).floor().item() + 1)
@@ -65,7 +65,7 @@ def summarise(ranks: Tensor, average_precision: Tensor) -> Metrics:
 
 
 def retrieval_metrics(text: Tensor, audio: Tensor, clip_of: Tensor) -> dict[str, Metrics]:
-    """text: [M, D], audio: [N, D], clip_of: [M] int64 -> metrics by RULE for "t2a" and "a2t"."""
+    """Returns metrics by RULE, "t2a" and "a2t". text: [M, D], audio: [N, D], clip_of: [M] int64."""
     t2a = text_to_audio_ranks(text, audio, clip_of)
     reciprocal = torch.where(t2a <= 10, 1.0 / t2a.double(), 0.0)
     a2t = [ranks for ranks in audio_to_text_ranks(text, audio, clip_of) if len(ranks)]
@@ -77,7 +77,7 @@ def retrieval_metrics(text: Tensor, audio: Tensor, clip_of: Tensor) -> dict[str,
 
 
 def chance(clip_of: Tensor) -> dict[str, Metrics]:
-    """Expected R@k and mAP@10 of a random ranking; clip_of: [M], the clip of each caption."""
+    """Returns R@k and mAP@10 of a random ranking. clip_of: [M], the clip of each caption."""
     counts = torch.bincount(clip_of).double()  # captions of each of the N clips
     clips, captions = len(counts), len(clip_of)
     places = torch.arange(1, 11).double()
@@ -102,7 +102,7 @@ def mean_recall(metrics: dict[str, Metrics]) -> float:
 
 
 def mean_metrics(several: list[dict[str, Metrics]]) -> dict[str, Metrics]:
-    """The mean of each number in "t2a" and "a2t"."""
+    """Returns the mean of each number in "t2a" and "a2t"."""
     return {
         way: {name: sum(m[way][name] for m in several) / len(several) for name in several[0][way]}
         for way in ("t2a", "a2t")
@@ -110,8 +110,8 @@ def mean_metrics(several: list[dict[str, Metrics]]) -> dict[str, Metrics]:
 
 
 def corpus_metrics(text: Tensor, audio: Tensor, corpus: Corpus) -> dict[str, Any]:
-    """Metrics "t2a" and "a2t" of the unit vectors of a corpus; with several languages their means,
-    and "languages": those of each."""
+    """Returns metrics "t2a" and "a2t" of the unit vectors of a corpus; with several languages their
+    means, and "languages": those of each."""
     by_language = {}
     for code in sorted(set(corpus.languages)):
         rows = torch.tensor([language == code for language in corpus.languages])
@@ -130,8 +130,8 @@ def evaluate_corpus(
 def evaluate_run(
     run: Path, data: Path, options: EmbedOptions = DEFAULTS
 ) -> tuple[dict[str, Any], Corpus]:
-    """Metrics of a run's checkpoint on the manifest `data`, and the corpus measured. A checkpoint
-    that was selected on a test set says so."""
+    """Returns metrics of a run's checkpoint on the manifest `data`, and the corpus measured. A
+    checkpoint that was selected on a test set says so."""
     model = load_model(run).to(options.device)
     corpus = read_as_heard(model, read_manifest(data), data, options)
     metrics = evaluate_corpus(model, corpus, options.batch_size, options.workers)
@@ -139,7 +139,7 @@ def evaluate_run(
 
 
 def table(rows: dict[str, dict[str, Metrics]], columns: tuple[str, ...] = COLUMNS) -> str:
-    """One line per row, both directions side by side, in percent."""
+    """Returns one line per row, both directions side by side, in percent."""
     width = max(map(len, rows)) + 2
     blank = " " * width
     blocks = [f"{name:^{9 * len(columns)}}" for name in ("text to audio", "audio to text")]

@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork to decode au
 
 
 def fetch(name: str, option: str, weights: bool) -> Path:
-    """The folder of a model: given, or downloaded by name."""
+    """Returns the folder of a model, which is downloaded if it is no folder yet."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -46,7 +46,7 @@ def fetch(name: str, option: str, weights: bool) -> Path:
 
 
 def settings_of(folder: Path, option: str) -> dict[str, Any]:
-    """A model's config.json."""
+    """Reads a model's config.json."""
     try:
         settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return settings
@@ -55,7 +55,7 @@ def settings_of(folder: Path, option: str) -> dict[str, Any]:
 
 
 def build(model_class: Any, folder: Path, weights: bool, option: str) -> Any:
-    """A model of transformers, in float32, with its weights or random ones."""
+    """Builds a model of transformers, in float32, with its weights or random ones."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -129,7 +129,7 @@ class PublishedCED(CED):
                 raise UserError(f"{option} hf:{folder}: {error}") from error
 
     def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
-        """Those of the published weights stay."""
+        """Keeps the statistics of the published weights."""
 
     def keep(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,19 +137,19 @@ class PublishedCED(CED):
 
 
 class Tokenizer:
-    """Captions -> token ids and mask; with a language for each caption where the model has them."""
+    """Makes token ids and masks of captions, by their languages where the model has them."""
 
     def __init__(self, tokenizer: Any, most: int) -> None:
         self.tokenizer, self.most = tokenizer, most
         self.languages = self.known() if hasattr(tokenizer, "src_lang") else []
 
     def known(self) -> list[str]:
-        """The language codes of an NLLB tokenizer, such as eng_Latn."""
+        """Returns the language codes of an NLLB tokenizer, such as eng_Latn."""
         tokens = self.tokenizer.get_added_vocab()
         return sorted(token for token in tokens if len(token) == 8 and token[3] == "_")
 
     def code(self, language: str) -> str:
-        """The tokenizer's own code for a language: eng -> eng_Latn, zho -> zho_Hans."""
+        """Returns the tokenizer's code for a language: eng -> eng_Latn, zho -> zho_Hans."""
         if language in self.languages:
             return language
         codes = [code for code in self.languages if code.startswith(f"{language}_")]
@@ -166,7 +166,7 @@ class Tokenizer:
         return nearest
 
     def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
-        """-> ids [B, L], mask [B, L]."""
+        """Returns ids [B, L] and mask [B, L]."""
         rows = []
         for caption, language in zip(captions, languages, strict=True):
             if self.languages:
@@ -227,7 +227,7 @@ class PublishedText(nn.Module):
 
 
 def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encoder") -> nn.Module:
-    """CED or CLAP, from the hub or a folder."""
+    """Builds CED or CLAP from the hub or a folder."""
     folder = fetch(name, option, weights)
     kind = settings_of(folder, option).get("model_type")
     if kind == "ced":
@@ -238,5 +238,5 @@ def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encode
 
 
 def text_encoder(name: str, weights: bool = True, option: str = "--text-encoder") -> nn.Module:
-    """A text encoder from the hub or a folder."""
+    """Builds a text encoder from the hub or a folder."""
     return PublishedText(fetch(name, option, weights), weights, option)

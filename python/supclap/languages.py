@@ -1,4 +1,4 @@
-"""Languages in one form, whatever a table or a command line calls them."""
+"""Languages in one form, however a table or a command line names them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAPTION = re.compile(
 
 
 def tag_of(name: str) -> Language:
-    """What a code, a name, or the name of a POSIX locale means; a LookupError without a meaning."""
+    """Returns what a code, a name or a POSIX locale means; raises a LookupError if nothing."""
     name, _, modifier = name.strip().partition("@")
     try:
         tag = Language.get(name.partition(".")[0])
@@ -46,8 +46,8 @@ def tag_of(name: str) -> Language:
 
 @cache
 def language_code(name: str) -> str:
-    """The ISO 639-3 code of a language given by code or by name, with the script if that is not the
-    usual one: en, en-US, English, eng_Latn -> eng; zh-TW -> zho_Hant.
+    """Returns the ISO 639-3 code of a language, from a code or a name, with the script if it is not
+    the usual one: en, en-US, English, eng_Latn -> eng; zh-TW -> zho_Hant.
 
     A ValueError says that there is no such language.
     """
@@ -64,8 +64,8 @@ def language_code(name: str) -> str:
 
 @cache
 def caption_language(column: str) -> str | None:
-    """The language of a column of captions, "" for one that does not say it, None for a column of
-    something else.
+    """Returns the language of a column of captions, "" for one that does not say it, None for a
+    column of something else.
 
     Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fra_2`, `caption_French`,
     `caption_zho_Hant`. A language without a two-letter code and with few speakers needs its script:

@@ -1,4 +1,4 @@
-"""Which clips there are and what is said of them: CSV, JSON, JSONL and webdataset tars.
+"""Which clips there are, and their captions: CSV, JSON, JSONL and webdataset tars.
 
     CSV    file_name, caption_1, ... caption_k [, lang]     Clotho; rows of one file are joined
            file_name, caption [, lang]                      one caption a row
@@ -65,7 +65,7 @@ class Reading:
     folders: Folders = field(default_factory=Folders)
 
     def find(self, stems: list[str], bare: bool = False) -> tuple[str, Path]:
-        """The first of these files there is, else the first of them. `bare`: without extension."""
+        """Returns the first of these files there is, else the first. `bare`: without extension."""
         suffixes = ("", *EXTENSIONS) if bare else ("",)
         names = [stem + suffix for stem in stems for suffix in suffixes]
         parent = self.manifest.parent
@@ -83,7 +83,7 @@ class Reading:
         captions: list[tuple[str, str]],
         span: tuple[int, int] | None = None,
     ) -> None:
-        """Captions and their languages, joined to what the file has from other rows."""
+        """Adds captions and their languages to what the file has from other rows."""
         name, path = file
         texts = tuple(text for text, _ in captions)
         languages = tuple(language for _, language in captions)
@@ -97,7 +97,7 @@ class Reading:
             )
 
     def captions_of(self, entry: dict[str, Any]) -> list[tuple[str, str]]:
-        """Captions and their languages of one JSON object; a ValueError says what is wrong."""
+        """Returns captions and languages of one JSON object; a ValueError says what is wrong."""
         captions, keys = captions_of(entry)
         numbered = (key for key in entry if key.startswith("source_lang_"))
         used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered}
@@ -106,7 +106,7 @@ class Reading:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """From the folder, if it is below it."""
+    """Returns a path from the folder, if it is below it."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
@@ -168,7 +168,7 @@ def is_text(value: Any) -> bool:
 
 
 def captions_in(row: dict[Any, Any], columns: list[str]) -> list[tuple[str, str]]:
-    """Captions and their languages of one row; a ValueError says what is wrong."""
+    """Returns captions and languages of one row; a ValueError says what is wrong."""
     code = clean(row.get("lang") or row.get("language"))
     language = language_code(code) if code else LANGUAGE
     # A wide table has holes where a translation is missing.
@@ -186,7 +186,7 @@ def captions_in(row: dict[Any, Any], columns: list[str]) -> list[tuple[str, str]
 
 
 def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Captions and their languages of one JSON object, and the keys that hold them; a ValueError
+    """Returns captions and languages of one JSON object, and the keys that hold them; a ValueError
     says what is wrong."""
     columns = [key for key in entry if caption_language(key) is not None]
     columns = [key for key in columns if not caption_language(key) or holds_text(entry[key])]
@@ -227,7 +227,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
-    """Of JSON and JSONL, each with its place."""
+    """Reads the objects of JSON and JSONL, each with its place."""
     for place, entry in entries:
         if not isinstance(entry, dict):
             reading.problems.append(f"{place}: an object was expected, found {str(entry)[:40]!r}")
@@ -271,7 +271,7 @@ def read_jsonl(reading: Reading) -> None:
 
 
 def read_tar(reading: Reading) -> None:
-    """Samples are neighbours whose names agree up to the first dot."""
+    """Reads samples: neighbours whose names agree up to the first dot."""
     with tarfile.open(reading.manifest, "r:") as tar:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         for member in tar:
@@ -307,7 +307,7 @@ READERS = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".tar": r
 
 
 def expand(manifest: Path) -> list[Path]:
-    """`shard-{000..012}.tar` -> 13 paths."""
+    """Returns the 13 paths of `shard-{000..012}.tar`."""
     match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(manifest))
     if match is None:
         return [manifest]
@@ -319,7 +319,7 @@ def expand(manifest: Path) -> list[Path]:
 
 
 def readings(manifest: Path) -> Iterator[Reading]:
-    """What each file of a manifest holds."""
+    """Yields what each file of a manifest holds."""
     for path in expand(manifest):
         reader = READERS.get(path.suffix.lower(), read_csv)
         reading = Reading(path)

@@ -22,7 +22,7 @@ from .files import write_whole
 
 
 class Tower(nn.Module):
-    """Encoder -> head -> unit vector, in float32."""
+    """An encoder and its head, which give unit vectors in float32."""
 
     def __init__(self, encoder: Any, head: nn.Module) -> None:
         super().__init__()

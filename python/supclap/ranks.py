@@ -22,7 +22,7 @@ PATIENCE = timedelta(hours=2)  # while the first rank validates, the others wait
 
 
 def world_size() -> int:
-    """How many processes torchrun started: 1 without it."""
+    """Returns how many processes torchrun started: 1 without it."""
     text = os.environ.get("WORLD_SIZE", "1")
     if text == "1":
         return 1
@@ -62,7 +62,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over ranks, in place."""
+        """Sums over ranks, in place."""
         if self.count > 1:
             dist.all_reduce(x)
         return x
@@ -75,7 +75,7 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
     def each(self, value: Any) -> list[Any]:
-        """A value of every rank, on every rank."""
+        """Returns the value of every rank, on every rank."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
@@ -83,11 +83,11 @@ class Ranks:
         return values
 
     def rows(self, x: Tensor) -> Tensor:
-        """Rows of every rank, in their order."""
+        """Returns the rows of every rank, in their order."""
         return torch.cat(self.each(x.cpu())).to(x.device) if self.count > 1 else x
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """As DistributedDataParallel does, after backward."""
+        """Averages gradients over ranks after backward, as DistributedDataParallel does."""
         if self.count == 1:
             return
         for p in parameters:  # a layer may have been dropped here and not elsewhere
@@ -99,7 +99,7 @@ class Ranks:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one, with torchrun that of this rank."""
+    """Returns the device: `auto` takes a GPU if there is one, with torchrun that of this rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -110,7 +110,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(count: int | None) -> None:
-    """CPU threads of PyTorch; None leaves its own choice."""
+    """Sets the CPU threads of PyTorch; None leaves its own choice."""
     if count is not None and count < 1:
         raise UserError(f"--threads must be at least 1, got {count}")
     if count is not None:
@@ -119,7 +119,8 @@ def set_threads(count: int | None) -> None:
 
 @contextlib.contextmanager
 def stop_asked() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step ends before the run does; a second Ctrl-C ends it.
+    """Yields an event that Ctrl-C or SIGTERM sets, so that a step ends before the run does; a
+    second Ctrl-C ends it.
 
     A batch system sends SIGTERM to every process of a job, and torchrun passes on what it gets: the
     same wish, heard twice.

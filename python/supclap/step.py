@@ -85,7 +85,7 @@ def compute_loss(
     ids: Tensor | None,
     ranks: Ranks,
 ) -> tuple[Tensor, dict[str, float | None]]:
-    """audio, text: [B, D] unit rows -> the loss and the numbers of this step's log line."""
+    """Returns the loss and the numbers of this step's log line. audio, text: [B, D] unit rows."""
     bias = model.logit_bias if model.logit_bias.requires_grad else None  # sigmoid only
     loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
     gaps = (audio.detach() - text.detach()).norm(dim=1)

@@ -32,23 +32,23 @@ Wave = np.ndarray  # [S] float64
 
 
 def seconds(duration: float) -> Wave:
-    """Time axis of a sound: [S]."""
+    """Returns the time axis of a sound: [S]."""
     return np.arange(int(duration * RATE)) / RATE
 
 
 def sweep(frequency: Wave) -> Wave:
-    """Sine whose frequency at each sample is given."""
+    """Returns a sine that has this frequency at each sample."""
     return np.sin(2 * np.pi * np.cumsum(frequency) / RATE)
 
 
 def faded(wave: Wave, edge: float = 0.01) -> Wave:
-    """Raise and lower the ends over `edge` seconds, so that no click is added."""
+    """Raises and lowers the ends over `edge` seconds, so that no click is added."""
     ramp = np.minimum(1.0, np.arange(1, len(wave) + 1) / (edge * RATE))
     return wave * ramp * ramp[::-1]
 
 
 def coloured(rng: Rng, length: int, slope: float) -> Wave:
-    """Noise whose amplitude falls as frequency ** -slope, with unit deviation."""
+    """Returns noise whose amplitude falls as frequency ** -slope, with unit deviation."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
     spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** -slope
     wave = np.fft.irfft(spectrum, length)
@@ -171,12 +171,12 @@ class Scene:
 
 
 def duration(scene: Scene) -> float:
-    """Upper bound of the seconds a scene's events take."""
+    """Returns an upper bound of the seconds a scene's events take."""
     return sum(n * (0.3 if name in SHORT else 1.05) + 0.25 for name, n in scene.phases)
 
 
 def draw_scene(rng: Rng) -> Scene:
-    """A random scene that fits; neighbouring phases are of different kinds."""
+    """Returns a random scene that fits; neighbouring phases are of different kinds."""
     while True:
         kinds = rng.choice(list(EVENTS), rng.choice((1, 2, 3), p=(0.2, 0.6, 0.2)), replace=False)
         phases = tuple((str(k), int(rng.integers(1, EVENTS[k].most + 1))) for k in kinds)
@@ -186,7 +186,7 @@ def draw_scene(rng: Rng) -> Scene:
 
 
 def draw_family(rng: Rng) -> Iterator[tuple[str, Scene]]:
-    """A scene and its hard negatives: ("base" | "order" | "count", scene)."""
+    """Yields a scene and its hard negatives: ("base" | "order" | "count", scene)."""
     scene = draw_scene(rng)
     yield "base", scene
     if len(scene.phases) > 1:
@@ -202,7 +202,7 @@ def draw_family(rng: Rng) -> Iterator[tuple[str, Scene]]:
 
 
 def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
-    """Waveform within [-1, 1] and the onsets, in seconds, of each phase's events."""
+    """Returns a waveform within [-1, 1] and the onsets, in seconds, of each phase's events."""
     wave = np.zeros(int((LONGEST + 1.5) * RATE))
     now = rng.uniform(0.1, 0.3)
     onsets: list[list[float]] = []
@@ -223,7 +223,7 @@ def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
 
 
 def draw_corpus(clips: int, rng: Rng) -> Iterator[tuple[str, int, str, Scene]]:
-    """`clips` scenes, no two the same: (split, family, variant, scene), split by split."""
+    """Yields `clips` scenes, no two the same: (split, family, variant, scene), split by split."""
     sizes = {split: max(1, round(clips * share)) for split, share in SPLITS.items()}
     sizes["train"] = clips - sizes["val"] - sizes["test"]
     seen: set[Scene] = set()
@@ -274,7 +274,7 @@ def synthesise(
     captions: int = CAPTIONS,
     shifted: bool = False,
 ) -> None:
-    """Write `out/audio/*.wav`, `out/scenes.jsonl` (the truth) and `out/{train,val,test}.csv`, with
+    """Writes `out/audio/*.wav`, `out/scenes.jsonl` (the truth) and `out/{train,val,test}.csv`, with
     several languages `.jsonl`. `shifted`: other acoustics."""
     check_seed(seed)
     if not len(SPLITS) <= clips <= 10_000:
@@ -329,7 +329,7 @@ def synthesise(
 
 
 def synthesise_events(out: Path, each: int, seed: int = 7) -> None:
-    """Single events for zero-shot classification: `each` of every kind, and `out/labels.csv`."""
+    """Writes single events for zero-shot classification, `each` of every kind, and their labels."""
     (out / "audio").mkdir(parents=True, exist_ok=True)
     rng, table = np.random.default_rng(seed), [["file_name", "label"]]
     for kind in EVENTS:

@@ -31,7 +31,7 @@ RULE = (
 
 
 def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
-    """Clips, and the label and the fold of each."""
+    """Returns the clips, and the label and the fold of each."""
     layouts = (
         (data / "meta/esc50.csv", "filename", "category", "audio/{name}"),
         (data / "metadata/UrbanSound8K.csv", "slice_file_name", "class", "audio/fold{fold}/{name}"),
@@ -79,7 +79,7 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
 
 
 def class_vectors(model: Any, labels: list[str], templates: list[str], language: str) -> Tensor:
-    """Unit vectors [C, D]."""
+    """Returns the unit vectors of C labels, [C, D]."""
     for template in templates:
         if "{label}" not in template:
             raise UserError(f"--template {template!r} needs {{label}}, such as {TEMPLATE!r}")
@@ -90,7 +90,7 @@ def class_vectors(model: Any, labels: list[str], templates: list[str], language:
 
 
 def accuracies(scores: Tensor, truth: Tensor, folds: list[str]) -> dict[str, Any]:
-    """scores [N, C], truth [N] -> numbers by RULE, as fractions."""
+    """Returns numbers by RULE, as fractions, of scores [N, C] and truth [N]."""
     rank = (scores >= scores.gather(1, truth[:, None])).sum(dim=1)
     right = (rank == 1).double()
     per_class = [right[truth == c].mean() for c in truth.unique()]

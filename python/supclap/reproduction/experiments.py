@@ -123,7 +123,7 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
 
 
 def make_corpora(out: Path, preset: Preset) -> None:
-    """`here`, `there` with other acoustics, `here/noise*`, and single events with their labels."""
+    """Makes `here`, `there` with other acoustics, `here/noise*`, and single events with labels."""
     shared: dict[str, Any] = {"languages": preset.languages, "captions": preset.captions}
     for seed, name in enumerate(SIDES):
         if not (out / name / "test.jsonl").exists():

@@ -15,7 +15,7 @@ from ..train import train
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each point."""
+    """Returns the mean of the last `window` values at each point."""
     means = []
     for end in range(1, len(values) + 1):
         recent = values[max(0, end - window) : end]
@@ -24,7 +24,7 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 
 def plot_runs(runs: dict[str, Path], path: Path) -> None:
-    """Loss, radius and gap over the steps and validation recall over the epochs, as a PNG."""
+    """Draws loss, radius and gap over the steps and validation recall over the epochs, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def plot_runs(runs: dict[str, Path], path: Path) -> None:
 
 
 def demo(out: Path, clips: int = 1000, epochs: int = 4, seed: int = 0, **options: Any) -> Path:
-    """Make a corpus, train with and without support vectors, test both and plot the runs.
+    """Makes a corpus, trains with and without support vectors, tests both and plots the runs.
 
     `options` are further settings of both runs. Returns the path of the PNG.
     """
