@@ -12,10 +12,10 @@ RATES = (8_000, 16_000, 22_050, 44_100)
 WORDS = "dog rain door bird train glass river crowd clock".split()
 
 
-def near(found, expected, within=1e-6):
+def near(numbers, expected, within=1e-6):
     """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
-    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    return found.shape == expected.shape and np.abs(found - expected).max() <= within
+    numbers, expected = np.asarray(numbers, dtype=float), np.asarray(expected, dtype=float)
+    return numbers.shape == expected.shape and np.abs(numbers - expected).max() <= within
 
 
 def sound(number, rng):

@@ -23,10 +23,10 @@ def without_dimensions(state):
     """The same, as it was once written; how many tensors changed."""
     changed = 0
     state["criterion"]["radius.radius"] = state["criterion"]["radius.radius"].reshape(())
-    for one in state["optimizer"]["state"].values():
+    for moments in state["optimizer"]["state"].values():
         for name in ("exp_avg", "exp_avg_sq"):
-            if one[name].shape == (1,):
-                one[name] = one[name].reshape(())
+            if moments[name].shape == (1,):
+                moments[name] = moments[name].reshape(())
                 changed += 1
     return changed
 
@@ -34,20 +34,20 @@ def without_dimensions(state):
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_an_old_run_is_resumed(manifest, tmp_path, monkeypatch, optimizer):
     """Bit for bit as one of today."""
-    given = {"svr": "bi-static", "batch_size": 4, "checkpoint_every": 2, "optimizer": optimizer}
-    whole = train(settings(manifest, tmp_path / "whole", **given))
+    options = {"svr": "bi-static", "batch_size": 4, "checkpoint_every": 2, "optimizer": optimizer}
+    whole = train(settings(manifest, tmp_path / "whole", **options))
     with monkeypatch.context() as patch:
         stopped_at(patch, 4)
         with pytest.raises(Stop):
-            train(settings(manifest, tmp_path / "part", **given))
+            train(settings(manifest, tmp_path / "part", **options))
     path = tmp_path / "part" / STATE
     state = torch.load(path, weights_only=True)
     assert without_dimensions(state) == 2
     torch.save(state, path)
     run = train(read_config(tmp_path / "part"), resume=True)
     assert log_of(run) == log_of(whole)
-    ours, wanted = load_model(run).state_dict(), load_model(whole).state_dict()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, theirs = load_model(run).state_dict(), load_model(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_an_old_model_file_is_read(manifest, tmp_path):

@@ -34,11 +34,11 @@ def manifest(tmp_path_factory):
 def full_settings(manifest, out, **changes):
     """Everything that draws random numbers or has a state."""
     model = SMALL.__class__(**{**vars(SMALL), "dropout": 0.3, "max_seconds": 0.5})
-    given = {
+    options = {
         "epochs": 3, "batch_size": 4, "svr": "bi-dynamic", "learn_tau": True, "val": manifest,
         "checkpoint_every": 2, "diagnose_every": 3, "validate_every": 2, "model": model,
     }  # fmt: skip
-    return settings(manifest, out, **(given | changes))
+    return settings(manifest, out, **(options | changes))
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 11])
@@ -55,8 +55,8 @@ def test_a_resumed_run_is_the_run(manifest, tmp_path, monkeypatch, at):
     for name in ("log", "val", "diagnostics"):
         assert log_of(run, name) == log_of(whole, name)
     assert [line["step"] for line in log_of(run)] == list(range(1, 16))
-    ours, wanted = load_model(run).state_dict(), load_model(whole).state_dict()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, theirs = load_model(run).state_dict(), load_model(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not (run / STATE).exists()
 
 
@@ -119,14 +119,14 @@ def test_sigterm_ends_a_run_after_its_step(manifest, tmp_path, monkeypatch):
 
 def test_what_cannot_be_resumed_is_said(manifest, tmp_path, capsys):
     run = train(settings(manifest, tmp_path / "run", epochs=1))
-    for arguments, said in (
+    for arguments, expected in (
         (["--resume", str(run)], "is finished"),
         (["--resume", str(tmp_path / "no")], "is not a run"),
         (["--data", str(manifest), "--out", str(run)], "already holds a run"),
         (["--resume", str(run), "--lr", "1", "--recipe", "paper"], "drop --lr, --recipe"),
     ):
         assert main(["train", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     (run / FINISHED).unlink()
     assert main(["train", "--resume", str(run)]) == 2
     assert "has no state.pt to go on from" in capsys.readouterr().err
@@ -173,11 +173,11 @@ def test_a_full_disk_leaves_other_outputs_as_they_were(tmp_path, monkeypatch):
 
 def test_kill_at_any_moment(manifest, tmp_path):
     """SIGKILL after random times: what is there loads, and the resumed log has every step once."""
-    given = {"checkpoint_every": 1, "epochs": 8}
-    whole = train(full_settings(manifest, tmp_path / "whole", **given))
+    options = {"checkpoint_every": 1, "epochs": 8}
+    whole = train(full_settings(manifest, tmp_path / "whole", **options))
     steps, rng = len(log_of(whole)), random.Random(0)
     out = tmp_path / "run"
-    config = full_settings(manifest, out, **given)
+    config = full_settings(manifest, out, **options)
     out.mkdir()
     (out / "settings.json").write_text(config_text(config))
     # One process that waits to be told: importing takes longer than a run.
@@ -289,12 +289,12 @@ def test_a_file_that_breaks_during_training_is_named(manifest, tmp_path, monkeyp
     wave[len(wave) // 2] = float("nan")
     soundfile.write(tmp_path / path.name, wave, rate, subtype="FLOAT")
     (tmp_path / "m.csv").write_text("\n".join(rows))
-    given = {"cache": "off", "workers": workers, "batch_size": 2, "val": None}
+    options = {"cache": "off", "workers": workers, "batch_size": 2, "val": None}
     with pytest.raises(UserError) as error:
-        train(settings(tmp_path / "m.csv", tmp_path / "run", **given))
+        train(settings(tmp_path / "m.csv", tmp_path / "run", **options))
     message = str(error.value)
     assert f"{path.name} (line 5): the clip has NaN" in message and "Traceback" not in message
-    run = train(settings(tmp_path / "m.csv", tmp_path / "other", skip_bad_audio=True, **given))
+    run = train(settings(tmp_path / "m.csv", tmp_path / "other", skip_bad_audio=True, **options))
     assert len(log_of(run)) == 4
 
 
@@ -304,8 +304,8 @@ def test_ranks_share_a_cache_and_want_pairs(manifest, tmp_path):
     command += ["--width", "16", "--heads", "1", "--epochs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for size, code in ((9, 0), (2, 1)):
-        given = ["--out", str(tmp_path / f"run{size}"), "--batch-size", str(size)]
-        done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True)
+        options = ["--out", str(tmp_path / f"run{size}"), "--batch-size", str(size)]
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stderr[-3000:]
     assert "a batch of 2 pairs is too small for 3 processes" in done.stderr
     assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".safetensors"]

@@ -95,14 +95,14 @@ def test_a_text_encoder_knows_its_languages(code):
     """By its own code and, of one script, by the bare one."""
     tokenizer = Tokenizer(Nllb(), 9)
     assert tokenizer.code(language_code(code)) == code
-    if sum(one[:3] == code[:3] for one in FLORES) == 1:
+    if sum(flores[:3] == code[:3] for flores in FLORES) == 1:
         assert tokenizer.code(language_code(code[:3])) == code
 
 
 def test_a_text_encoder_finds_the_nearest():
     tokenizer = Tokenizer(Nllb(), 9)
     named = {"ko_KR": "kor_Hang", "ps": "pbt_Arab", "no": "nob_Latn", "zh": "zho_Hans"}
-    assert {one: tokenizer.code(language_code(one)) for one in named} == named
+    assert {name: tokenizer.code(language_code(name)) for name in named} == named
     with pytest.raises(UserError, match="has no language 'glg'"):
         tokenizer.code("glg")
 
@@ -152,7 +152,7 @@ def test_what_no_reader_survives_is_a_problem(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "line", "expected"),
     [
         ('file_name,caption\na.wav,"a dog barks\nb.wav,a cat\nc.wav,a bird\n', 2, "unexpected end"),
         ('file_name,caption\na.wav,x\nb.wav,"a dog\nc.wav,a cat\nd.wav,"a bird"\n', 3, "expected"),
@@ -160,13 +160,13 @@ def test_what_no_reader_survives_is_a_problem(tmp_path):
         ("file_name,caption,caption\na.wav,x,y\n", 1, "column 'caption' is there several times"),
     ],
 )
-def test_a_quote_that_is_never_closed_swallows_nothing(tmp_path, text, line, said):
+def test_a_quote_that_is_never_closed_swallows_nothing(tmp_path, text, line, expected):
     path = tmp_path / "m.csv"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         read_manifest(path)
     assert str(path) in str(error.value) and f"line {line}: " in str(error.value)
-    assert said in str(error.value)
+    assert expected in str(error.value)
     path.write_text(text.replace("caption", "label"))
     with pytest.raises(UserError, match=f"line {line}: "):
         labelled_clips(path)
@@ -247,7 +247,7 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "code"),
+    ("name", "code"),
     {
         "en": "eng", "eng": "eng", "en-US": "eng", "English": "eng", "eng_Latn": "eng",
         "Deutsch": "deu", "ger": "deu", "zh": "zho", "cmn": "zho", "zho_Hans": "zho",
@@ -257,16 +257,14 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
         "en_US.UTF-8": "eng",
     }.items(),
 )  # fmt: skip
-def test_a_language_has_one_form(given, code):
-    assert language_code(given) == code == language_code(code)
+def test_a_language_has_one_form(name, code):
+    assert language_code(name) == code == language_code(code)
 
 
-@pytest.mark.parametrize(
-    "given", ["xx", "jp", "und", "mul", "zxx", "", "second", "Englsh", "x" * 9]
-)
-def test_what_is_no_language(given):
+@pytest.mark.parametrize("name", ["xx", "jp", "und", "mul", "zxx", "", "second", "Englsh", "x" * 9])
+def test_what_is_no_language(name):
     with pytest.raises(ValueError, match="is no language"):
-        language_code(given)
+        language_code(name)
 
 
 def test_languages_of_a_table_have_one_form(tmp_path):
@@ -294,7 +292,9 @@ def test_languages_of_a_table_have_one_form(tmp_path):
 def test_a_language_of_the_command_line_has_one_form(tmp_path, capsys):
     out = tmp_path / "corpus"
     assert main(["synth", str(out), "--clips", "4", "--languages", "en", "French", "eng"]) == 0
-    languages = {one for clip in read_manifest(out / "train.jsonl") for one in clip.languages}
+    languages = {
+        language for clip in read_manifest(out / "train.jsonl") for language in clip.languages
+    }
     assert languages == {"eng", "fra"}
     assert main(["synth", str(tmp_path / "x"), "--languages", "xx"]) == 2
     assert "--languages: 'xx' is no language" in capsys.readouterr().err
@@ -303,10 +303,12 @@ def test_a_language_of_the_command_line_has_one_form(tmp_path, capsys):
 def test_one_sentence_in_three_languages_is_no_problem(tmp_path, capsys):
     hum(tmp_path / "a.wav")
     path = tmp_path / "m.jsonl"
-    said = {"eng": "Banjo", "deu": "Banjo", "spa": ["Banjo"]}
-    path.write_text(json.dumps({"audio": "a.wav", "captions": said}))
+    captions = {"eng": "Banjo", "deu": "Banjo", "spa": ["Banjo"]}
+    path.write_text(json.dumps({"audio": "a.wav", "captions": captions}))
     assert main(["check", str(path)]) == 0
-    path.write_text(json.dumps({"audio": "a.wav", "captions": said | {"spa": ["Banjo", "Banjo"]}}))
+    path.write_text(
+        json.dumps({"audio": "a.wav", "captions": captions | {"spa": ["Banjo", "Banjo"]}})
+    )
     assert main(["check", str(path)]) == 1
     assert "the caption 'Banjo' is there 2 times" in capsys.readouterr().out
 

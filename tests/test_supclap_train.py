@@ -79,9 +79,9 @@ def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
         assert len(mel) == len(lengths) == len(text) == len(ids) <= 4
         for row, (clip, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
             assert torch.equal(mel[row, :length], corpus.kept[clip].float())
-            said = bytes(text[row][text[row] > 0].sub(1).tolist()).decode()
-            assert said in [caption.lower() for caption in corpus.clips[clip].captions]
-            seen.append((clip, said))
+            caption = bytes(text[row][text[row] > 0].sub(1).tolist()).decode()
+            assert caption in [c.lower() for c in corpus.clips[clip].captions]
+            seen.append((clip, caption))
     pairs = [(c, t.lower()) for c, clip in enumerate(corpus.clips) for t in clip.captions]
     assert sorted(seen) == sorted(pairs)
     assert seen != pairs  # shuffled
@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
@@ -260,8 +260,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_
         ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
     ],
 )
-def test_settings_are_checked(manifest, tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_are_checked(manifest, tmp_path, changes, expected):
+    with pytest.raises(UserError, match=expected):
         settings(manifest, tmp_path, **changes)
     with pytest.raises(UserError, match="multiple of"):
         dataclasses.replace(SMALL, width=30, heads=4)
@@ -294,9 +294,9 @@ def test_two_processes_train_as_one(manifest, tmp_path, options):
     shared += ["--width", "16", "--heads", "2", "--embed-dim", "16", "--lr", "1e-3", *options]
     torchrun(2, *shared, "--out", str(tmp_path / "two"))
     torchrun(1, *shared, "--out", str(tmp_path / "one"))
-    two, one = log_of(tmp_path / "two"), log_of(tmp_path / "one")
-    assert len(two) == len(one) >= 20
-    for ours, wanted in zip(two[:20], one[:20], strict=True):
-        assert near(ours["loss"], wanted["loss"], within=1e-4 * wanted["loss"])
-        assert near(ours["radius"], wanted["radius"], within=1e-4)
-        assert near(ours["norm"], wanted["norm"], within=1e-2 * wanted["norm"])  # before it is cut
+    two, alone = log_of(tmp_path / "two"), log_of(tmp_path / "one")
+    assert len(two) == len(alone) >= 20
+    for ours, theirs in zip(two[:20], alone[:20], strict=True):
+        assert near(ours["loss"], theirs["loss"], within=1e-4 * theirs["loss"])
+        assert near(ours["radius"], theirs["radius"], within=1e-4)
+        assert near(ours["norm"], theirs["norm"], within=1e-2 * theirs["norm"])  # before it is cut

@@ -232,7 +232,7 @@ def load_audio(
 
 @cache
 def mel_filters() -> Tensor:
-    """Returns [N_FFT / 2 + 1, N_MELS]: triangles of height 1, evenly spaced on the HTK mel scale."""
+    """Returns [N_FFT / 2 + 1, N_MELS], triangles of height 1, even on the HTK mel scale."""
     top = 2595.0 * math.log10(1.0 + F_MAX / 700.0)
     edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, N_MELS + 2, dtype=torch.float64) / 2595) - 1)
     bins = torch.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
