@@ -13,8 +13,9 @@ from supclap.batches import Epoch, pad_features
 from supclap.builtin import Bytes
 from supclap.config import ModelConfig, TrainConfig
 from supclap.corpus import load_corpus
+from supclap.embeddings import embed_corpus
 from supclap.errors import UserError
-from supclap.evaluate import embed_corpus, evaluate_corpus, evaluate_run
+from supclap.evaluate import evaluate_corpus, evaluate_run
 from supclap.model import SupclapModel, load_model, save_model
 from supclap.ranks import Ranks
 from supclap.step import backward, build_loss, build_optimizer, compute_loss, schedule

@@ -10,14 +10,9 @@ from safetensors import safe_open
 from supclap.cli import main
 from supclap.config import ModelConfig
 from supclap.corpus import load_corpus
+from supclap.embeddings import embed_corpus, embed_text
 from supclap.errors import UserError
-from supclap.evaluate import (
-    embed_corpus,
-    embed_text,
-    evaluate_corpus,
-    evaluate_run,
-    retrieval_metrics,
-)
+from supclap.evaluate import evaluate_corpus, evaluate_run, retrieval_metrics
 from supclap.model import SupclapModel, load_model
 from supclap.train import train
 from supclap.zeroshot import accuracies, class_vectors, labelled_clips

@@ -21,11 +21,8 @@ SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
 def add_options(parser: Any, settings: dict[str, Any]) -> None:
     """Adds an option for each setting; one that the user leaves out is not in the result."""
     for name, setting in settings.items():
-        kind, text, choices = (
-            kind_of(setting),
-            setting.metadata["help"],
-            setting.metadata["choices"],
-        )
+        kind, text = kind_of(setting), setting.metadata["help"]
+        choices = setting.metadata["choices"]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name}
         if setting.default not in (None, MISSING):
             text += f" (default: {setting.default})"
@@ -38,7 +35,7 @@ def add_options(parser: Any, settings: dict[str, Any]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Builds the parser of the commands and their options."""
     parser = argparse.ArgumentParser(prog="supclap", description="Train and use audio-text models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = {name: TRAIN[name] for name in SHARED}
@@ -278,7 +275,7 @@ def as_text(value: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code. What a user can put right ends without a traceback."""
+    """Runs a command and returns the exit code. What a user can put right has no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show does not stop us
             stream.reconfigure(errors="backslashreplace")
