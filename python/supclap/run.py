@@ -67,21 +67,20 @@ class Run:
         radius = self.criterion.radius
         self.whole_batches = isinstance(radius, DynamicRadius) and radius.batch_size is not None
         pairs = len(self.corpus.captions)
-        self.steps = steps_of(pairs, self.batch_size, self.ranks.count, self.whole_batches)
-        self.total = config.epochs * self.steps
+        self.epoch_steps = steps_of(pairs, self.batch_size, self.ranks.count, self.whole_batches)
+        self.total_steps = config.epochs * self.epoch_steps
 
         self.parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         self.progress = Progress()
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
         self.open_folder()
-        self.say(
-            f"{len(self.corpus.clips)} clips, {pairs} pairs, {self.total} steps on {self.device}"
-        )
+        clips = len(self.corpus.clips)
+        self.say(f"{clips} clips, {pairs} pairs, {self.total_steps} steps on {self.device}")
         if config.select_on == "test":
             self.say(f"NOTE: the checkpoint is selected on the test set, {config.selection}")
         self.logs = Logs(config, self.progress.step, self.first)
         self.bar = tqdm(
-            total=self.total, initial=self.progress.step, desc="training", mininterval=0.5,
+            total=self.total_steps, initial=self.progress.step, desc="training", mininterval=0.5,
             disable=not self.first,
         )  # fmt: skip
 
@@ -189,7 +188,7 @@ class Run:
     def step(self, batch: Batch) -> None:
         """Trains on a batch, and logs it."""
         config, progress = self.config, self.progress
-        share = schedule(config, progress.step, self.total)
+        share = schedule(config, progress.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         batch = batch.to(self.device, config.ids)
@@ -236,7 +235,7 @@ class Run:
             progress.best = recall
             where = "--test, the test set" if on_test else "--val"
             when = f"step {progress.step}"
-            if progress.batch == self.steps:
+            if progress.batch == self.epoch_steps:
                 when = f"epoch {progress.epoch}"
             self.keep_model(f"{when} (mean R@1 on {where} {recall:.3f})")
 
@@ -265,9 +264,10 @@ class Run:
 
     def interruption(self) -> Interrupted:
         """Returns the error that ends a run which the user stopped; the first rank says it."""
+        step, saved = self.progress.step, self.progress.saved
         message = (
-            f"interrupted after step {self.progress.step} of {self.total}; {self.progress.saved} "
-            f"and the log are in {self.folder}\n"
+            f"interrupted after step {step} of {self.total_steps}; {saved} and the log are in "
+            f"{self.folder}\n"
             f"go on with: supclap train --resume {self.folder}\n"
             f"evaluate it with: supclap eval {self.folder} --data MANIFEST.csv"
         )

@@ -49,7 +49,7 @@ def train_epoch(run: Run, stop: threading.Event) -> None:
     run.set_modes()
     for batch in run.batches():
         run.step(batch)
-        if progress.batch == run.steps:  # the end of an epoch does both
+        if progress.batch == run.epoch_steps:  # the end of an epoch does both
             break
         validation = is_due(config.validate_every, progress.step)
         if validation:
