@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from supclap import train as loop
+from supclap.batches import Epoch
 from supclap.config import ModelConfig, TrainConfig
-from supclap.data import Epoch, load_corpus
+from supclap.corpus import load_corpus
 from supclap.diagnose import Diagnosis
 from supclap.model import SupclapModel
+from supclap.ranks import Ranks
+from supclap.step import backward, build_loss, build_optimizer, compute_loss
 from supclap.synth import synthesise
 
 from .run import environment
@@ -40,16 +42,16 @@ def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
         corpus = load_corpus(out / "train.csv", 30.0)
     config = TrainConfig(data=out, out=out, svr="bi-dynamic", batch_size=batch_size)
     torch.manual_seed(0)
-    model, ranks = SupclapModel(ModelConfig()), loop.Ranks(torch.device("cpu"))
+    model, ranks = SupclapModel(ModelConfig()), Ranks(torch.device("cpu"))
     model.audio.encoder.set_statistics(corpus.sample)
-    criterion = loop.build_loss(config, batch_size)
-    optimizer = loop.build_optimizer(config, model, criterion)
+    criterion = build_loss(config, batch_size)
+    optimizer = build_optimizer(config, model, criterion)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     batch = next(Epoch(corpus, model.text.encoder.tokenizer, batch_size).batches())
 
     def step() -> None:
         optimizer.zero_grad()
-        loop.backward(model, criterion, batch, None, ranks)
+        backward(model, criterion, batch, None, ranks)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
@@ -58,7 +60,7 @@ def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
     ]
 
     def loss() -> None:
-        loop.compute_loss(model, criterion, *rows, batch.ids, ranks)[0].backward()
+        compute_loss(model, criterion, *rows, batch.ids, ranks)[0].backward()
 
     def diagnose() -> None:
         Diagnosis(model, criterion, batch, None, ranks).finish()

@@ -17,7 +17,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from .config import UserError, explained
+from .errors import UserError, explained
 from .manifest import Clip
 from .mp3 import bit_rates
 
@@ -49,11 +49,11 @@ class FrontEnd(Protocol):
         """Names the features: of two front ends with one key they are the same."""
 
     def __call__(self, wave: np.ndarray) -> Tensor:
-        """[S] float32 at `sample_rate` -> [F, M]."""
+        """Makes features [F, M] of samples [S], float32, at `sample_rate`."""
 
 
 def open_audio(clip: Clip) -> bytes | BinaryIO:
-    """What soundfile reads: the name of the clip's file, or its bytes in a tar."""
+    """Returns what soundfile reads: the name of the clip's file, or its bytes in a tar."""
     if not clip.path.is_file():
         raise UserError("no such file (looked in the manifest's folder and in audio/ beside it)")
     if clip.span is None:
@@ -66,20 +66,20 @@ def open_audio(clip: Clip) -> bytes | BinaryIO:
 
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """What the libraries say of a file, as a UserError."""
+    """Turns what the libraries say of a file into a UserError."""
     try:
         yield
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError, TypeError) as error:
-        said = getattr(error, "error_string", error)  # the library's, without the file's name
-        raise explained(error) or UserError(f"not readable as audio: {said}") from error
+        reason = getattr(error, "error_string", error)  # the library's, without the file's name
+        raise explained(error) or UserError(f"not readable as audio: {reason}") from error
 
 
 def read_wave(
     source: bytes | BinaryIO, max_seconds: float, draw: Callable[[int], int] | None = None
 ) -> tuple[np.ndarray, int]:
-    """At most `max_seconds` of a file, as mono float32 [S], and its sample rate.
+    """Reads at most `max_seconds` of a file, as mono float32 [S], and its sample rate.
 
-    The first ones, or from frame draw(n) on, if the file has n - 1 frames more than that.
+    These are the first ones, or those from frame draw(n) on, if the file has n - 1 frames more.
     """
     with readable(), soundfile.SoundFile(source) as opened:
         rate, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
@@ -92,7 +92,7 @@ def read_wave(
 
 
 def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
-    """[frames, channels] from a place on; where less is there than was guessed, the last ones."""
+    """Reads [frames, channels] from a place on; the last ones if fewer are there than guessed."""
     try:
         opened.seek(start)
         wave = opened.read(frames, dtype="float32", always_2d=True)
@@ -105,30 +105,30 @@ def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarra
 
 
 def check_samples(wave: np.ndarray) -> None:
-    """[S, channels]: some, and all of them numbers."""
+    """Raises an error unless there are samples [S, channels], and all of them are numbers."""
     if len(wave) == 0:
         raise UserError("the clip has zero length")
     if not (np.abs(wave) < LOUDEST).all():
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
 
 
-def part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:
-    """Bytes of a file from a place on, which counts from the end if it is negative."""
+def read_part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:
+    """Reads bytes of a file from a place on, which counts from the end if it is negative."""
     if isinstance(source, bytes):
         with open(source, "rb") as stream:
-            return part(stream, start, size)
+            return read_part(stream, start, size)
     place, length = source.tell(), source.seek(0, os.SEEK_END)
     source.seek(start if start >= 0 else max(0, length + start))
-    found = source.read(size)
+    raw = source.read(size)
     source.seek(place)
-    return found
+    return raw
 
 
 def is_tagged(source: bytes | BinaryIO) -> bool:
     """Whether an MP3 says how long it is, behind the pictures and names of an ID3 tag."""
-    head = part(source, 0, 10)
+    head = read_part(source, 0, 10)
     size = sum((byte & 127) << 7 * (3 - n) for n, byte in enumerate(head[6:]))
-    first = part(source, 10 + size if head.startswith(b"ID3") else 0, EDGE)
+    first = read_part(source, 10 + size if head.startswith(b"ID3") else 0, EDGE)
     return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
 
 
@@ -141,21 +141,21 @@ def page_is_cut(last: bytes) -> bool:
     return at + 27 + last[at + 26] + sum(lengths) > len(last) or not last[at + 5] & 4
 
 
-def promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool, str]:
+def header_promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool, str]:
     """Whether a header says how long a file is, and how it differs from what is there ("": not)."""
     seconds = opened.frames / opened.samplerate
-    for name, promised, found in SIZES.findall(opened.extra_info):
-        missing = int(promised) - int(found)  # bytes
+    for name, promised, present in SIZES.findall(opened.extra_info):
+        missing = int(promised) - int(present)  # bytes
         counts = name.strip() not in ("RIFF", "FORM") and int(promised) < STREAMED
-        if counts and missing * seconds > END * int(found):
-            return True, f"{found} of the {promised} bytes its header promises are there"
+        if counts and missing * seconds > END * int(present):
+            return True, f"{present} of the {promised} bytes its header promises are there"
     if "\nSeems to be a truncated file." in opened.extra_info:  # VOC
         return True, f"it ends after {seconds:.2f} seconds"
     is_ogg = opened.format == "OGG" and JUNK.search(opened.extra_info)
-    if is_ogg and page_is_cut(part(source, -EDGE)):
+    if is_ogg and page_is_cut(read_part(source, -EDGE)):
         return True, f"it ends after {seconds:.2f} seconds"
     if opened.format == "NIST":
-        count = re.search(rb"sample_count -i (\d+)", part(source, 0, 1024))
+        count = re.search(rb"sample_count -i (\d+)", read_part(source, 0, 1024))
         samples = int(count[1]) if count else 0
         if samples - opened.frames > END * opened.samplerate:
             return True, f"{opened.frames} of the {samples} samples its header promises are there"
@@ -163,7 +163,7 @@ def promise(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> tuple[bool
 
 
 def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
-    """Seconds of a file whose end is there: what its header promises can be decoded.
+    """Returns the seconds of a file whose end is there: what its header promises can be decoded.
 
     The library says what it had to put right in a header, and seeks to the end without decoding
     what is before it.
@@ -174,11 +174,11 @@ def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
     if not opened.seekable():
         raise UserError("the decoder cannot search a file of this kind; convert it, say to FLAC")
     seconds = frames / rate
-    promised, difference = promise(opened, source)
+    promised, difference = header_promise(opened, source)
     if difference:
         raise UserError(f"it is cut off: {difference}")
     if not promised:  # the library guesses the length from the size and the first frame
-        if len(bit_rates(part(source, 0))) > 1:
+        if len(bit_rates(read_part(source, 0))) > 1:
             raise UserError("nothing says how long it is, and its bit rate varies; write it anew")
         while len(opened.read(BLOCK, dtype="float32")):  # whatever there is must decode
             pass
@@ -197,17 +197,17 @@ def duration_of(opened: soundfile.SoundFile, source: bytes | BinaryIO) -> float:
 
 
 def read_duration(source: bytes | BinaryIO) -> float:
-    """Seconds of a file, of which only the header and the end are read."""
+    """Returns the seconds of a file; reads only its header and its end."""
     with readable(), soundfile.SoundFile(source) as opened:
         return duration_of(opened, source)
 
 
 def examine(source: bytes | BinaryIO) -> tuple[float, int]:
-    """Seconds and sample rate, after all of it was decoded, a part at a time."""
+    """Decodes all of a file, a part at a time, and returns its seconds and sample rate."""
     frames = 0
     with readable(), soundfile.SoundFile(source) as opened:
         rate, seconds = opened.samplerate, duration_of(opened, source)
-        promised = promise(opened, source)[0]
+        promised = header_promise(opened, source)[0]
         while len(part := opened.read(BLOCK, dtype="float32", always_2d=True)):
             frames += len(part)
             check_samples(part)
@@ -223,7 +223,7 @@ def load_audio(
     rate: int = SAMPLE_RATE,
     draw: Callable[[int], int] | None = None,
 ) -> np.ndarray:
-    """... at `rate`: [S]."""
+    """Reads a file as `read_wave` does and resamples it to `rate`: [S]."""
     wave, native = read_wave(source, max_seconds, draw)
     with readable():
         resampled = wave if native == rate else soxr.resample(wave, native, rate)
@@ -232,7 +232,7 @@ def load_audio(
 
 @cache
 def mel_filters() -> Tensor:
-    """[N_FFT / 2 + 1, N_MELS]: triangles of height 1, evenly spaced on the HTK mel scale."""
+    """Returns [N_FFT / 2 + 1, N_MELS], triangles of height 1, even on the HTK mel scale."""
     top = 2595.0 * math.log10(1.0 + F_MAX / 700.0)
     edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, N_MELS + 2, dtype=torch.float64) / 2595) - 1)
     bins = torch.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from .audio import N_MELS, LogMel
 from .config import ModelConfig
-from .data import Bytes
 from .layers import Block, bin_statistics, masked_mean, positions
 
 
 class Transformer(nn.Module):
-    """Tokens -> transformer -> mean over the real tokens."""
+    """A transformer, and the mean over its real tokens."""
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -31,7 +30,7 @@ class Transformer(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Log-mel frames, normalised per bin, cut into patches along time."""
+    """A transformer over log-mel frames, normalised per bin, cut into patches along time."""
 
     projects = False
     mel_mean: Tensor
@@ -47,7 +46,7 @@ class AudioEncoder(nn.Module):
         self.transformer = Transformer(config.width, config.heads, config.audio_layers)
 
     def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
-        """Mean and deviation of each mel bin over some clips (CED's batch norm, once for all)."""
+        """Sets mean and deviation of each mel bin by some clips (CED's batch norm, for good)."""
         mean, variance = bin_statistics(features())
         self.mel_mean.copy_(mean)
         self.mel_std.copy_(variance.sqrt().clamp(min=1.0))
@@ -62,8 +61,20 @@ class AudioEncoder(nn.Module):
         return self.transformer(self.patch(patches), real[:, ::size])
 
 
+class Bytes:
+    """The built-in tokenizer: UTF-8 bytes of the lower-cased text plus 1, padded with 0."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
+        """Captions, whatever their languages -> [B, L] int64."""
+        texts = [text.lower().encode()[: self.max_bytes] for text in captions]
+        return (nn.utils.rnn.pad_sequence([torch.tensor(list(t)) + 1 for t in texts], True),)
+
+
 class TextEncoder(nn.Module):
-    """Bytes -> detectors of short byte runs -> the strongest hit of every POOL bytes."""
+    """A transformer over the hits of detectors of short byte runs, the strongest of POOL bytes."""
 
     POOL = 4
     projects = False

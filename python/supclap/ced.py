@@ -45,7 +45,7 @@ class CED(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
-        """Of the batch norm, from some clips."""
+        """Takes the statistics of the batch norm from some clips."""
         mean, variance = bin_statistics(features())
         assert self.init_bn.running_mean is not None and self.init_bn.running_var is not None
         self.init_bn.running_mean.copy_(mean)
@@ -91,8 +91,8 @@ NAMES = {
 
 
 def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights under this module's names, without the tagging head and the front end."""
-    found = {}
+    """Renames published weights for this module, without the tagging head and the front end."""
+    translated = {}
     for name, tensor in state.items():
         for prefix in ("encoder.", "ced."):
             name = name.removeprefix(prefix)
@@ -100,5 +100,5 @@ def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
-        found[name] = tensor
-    return found
+        translated[name] = tensor
+    return translated

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from .audio import examine, open_audio
-from .config import UserError
-from .manifest import Clip, problems_of, readings
+from .errors import UserError
+from .manifest import Clip, scan_manifest
 
 
-def heard(clip: Clip) -> tuple[float, int] | str:
-    """Seconds and sample rate, or what is wrong with the file; all of it is decoded."""
+def examine_clip(clip: Clip) -> tuple[float, int] | str:
+    """Decodes all of a clip and returns its seconds and sample rate, or what is wrong with it."""
     try:
         return examine(open_audio(clip))
     except UserError as error:
@@ -22,12 +22,10 @@ def heard(clip: Clip) -> tuple[float, int] | str:
 
 
 def check(manifest: Path) -> tuple[list[str], list[str]]:
-    """Lines that describe the manifest, and its problems, each with its line."""
-    found = list(readings(manifest))
-    clips = [clip for reading in found for clip in reading.clips.values()]
-    problems = [problem for reading in found for problem in problems_of(reading)]
+    """Returns lines that describe the manifest, and its problems, each with its line."""
+    clips, problems, unused = scan_manifest(manifest)
     with ThreadPoolExecutor() as pool:
-        headers = list(pool.map(heard, clips))
+        headers = list(pool.map(examine_clip, clips))
     seconds, rates = [], Counter[int]()
     for clip, header in zip(clips, headers, strict=True):
         place = f"manifest {manifest}, {clip.place} ({clip.name})"
@@ -36,9 +34,8 @@ def check(manifest: Path) -> tuple[list[str], list[str]]:
         else:
             seconds.append(header[0])
             rates[header[1]] += 1
-        pairs = Counter(
-            zip(clip.captions, clip.languages, strict=True)
-        )  # languages share sentences
+        # Languages share sentences.
+        pairs = Counter(zip(clip.captions, clip.languages, strict=True))
         problems += [
             f"{place}: the caption {caption!r} is there {count} times"
             for (caption, _), count in pairs.items()
@@ -46,18 +43,17 @@ def check(manifest: Path) -> tuple[list[str], list[str]]:
         ]
     counts = [len(clip.captions) for clip in clips]
     languages = Counter(language for clip in clips for language in clip.languages)
-    said = [f"{len(clips)} clips, {sum(counts)} captions"]
-    unused = dict.fromkeys(column for reading in found for column in reading.unused)
+    lines = [f"{len(clips)} clips, {sum(counts)} captions"]
     if unused:
-        said.append(f"unused columns: {', '.join(unused)}")
+        lines.append(f"unused columns: {', '.join(unused)}")
     if clips:
-        said.append(f"captions of a clip: {min(counts)} to {max(counts)}")
-        said.append("languages: " + ", ".join(f"{k} {n}" for k, n in sorted(languages.items())))
+        lines.append(f"captions of a clip: {min(counts)} to {max(counts)}")
+        lines.append("languages: " + ", ".join(f"{k} {n}" for k, n in sorted(languages.items())))
     if seconds:
         low, middle, high = np.quantile(seconds, (0, 0.5, 1))
-        said.append(
+        lines.append(
             f"seconds: {low:.2f} to {high:.2f}, median {middle:.2f}, "
             f"{sum(seconds) / 3600:.2f} hours in all"
         )
-        said.append("sample rates: " + ", ".join(f"{k} Hz {n}" for k, n in sorted(rates.items())))
-    return said, problems
+        lines.append("sample rates: " + ", ".join(f"{k} Hz {n}" for k, n in sorted(rates.items())))
+    return lines, problems

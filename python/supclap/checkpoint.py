@@ -2,8 +2,8 @@
 
 `state.pt` is written as a whole or not at all, after the lines of the log it stands for; what the
 log has beyond it is dropped on resuming. The order of the pairs and the crops need no state: they
-are drawn from the seed, the epoch and the pair (data.py). A finished run keeps its last state, so
-that it can be extended.
+are drawn from the seed, the epoch and the pair (batches.py). A finished run keeps its last state,
+so that it can be extended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .config import UserError
-from .data import Corpus
+from .corpus import Corpus
+from .errors import UserError
 from .files import write_whole
 from .ranks import Ranks
 
@@ -64,7 +64,7 @@ def is_finished(run: Path, epochs: int) -> bool:
 
 
 def difference(before: list[list[Any]], corpus: Corpus) -> str:
-    """How the clips and captions of a manifest differ from those a run began with; "" if not."""
+    """Returns how the clips and captions of a manifest differ from those of a run, "" if not."""
     now = corpus.hashes
     if before == now:
         return ""
@@ -90,19 +90,19 @@ def save_state(
     ranks: Ranks,
     device: torch.device,
 ) -> None:
-    """`parts`: modules and optimisers by name; `corpora`: by the flags of their manifests. Called
-    on every rank; the first one writes."""
+    """Collects the state of every rank; the first one writes it. `parts`: modules and optimisers by
+    name; `corpora`: by the flags of their manifests."""
     randoms = ranks.each(random_state(device))
     if ranks.rank == 0:
-        whole = {name: part.state_dict() for name, part in parts.items()}
-        whole["pairs"] = {name: corpus.hashes for name, corpus in corpora.items()}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state["pairs"] = {name: corpus.hashes for name, corpus in corpora.items()}
         data = corpora["data"].fingerprint
-        whole |= {"data": data, "progress": asdict(progress), "randoms": randoms}
-        write_whole(run / STATE, lambda path: torch.save(whole, path))
+        state |= {"data": data, "progress": asdict(progress), "randoms": randoms}
+        write_whole(run / STATE, lambda path: torch.save(state, path))
 
 
 def give_dimensions(optimizer: torch.optim.Optimizer) -> None:
-    """Moments of a parameter that had no dimensions when they were saved get its shape of today."""
+    """Gives the moments of a parameter that had no dimensions when saved its shape of today."""
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state and state[name].ndim == 0:
@@ -112,18 +112,18 @@ def give_dimensions(optimizer: torch.optim.Optimizer) -> None:
 def load_state(
     run: Path, parts: dict[str, Any], corpora: dict[str, Corpus], ranks: Ranks, device: torch.device
 ) -> Progress:
-    """Bring `parts` and the random numbers back to where `save_state` was called, and a finished
+    """Brings `parts` and the random numbers back to where `save_state` was called, and a finished
     run to its end. The corpora, by flag, must be those it began with."""
     finished = (run / FINISHED).exists() and not (run / STATE).exists()
     path = run / (LAST if finished else STATE)
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            part.load_state_dict(whole[name])
+            part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
                 give_dimensions(part)
-        progress, randoms = Progress(**whole["progress"]), whole["randoms"]
-        same = corpora["data"].fits(whole["data"])
+        progress, randoms = Progress(**state["progress"]), state["randoms"]
+        same = corpora["data"].fits(state["data"])
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name} to go on from") from None
     except (
@@ -131,11 +131,11 @@ def load_state(
     ) as error:  # fmt: skip
         raise UserError(f"cannot read the run's state {path}: {error!r}") from error
     for name, corpus in corpora.items():
-        before = whole.get("pairs", {}).get(name)  # none in a state of an earlier version
-        found = "" if before is None else difference(before, corpus)
-        if found or (name == "data" and not same):
+        before = state.get("pairs", {}).get(name)  # none in a state of an earlier version
+        changes = "" if before is None else difference(before, corpus)
+        if changes or (name == "data" and not same):
             which = "its manifest" if name == "data" else f"its manifest of --{name}"
-            more = f": {found}" if found else f", or are read otherwise now; {begin_from(run)}"
+            more = f": {changes}" if changes else f", or are read otherwise now; {begin_from(run)}"
             raise UserError(f"{run}: the clips or captions of {which} have changed since{more}")
     if len(randoms) != ranks.count:
         raise UserError(f"{run} was trained by {len(randoms)} processes; resume it with as many")

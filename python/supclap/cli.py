@@ -6,44 +6,36 @@ import argparse
 import io
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
-from .config import (
-    MODEL,
-    MOVABLE,
-    RECIPES,
-    TRAIN,
-    UserError,
-    build_config,
-    explained,
-    flag,
-    kind_of,
-    read_config,
-)
+from .config import MODEL, MOVABLE, RECIPES, TRAIN, build_config, flag, kind_of, read_config
+from .errors import UserError, explained
 
 ON_TEST = "NOTE: this checkpoint was selected on a test set"
 SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
 
 
-def add_options(parser: Any, settings: dict[str, Any], required: tuple[str, ...] = ()) -> None:
-    """One option for each setting; one that is not given is not in the result."""
-    for name, one in settings.items():
-        text, choices = one.metadata["help"], one.metadata["choices"]
-        given: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name}
-        if one.default not in (None, MISSING):
-            text += f" (default: {one.default})"
-        if kind_of(one) is bool:
-            given["action"] = argparse.BooleanOptionalAction
+def add_options(parser: Any, settings: dict[str, Any]) -> None:
+    """Adds an option for each setting; one that the user leaves out is not in the result."""
+    for name, setting in settings.items():
+        kind, text = kind_of(setting), setting.metadata["help"]
+        choices = setting.metadata["choices"]
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name}
+        if setting.default not in (None, MISSING):
+            text += f" (default: {setting.default})"
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            given |= {"type": kind_of(one), "choices": choices}
-            given["metavar"] = None if choices else kind_of(one).__name__.upper()
-        parser.add_argument(flag(name), help=text, required=name in required, **given)
+            options |= {"type": kind, "choices": choices}
+            options["metavar"] = None if choices else kind.__name__.upper()
+        parser.add_argument(flag(name), help=text, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Builds the parser of the commands and their options."""
     parser = argparse.ArgumentParser(prog="supclap", description="Train and use audio-text models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = {name: TRAIN[name] for name in SHARED}
@@ -68,9 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         add_options(command, shared)
         return command
 
-    evaluate = on_a_run("eval", "retrieval metrics of a run on manifests")
-    evaluate.add_argument("--data", type=Path, required=True, nargs="+", help="manifests")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
+    evaluation = on_a_run("eval", "retrieval metrics of a run on manifests")
+    evaluation.add_argument("--data", type=Path, required=True, nargs="+", help="manifests")
+    evaluation.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
 
     zeroshot = on_a_run("zeroshot", "classify labelled clips by sentences")
     zeroshot.add_argument(
@@ -119,180 +111,182 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_train(config: Path | None, recipe: str | None, resume: Path | None, **given: Any) -> None:
+def train(config: Path | None, recipe: str | None, resume: Path | None, **settings: Any) -> None:
     from .train import train
 
     if resume is None:
-        train(build_config(given, config, recipe))
+        train(build_config(settings, config, recipe))
         return
-    names = [flag(name) for name in given if name not in MOVABLE] + ["--config"] * bool(config)
-    names += ["--recipe"] * bool(recipe)
-    if names:
+    flags = [flag(name) for name in settings if name not in MOVABLE]
+    flags += ["--config"] * bool(config) + ["--recipe"] * bool(recipe)
+    if flags:
         raise UserError(
-            f"--resume goes on with the settings of {resume}/config.json; drop {', '.join(names)}"
+            f"--resume goes on with the settings of {resume}/config.json; drop {', '.join(flags)}"
         )
-    train(replace(read_config(resume), **given), resume=True)
+    train(replace(read_config(resume), **settings), resume=True)
 
 
-def language(option: str, given: str) -> str:
-    """The code of a language given on the command line."""
+def check(manifest: Path) -> int:
+    from .check import check
+
+    lines, problems = check(manifest)
+    print("\n".join(lines))
+    print("\n".join([*problems, f"{len(problems)} problems"]) if problems else "no problems")
+    return 1 if problems else 0
+
+
+def language_of(option: str, text: str) -> str:
+    """Returns the code of a language that the command line names."""
     from .languages import language_code
 
     try:
-        return language_code(given)
+        return language_code(text)
     except ValueError as error:
         raise UserError(f"{option}: {error}") from None
 
 
-def use_of(args: dict[str, Any]) -> Any:
-    """What every command on a run shares, taken out of its arguments."""
-    from .evaluate import Use
+def embed_options(batch_size: int, threads: int | None = None, **options: Any) -> Any:
+    """Checks what every command on a run shares, and sets the device and the threads."""
+    from .embeddings import EmbedOptions
     from .ranks import choose_device, set_threads
 
-    if args["batch_size"] < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args['batch_size']}")
-    if args.get("workers", 0) < 0:
-        raise UserError(f"--workers must not be negative, got {args['workers']}")
-    set_threads(args.pop("threads", None))
-    found = {name: args.pop(name) for name in SHARED if name in args}
-    device = choose_device(found.pop("device", "auto"))
-    return Use(device=device, rows=args.pop("batch_size"), **found)
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    if options.get("workers", 0) < 0:
+        raise UserError(f"--workers must not be negative, got {options['workers']}")
+    set_threads(threads)
+    device = choose_device(options.pop("device", "auto"))
+    return EmbedOptions(device=device, batch_size=batch_size, **options)
 
 
-def tell_skipped(skipped: list[str]) -> None:
+def print_skipped(skipped: list[str]) -> None:
     if skipped:
         print(f"skipped {len(skipped)} bad audio files:")
         print("\n".join(f"  {reason}" for reason in skipped))
 
 
-def run_eval(run: Path, data: list[Path], json: Path | None, **args: Any) -> None:
-    from .evaluate import RULE, evaluate_run
+def evaluate(run: Path, data: list[Path], json: Path | None, **shared: Any) -> None:
+    from .evaluate import RULE, evaluate_run, table
     from .files import check_folder_of, write_json
-    from .report import COLUMNS, table
 
     if json is not None:
         check_folder_of(json, "--json")
-    use, found = use_of(args), {}
+    options, metrics_of = embed_options(**shared), {}
     for manifest in data:
-        metrics, corpus = evaluate_run(run, manifest, use)
-        found[str(manifest)] = metrics
-        tell_skipped(corpus.skipped)
+        metrics, corpus = evaluate_run(run, manifest, options)
+        metrics_of[str(manifest)] = metrics
+        print_skipped(corpus.skipped)
         print(f"{manifest}: {len(corpus.clips)} clips, {len(corpus.captions)} captions, in %")
-        rows = {f"{run} {name}": one for name, one in metrics.get("languages", {}).items()}
+        rows = {f"{run} {code}": of_code for code, of_code in metrics.get("languages", {}).items()}
         mean = f"{run} mean of {len(rows)} languages" if rows else str(run)
-        print(table({**rows, mean: metrics}, COLUMNS))
+        print(table({**rows, mean: metrics}))
         for way, name in (("t2a", "text to audio"), ("a2t", "audio to text")):
             print(f"median rank, {name}: {metrics[way]['median_rank']:g}")
         if "selected_on" in metrics:
             print(ON_TEST)
     print(f"rule: {RULE}")
     if json is not None:
-        write_json(json, {"rule": RULE} | (metrics if len(data) == 1 else found))
+        write_json(json, {"rule": RULE} | (metrics if len(data) == 1 else metrics_of))
 
 
-def run_zeroshot(run: Path, data: Path, json: Path | None, **args: Any) -> None:
+def zeroshot(
+    run: Path, data: Path, json: Path | None, template: list[str] | None, lang: str, **shared: Any
+) -> None:
     from .files import check_folder_of, write_json
     from .zeroshot import classify_run
 
     if json is not None:
         check_folder_of(json, "--json")
-    template, lang = args.pop("template"), language("--lang", args.pop("lang"))
-    found = classify_run(run, data, template, lang, use_of(args))
-    tell_skipped(found["skipped"])
-    print(f"{data}: {found['clips']} clips, {found['classes']} classes, in %")
+    language = language_of("--lang", lang)
+    numbers = classify_run(run, data, template, language, embed_options(**shared))
+    print_skipped(numbers["skipped"])
+    print(f"{data}: {numbers['clips']} clips, {numbers['classes']} classes, in %")
     for name in ("accuracy", "top5", "mean_class_accuracy", "mean_fold_accuracy"):
-        if name in found:
-            print(f"{name:<20}{100 * found[name]:8.2f}")
-    print(f"templates: {', '.join(found['templates'])}")
-    if "selected_on" in found:
+        if name in numbers:
+            print(f"{name:<20}{100 * numbers[name]:8.2f}")
+    print(f"templates: {', '.join(numbers['templates'])}")
+    if "selected_on" in numbers:
         print(ON_TEST)
-    print(f"rule: {found['rule']}")
+    print(f"rule: {numbers['rule']}")
     if json is not None:
-        write_json(json, found)
+        write_json(json, numbers)
 
 
-def run_search(run: Path, query: str, audio: Path, top: int, lang: str, **args: Any) -> None:
-    from .model import chosen_on_test
+def embed(run: Path, data: Path, out: Path, **shared: Any) -> None:
+    from .search import embed
+
+    clips, captions = embed(run, data, out, embed_options(**shared))
+    print(f"{clips} clips and {captions} captions are in {out}")
+
+
+def search(run: Path, query: str, audio: Path, top: int, lang: str, **shared: Any) -> None:
+    from .model import selection_note
     from .search import search
 
-    found, skipped = search(run, query, audio, top, language("--lang", lang), use_of(args))
-    tell_skipped(skipped)
+    language = language_of("--lang", lang)
+    hits, skipped = search(run, query, audio, top, language, embed_options(**shared))
+    print_skipped(skipped)
     print("rank  cosine  file")
-    for rank, (score, name) in enumerate(found, 1):
+    for rank, (score, name) in enumerate(hits, 1):
         print(f"{rank:4d}  {score:6.3f}  {name}")
-    if chosen_on_test(run):
+    if selection_note(run):
         print(ON_TEST)
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Carry out one parsed command; heavy imports happen here, so that --help is quick."""
-    options = vars(args).copy()
-    command = options.pop("command")
-    if command == "train":
-        run_train(**options)
-    elif command == "check":
-        from .check import check
+def synth(out: Path, clips: int, languages: list[str], **options: Any) -> None:
+    from .synth import synthesise
 
-        said, problems = check(args.manifest)
-        print("\n".join(said))
-        print("\n".join([*problems, f"{len(problems)} problems"]) if problems else "no problems")
-        return 1 if problems else 0
-    elif command == "eval":
-        run_eval(**options)
-    elif command == "zeroshot":
-        run_zeroshot(**options)
-    elif command == "embed":
-        from .search import embed
-
-        run, data, out = (options.pop(name) for name in ("run", "data", "out"))
-        clips, captions = embed(run, data, out, use_of(options))
-        print(f"{clips} clips and {captions} captions are in {out}")
-    elif command == "search":
-        run_search(**options)
-    elif command == "synth":
-        from .synth import synthesise
-
-        codes = [language("--languages", given) for given in args.languages]
-        synthesise(**options | {"languages": tuple(dict.fromkeys(codes))})
-        print(f"{args.clips} clips with captions are in {args.out}")
-    elif command == "reproduce":
-        from .reproduce import reproduce
-
-        print(f"report: {reproduce(**options)}")
-    else:
-        from .report import demo
-
-        demo(**options)
-    return 0
+    codes = dict.fromkeys(language_of("--languages", text) for text in languages)
+    synthesise(out, clips, languages=tuple(codes), **options)
+    print(f"{clips} clips with captions are in {out}")
 
 
-def as_text(given: Any) -> Any:
-    """An argument in UTF-8 that Python took for bytes of another encoding."""
-    if isinstance(given, list):
-        return [as_text(one) for one in given]
-    return given and given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def reproduce(**options: Any) -> None:
+    from .reproduction.run import reproduce
+
+    print(f"report: {reproduce(**options)}")
+
+
+def demo(**options: Any) -> None:
+    from .reproduction.report import demo
+
+    demo(**options)
+
+
+# Each imports what it needs when it is called, so that --help is quick.
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "train": train,
+    "check": check,
+    "eval": evaluate,
+    "zeroshot": zeroshot,
+    "embed": embed,
+    "search": search,
+    "synth": synth,
+    "reproduce": reproduce,
+    "demo": demo,
+}
+
+
+def as_text(value: Any) -> Any:
+    """Reads an argument as UTF-8 that Python took for bytes of another encoding."""
+    if isinstance(value, list):
+        return list(map(as_text, value))
+    return value and value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code. What a user can put right ends without a traceback."""
+    """Runs a command and returns the exit code. What a user can put right has no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show does not stop us
             stream.reconfigure(errors="backslashreplace")
-    given = sys.argv[1:] if arguments is None else arguments
-    args = build_parser().parse_args(given)
-    for name in (
-        "query",
-        "lang",
-        "template",
-        "languages",
-    ):  # text, whatever the terminal's encoding
-        if hasattr(args, name):
-            setattr(args, name, as_text(getattr(args, name)))
+    options = vars(build_parser().parse_args(arguments))
+    for name in {"query", "lang", "template", "languages"} & options.keys():
+        options[name] = as_text(options[name])  # whatever the terminal's encoding
     # Threads that wait must not spin: with other work on the cores a step takes several times
     # as long. OpenMP reads this once, so it is set before PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return run_command(args)
+        return COMMANDS[options.pop("command")](**options) or 0
     except UserError as error:
         if str(error):
             print(f"supclap: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Every setting of a model and of a training run, and the errors a user may see.
+"""Every setting of a model and of a training run.
 
 A setting is a flag of `supclap train` and a key of its TOML file; both are made from the fields
 here. Settings given on the command line come before those of the file, and those before a recipe's.
@@ -7,7 +7,9 @@ here. Settings given on the command line come before those of the file, and thos
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,45 +19,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
-class UserError(Exception):
-    """Something the user can put right; the command line prints its text and no traceback."""
-
-    exit_code = 2
-
-
-class Exhausted(UserError):  # noqa: N818 (no fault of what was being read)
-    """Memory ran out, or a process was killed."""
-
-
-class Interrupted(UserError):  # noqa: N818 (stopping a run is no error)
-    """The user stopped the run; what is on disk is complete and the text says where it is."""
-
-    exit_code = 130
-
-
-KILLED = (
-    "a process that decodes audio was killed ({}): by hand, or since memory ran out; try fewer "
-    "--workers"
-)
-
-
-def explained(error: BaseException) -> UserError | None:
-    """What a user can be told of an error that any call may end in: no memory, a killed worker."""
-    text = str(error)
-    memory = ("out of memory", "can't allocate memory", "Cannot allocate memory")
-    if isinstance(error, MemoryError) or any(one in text for one in memory):
-        return Exhausted(
-            "out of memory; try a smaller --micro-batch-size, --batch-size or --max-seconds, "
-            "--cache off, or fewer --workers"
-        )
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return Exhausted(KILLED.format(text.strip()))
-    return None
+from .errors import UserError
 
 
 def setting(default: Any, text: str, *choices: str) -> Any:
-    """A field with its line of --help."""
+    """Returns a field with its line of --help."""
     return field(default=default, metadata={"help": text, "choices": choices or None})
 
 
@@ -64,7 +32,7 @@ def flag(name: str) -> str:
 
 
 def check_seed(seed: int) -> None:
-    """NumPy takes no negative seed, PyTorch none above 64 bits."""
+    """Raises an error for a negative seed, which NumPy refuses, and one too large for PyTorch."""
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), got {seed}")
 
@@ -74,7 +42,7 @@ ENCODERS = "or hf:NAME or hf:FOLDER, a model of transformers"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Both towers; written into a run's `config.json` and read back by `eval`."""
+    """The settings of both towers; a run keeps them in its `config.json`."""
 
     audio_encoder: str = setting("builtin", f"builtin, ced-tiny|mini|small|base, {ENCODERS}")
     text_encoder: str = setting("builtin", f"builtin, {ENCODERS}")
@@ -170,36 +138,33 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         every = ("validate_every", "checkpoint_every", "diagnose_every")
-        for name in ("epochs", "batch_size", "micro_batch_size", *every, "threads"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UserError(f"{flag(name)} must be at least 1, got {count}")
+        counts = ("epochs", "batch_size", "micro_batch_size", *every, "threads")
+        self.check(counts, lambda count: count >= 1, "be at least 1")
         check_seed(self.seed)
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"--warmup must be in [0, 1), got {self.warmup}")
-        for name in ("weight_decay", "clip_grad", "workers"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "tau", "audio_lr", "text_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{flag(name)} must be a positive number, got {value}")
-        for part in (self, self.model):
-            for one in fields(part):
-                choices, value = one.metadata.get("choices"), getattr(part, one.name)
-                if choices and value not in choices:
-                    raise UserError(f"{flag(one.name)} must be one of {choices}, got {value!r}")
+        self.check(("warmup",), lambda share: 0 <= share < 1, "be in [0, 1)")
+        sizes = ("weight_decay", "clip_grad", "workers")
+        self.check(sizes, lambda size: 0 <= size < math.inf, "not be negative")
+        rates = ("lr", "tau", "audio_lr", "text_lr")
+        self.check(rates, lambda rate: 0 < rate < math.inf, "be a positive number")
+        for name, choices in CHOICES.items():
+            value = getattr(self if name in TRAIN else self.model, name)
+            if value not in choices:
+                raise UserError(f"{flag(name)} must be one of {choices}, got {value!r}")
         if (self.select_on == "test") != (self.test is not None):
             raise UserError(
                 "--select-on test needs --test MANIFEST, and --test is for nothing else"
             )
-        for name in ("alpha", "beta", "radius_init"):
+        self.check(("alpha", "beta", "radius_init"), math.isfinite, "be a finite number")
+
+    def check(self, names: tuple[str, ...], allows: Callable[[Any], bool], rule: str) -> None:
+        """Raises an error if one of these settings has a value that the rule does not allow."""
+        for name in names:
             value = getattr(self, name)
-            if value is not None and not abs(value) < float("inf"):
-                raise UserError(f"{flag(name)} must be a finite number, got {value}")
+            if value is not None and not allows(value):
+                raise UserError(f"{flag(name)} must {rule}, got {value}")
 
     def settled(self) -> TrainConfig:
-        """As a run keeps it: wherever it is resumed from, its files are found."""
+        """Returns the settings as a run keeps them: wherever it is resumed, its files are found."""
         names = ("data", "out", "val", "test", "init")
         paths = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         cache = self.cache if self.cache in ("memory", "off") else str(Path(self.cache).absolute())
@@ -236,26 +201,31 @@ RECIPES: dict[str, dict[str, Any]] = {
         "beta": 0.01,
     }
 }
-MODEL = {one.name: one for one in fields(ModelConfig)}
-TRAIN = {one.name: one for one in fields(TrainConfig) if one.name != "model"}
+MODEL = {setting.name: setting for setting in fields(ModelConfig)}
+TRAIN = {setting.name: setting for setting in fields(TrainConfig) if setting.name != "model"}
+CHOICES = {
+    name: setting.metadata["choices"]
+    for name, setting in (TRAIN | MODEL).items()
+    if setting.metadata["choices"]
+}
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
 
 
-def kind_of(one: Field[Any]) -> Any:
-    """The type of a setting that has a value."""
-    return TYPES[str(one.type).partition(" | ")[0]]
+def kind_of(setting: Field[Any]) -> Any:
+    """Returns the type of a setting that has a value."""
+    return TYPES[str(setting.type).partition(" | ")[0]]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a file, named as the flags are, with - or _."""
+    """Reads the settings of a file, named as the flags are, with - or _."""
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from error
-    found = {}
-    for key, value in given.items():
+    settings = {}
+    for key, value in table.items():
         name = key.replace("-", "_")
         known = TRAIN | MODEL
         if name not in known:
@@ -267,52 +237,52 @@ def read_toml(path: Path) -> dict[str, Any]:
             value = Path(value)
         if type(value) is not (type(Path()) if kind is Path else kind):
             raise UserError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
-        found[name] = value
-    return found
+        settings[name] = value
+    return settings
 
 
 def build_config(
-    given: dict[str, Any], config: Path | None = None, recipe: str | None = None
+    flags: dict[str, Any], config: Path | None = None, recipe: str | None = None
 ) -> TrainConfig:
-    """From flags, a TOML file and a recipe, the first that has a setting."""
-    explicit = (read_toml(config) if config else {}) | given
-    found = (RECIPES[recipe] if recipe else {}) | explicit
+    """Takes each setting from the flags, a TOML file or a recipe, the first that has it."""
+    explicit = (read_toml(config) if config else {}) | flags
+    settings = (RECIPES[recipe] if recipe else {}) | explicit
     for name in ("data", "out"):
-        if name not in found:
+        if name not in settings:
             raise UserError(f"{flag(name)} is needed: {TRAIN[name].metadata['help']}")
-    if "init" in found:
-        before = read_config(found["init"])
+    if "init" in settings:
+        before = read_config(settings["init"])
         theirs = asdict(before.model) | {"tau": before.tau}
         others = [name for name in theirs if explicit.get(name, theirs[name]) != theirs[name]]
         if others:
             raise UserError(
-                f"--init takes the model and the temperature of {found['init']} as they are; drop "
-                + ", ".join(map(flag, others))
+                f"--init takes the model and the temperature of {settings['init']} as they are; "
+                f"drop {', '.join(map(flag, others))}"
             )
-        found = found | theirs
-    model = ModelConfig(**{name: found[name] for name in MODEL if name in found})
-    return TrainConfig(model=model, **{name: found[name] for name in TRAIN if name in found})
+        settings = settings | theirs
+    model = ModelConfig(**{name: settings[name] for name in MODEL if name in settings})
+    return TrainConfig(model=model, **{name: settings[name] for name in TRAIN if name in settings})
 
 
 def config_text(config: TrainConfig) -> str:
-    """Every setting as JSON."""
+    """Returns every setting as JSON."""
     return json.dumps(asdict(config), indent=2, default=str) + "\n"
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The settings of a run, wherever it is now; an unknown one is an error."""
+    """Reads the settings of a run, wherever it is now; an unknown one is an error."""
     path = run / "config.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        model = found.pop("model")
-        unknown = (set(found) - set(TRAIN)) | (set(model) - set(MODEL))
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model = settings.pop("model")
+        unknown = (set(settings) - set(TRAIN)) | (set(model) - set(MODEL))
     except FileNotFoundError:
         raise UserError(f"{run} is not a run: it has no {path.name}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the run's settings {path}: {error!r}") from error
     if unknown:
         raise UserError(f"{path} has settings this version does not know: {sorted(unknown)}")
-    for name, value in found.items():
+    for name, value in settings.items():
         if kind_of(TRAIN[name]) is Path and value is not None:
-            found[name] = Path(value)
-    return TrainConfig(**(found | {"out": run}), model=ModelConfig(**model))
+            settings[name] = Path(value)
+    return TrainConfig(**(settings | {"out": run}), model=ModelConfig(**model))

@@ -11,11 +11,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .config import UserError, explained
+from .errors import UserError, explained
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` make a file that then takes the place of `path`; on an error nothing changes.
+    """Has `write` make a file that then takes the place of `path`; on an error nothing changes.
 
     Several processes may write the same file: the last one stays.
     """
@@ -51,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_folder_of(path: Path, option: str) -> None:
-    """Before the work whose result goes there."""
+    """Raises an error, before the work whose result goes there, if a file cannot."""
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}")
     if path.is_dir():

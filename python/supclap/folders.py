@@ -24,9 +24,9 @@ FIRST = ("wav", "flac", "mp3", "ogg", "opus")  # where a name without extension 
 
 
 def extensions() -> tuple[str, ...]:
-    """Of the files that the installed decoder reads: .wav, .flac, ..."""
+    """Returns those of the files that the installed decoder reads: .wav, .flac, ..."""
     formats = [name for name in soundfile.available_formats() if name[:3] not in ("RAW", "MAT")]
-    names = [name for one in formats for name in (one.lower(), *ALSO.get(one, ()))]
+    names = [name for kind in formats for name in (kind.lower(), *ALSO.get(kind, ()))]
     readable = dict.fromkeys([*(name for name in FIRST if name in names), *sorted(names)])
     return tuple(f".{name}" for name in readable)
 
@@ -35,13 +35,13 @@ EXTENSIONS = extensions()
 
 
 def is_audio(name: str) -> bool:
-    """Whether its extension says so."""
+    """Whether the extension of a name says so."""
     return Path(name).suffix.lower() in EXTENSIONS
 
 
 def alike(name: str) -> str:
-    """The same for names that look the same: blanks at the ends, composed and decomposed letters,
-    and UTF-8 or Latin-1 in the file system make no difference."""
+    """Returns the same for names that look the same: blanks at the ends, composed and decomposed
+    letters, and UTF-8 or Latin-1 in the file system make no difference."""
     raw = name.encode("utf-8", "surrogateescape")  # how Python holds bytes that are not UTF-8
     try:
         text = raw.decode("utf-8")
@@ -57,19 +57,19 @@ class Folders:
         self.listed: dict[Path, dict[str, list[str]]] = {}
 
     def names(self, folder: Path) -> dict[str, list[str]]:
-        """Names in a folder by their `alike`."""
+        """Returns the names in a folder by their `alike`."""
         if folder not in self.listed:
-            found = self.listed[folder] = {}
+            by_look = self.listed[folder] = {}
             try:
                 present = os.listdir(folder)
             except OSError:  # no such folder
                 present = []
             for name in sorted(present):
-                found.setdefault(alike(name), []).append(name)
+                by_look.setdefault(alike(name), []).append(name)
         return self.listed[folder]
 
     def locate(self, folder: Path, name: str) -> Path | None:
-        """A file of this name in a folder, else the only one of a name alike; None without one."""
+        """Returns a file of this name in a folder, else the only one of a name alike, else None."""
         written = folder / name
         try:
             if written.is_file():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .ced import CED, SIZES, translate
-from .config import UserError
+from .errors import UserError
 from .languages import language_code
 from .layers import masked_mean
 
@@ -28,15 +28,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork to decode au
 
 
 def fetch(name: str, option: str, weights: bool) -> Path:
-    """The folder of a model: given, or downloaded by name."""
+    """Returns the folder of a model, which is downloaded if it is no folder yet."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+    patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{option} hf:{name}: no such folder, and the hub has not given it "
@@ -46,16 +46,16 @@ def fetch(name: str, option: str, weights: bool) -> Path:
 
 
 def settings_of(folder: Path, option: str) -> dict[str, Any]:
-    """A model's config.json."""
+    """Reads a model's config.json."""
     try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return found
+        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return settings
     except (OSError, ValueError) as error:
         raise UserError(f"{option} hf:{folder}: cannot read its config.json: {error}") from error
 
 
 def build(model_class: Any, folder: Path, weights: bool, option: str) -> Any:
-    """A model of transformers, in float32, with its weights or random ones."""
+    """Builds a model of transformers, in float32, with its weights or random ones."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -81,8 +81,8 @@ class ClapFrontEnd:
     def __call__(self, wave: np.ndarray) -> Tensor:
         """[S] -> [views * F, M]; the same F for every clip."""
         wave = wave[: round(self.seconds * self.sample_rate)]
-        found = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
-        features: Tensor = found["input_features"][0]  # [views, F, M]
+        batch = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
+        features: Tensor = batch["input_features"][0]  # [views, F, M]
         return features.flatten(0, 1)
 
 
@@ -105,8 +105,8 @@ class ClapAudio(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """[B, views * F, M] -> [B, W]. No clip is longer than the model hears: they come cut."""
         longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
-        found = self.model(features.unflatten(1, (self.views, -1)), is_longer=longer)
-        return found.audio_embeds
+        output = self.model(features.unflatten(1, (self.views, -1)), is_longer=longer)
+        return output.audio_embeds
 
     def keep(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
@@ -129,7 +129,7 @@ class PublishedCED(CED):
                 raise UserError(f"{option} hf:{folder}: {error}") from error
 
     def set_statistics(self, features: Callable[[], list[Tensor]]) -> None:
-        """Those of the published weights stay."""
+        """Keeps the statistics of the published weights."""
 
     def keep(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,27 +137,27 @@ class PublishedCED(CED):
 
 
 class Tokenizer:
-    """Captions -> token ids and mask; with a language for each caption where the model has them."""
+    """Makes token ids and masks of captions, by their languages where the model has them."""
 
     def __init__(self, tokenizer: Any, most: int) -> None:
         self.tokenizer, self.most = tokenizer, most
         self.languages = self.known() if hasattr(tokenizer, "src_lang") else []
 
     def known(self) -> list[str]:
-        """The language codes of an NLLB tokenizer, such as eng_Latn."""
+        """Returns the language codes of an NLLB tokenizer, such as eng_Latn."""
         tokens = self.tokenizer.get_added_vocab()
         return sorted(token for token in tokens if len(token) == 8 and token[3] == "_")
 
     def code(self, language: str) -> str:
-        """The tokenizer's own code for a language: eng -> eng_Latn, zho -> zho_Hans."""
+        """Returns the tokenizer's code for a language: eng -> eng_Latn, zho -> zho_Hans."""
         if language in self.languages:
             return language
-        found = [code for code in self.languages if code.startswith(f"{language}_")]
+        codes = [code for code in self.languages if code.startswith(f"{language}_")]
         for script in ("Latn", "Hans"):
-            found = [code for code in found if code.endswith(script)] or found
-        found = found or [code for code in self.languages if language_code(code) == language]
-        if found:
-            return found[0]
+            codes = [code for code in codes if code.endswith(script)] or codes
+        codes = codes or [code for code in self.languages if language_code(code) == language]
+        if codes:
+            return codes[0]
         nearest, _ = langcodes.closest_match(language, self.languages, max_distance=3)
         if nearest not in self.languages:
             raise UserError(
@@ -166,7 +166,7 @@ class Tokenizer:
         return nearest
 
     def __call__(self, captions: list[str], languages: list[str]) -> tuple[Tensor, ...]:
-        """-> ids [B, L], mask [B, L]."""
+        """Returns ids [B, L] and mask [B, L]."""
         rows = []
         for caption, language in zip(captions, languages, strict=True):
             if self.languages:
@@ -216,10 +216,10 @@ class PublishedText(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: [B, L] -> [B, W]."""
-        found = self.model(input_ids=ids, attention_mask=mask)
+        output = self.model(input_ids=ids, attention_mask=mask)
         if self.projects:
-            return found.text_embeds
-        return masked_mean(found.last_hidden_state, mask)
+            return output.text_embeds
+        return masked_mean(output.last_hidden_state, mask)
 
     def keep(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
@@ -227,7 +227,7 @@ class PublishedText(nn.Module):
 
 
 def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encoder") -> nn.Module:
-    """CED or CLAP, from the hub or a folder."""
+    """Builds CED or CLAP from the hub or a folder."""
     folder = fetch(name, option, weights)
     kind = settings_of(folder, option).get("model_type")
     if kind == "ced":
@@ -238,5 +238,5 @@ def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encode
 
 
 def text_encoder(name: str, weights: bool = True, option: str = "--text-encoder") -> nn.Module:
-    """A text encoder from the hub or a folder."""
+    """Builds a text encoder from the hub or a folder."""
     return PublishedText(fetch(name, option, weights), weights, option)

@@ -1,4 +1,4 @@
-"""Languages in one form, whatever a table or a command line calls them."""
+"""Languages in one form, however a table or a command line names them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CAPTION = re.compile(
 )
 
 
-def tag_of(given: str) -> Language:
-    """What a code, a name, or the name of a POSIX locale means; a LookupError without a meaning."""
-    given, _, modifier = given.strip().partition("@")
+def tag_of(name: str) -> Language:
+    """Returns what a code, a name or a POSIX locale means; raises a LookupError if nothing."""
+    name, _, modifier = name.strip().partition("@")
     try:
-        tag = Language.get(given.partition(".")[0])
+        tag = Language.get(name.partition(".")[0])
     except LanguageTagError:
-        tag = langcodes.find(given)
-        if given.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
-            raise LookupError(given) from None  # a word for it in some other language
+        tag = langcodes.find(name)
+        if name.lower() not in (tag.display_name().lower(), tag.autonym().lower()):
+            raise LookupError(name) from None  # a word for it in some other language
     if not tag.is_valid() or tag.language in (None, "mul", "und", "zxx"):
-        raise LookupError(given)
+        raise LookupError(name)
     if modifier in SCRIPTS:
         tag = tag.update_dict({"script": SCRIPTS[modifier]})
     if tag.script == "Hang":  # alone, or with Chinese characters: Korean either way
@@ -45,27 +45,27 @@ def tag_of(given: str) -> Language:
 
 
 @cache
-def language_code(given: str) -> str:
-    """The ISO 639-3 code of a language given by code or by name, with the script if that is not the
-    usual one: en, en-US, English, eng_Latn -> eng; zh-TW -> zho_Hant.
+def language_code(name: str) -> str:
+    """Returns the ISO 639-3 code of a language, from a code or a name, with the script if it is not
+    the usual one: en, en-US, English, eng_Latn -> eng; zh-TW -> zho_Hant.
 
     A ValueError says that there is no such language.
     """
     try:
-        tag = tag_of(given)
+        tag = tag_of(name)
         alone = Language.make(language=tag.language)
         code, script = alone.to_alpha3(), tag.maximize().script
     except LookupError:
         raise ValueError(
-            f"{given!r} is no language; give a code such as eng or en, or an English name"
+            f"{name!r} is no language; give a code such as eng or en, or an English name"
         ) from None
     return code if script == alone.maximize().script else f"{code}_{script}"
 
 
 @cache
 def caption_language(column: str) -> str | None:
-    """The language of a column of captions, "" for one that does not say it, None for a column of
-    something else.
+    """Returns the language of a column of captions, "" for one that does not say it, None for a
+    column of something else.
 
     Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fra_2`, `caption_French`,
     `caption_zho_Hant`. A language without a two-letter code and with few speakers needs its script:
@@ -75,14 +75,14 @@ def caption_language(column: str) -> str | None:
     match = CAPTION.fullmatch(column)
     if match is None or not column.startswith("caption"):
         return None
-    given, place = match["language"], match["place"] or ""
-    if given is None:
+    name, place = match["language"], match["place"] or ""
+    if name is None:
         return ""
-    if given.lower() in WORDS or place.lower() in WORDS | {"no"}:
+    if name.lower() in WORDS or place.lower() in WORDS | {"no"}:
         return None
     try:
-        tag, code = tag_of(given), language_code(given)
+        tag, code = tag_of(name), language_code(name)
     except (LookupError, ValueError):
         return None
-    known = len(tag.language or "") == 2 or "_" in given or "-" in given
+    known = len(tag.language or "") == 2 or "_" in name or "-" in name
     return code if known or tag.speaking_population() >= SPEAKERS else None

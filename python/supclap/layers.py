@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def positions(length: int, width: int, like: Tensor) -> Tensor:
-    """[length, width]: sines and cosines, so that any length has a position."""
+    """Returns sines and cosines, so that any length has a position: [length, width]."""
     rates = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(1e4) / width))
     angles = torch.arange(length, device=like.device)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 def bin_statistics(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance [M] of each bin over all frames of some clips [F_c, M], in float64."""
+    """Returns mean and variance [M] of each bin over all frames of clips [F_c, M], in float64."""
     frames = sum(len(clip) for clip in features)
     sums = torch.stack([clip.double().sum(dim=0) for clip in features])
     mean = sums.sum(dim=0) / frames
@@ -54,6 +54,6 @@ def bin_statistics(features: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """x: [B, L, W]; mask: [B, L] -> [B, W], over the real tokens, of which each row has one."""
+    """Averages x: [B, L, W] over the real tokens of mask: [B, L]; each row has one -> [B, W]."""
     real = mask[:, :, None].to(x.dtype)
     return (x * real).sum(dim=1) / real.sum(dim=1)

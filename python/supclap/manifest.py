@@ -1,4 +1,4 @@
-"""Which clips there are and what is said of them: CSV, JSON, JSONL and webdataset tars.
+"""Which clips there are, and their captions: CSV, JSON, JSONL and webdataset tars.
 
     CSV    file_name, caption_1, ... caption_k [, lang]     Clotho; rows of one file are joined
            file_name, caption [, lang]                      one caption a row
@@ -18,6 +18,7 @@ looks the same (folders.py).
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import tarfile
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 from .folders import EXTENSIONS, Folders, is_audio
 from .languages import LANGUAGE, caption_language, language_code
 from .tables import TOO_MANY, clean, csv_rows, read_text
@@ -64,28 +65,26 @@ class Reading:
     folders: Folders = field(default_factory=Folders)
 
     def find(self, stems: list[str], bare: bool = False) -> tuple[str, Path]:
-        """The first of these files there is, else the first of them. `bare`: without extension."""
-        names = [
-            stem + suffix for stem in stems for suffix in (("", *EXTENSIONS) if bare else [""])
-        ]
-        own = self.manifest.parent
-        for name in names:
-            for folder in (own, own / "audio"):
-                path = self.folders.locate(folder, name)
-                if path is not None:
-                    return (name if path == folder / name else relative(path, folder)), path
+        """Returns the first of these files there is, else the first. `bare`: without extension."""
+        suffixes = ("", *EXTENSIONS) if bare else ("",)
+        names = [stem + suffix for stem in stems for suffix in suffixes]
+        parent = self.manifest.parent
+        for name, folder in itertools.product(names, (parent, parent / "audio")):
+            path = self.folders.locate(folder, name)
+            if path is not None:
+                return (name if path == folder / name else relative(path, folder)), path
         name = names[0].strip()
-        return name, own / name
+        return name, parent / name
 
     def add(
         self,
         place: str,
-        found: tuple[str, Path],
+        file: tuple[str, Path],
         captions: list[tuple[str, str]],
         span: tuple[int, int] | None = None,
     ) -> None:
-        """Captions and their languages, joined to what the file has from other rows."""
-        name, path = found
+        """Adds captions and their languages to what the file has from other rows."""
+        name, path = file
         texts = tuple(text for text, _ in captions)
         languages = tuple(language for _, language in captions)
         key = path if span is None else (path, *span)
@@ -98,7 +97,7 @@ class Reading:
             )
 
     def captions_of(self, entry: dict[str, Any]) -> list[tuple[str, str]]:
-        """Captions and their languages of one JSON object; a ValueError says what is wrong."""
+        """Returns captions and languages of one JSON object; a ValueError says what is wrong."""
         captions, keys = captions_of(entry)
         numbered = (key for key in entry if key.startswith("source_lang_"))
         used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered}
@@ -107,7 +106,7 @@ class Reading:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """From the folder, if it is below it."""
+    """Returns a path from the folder, if it is below it."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
@@ -118,9 +117,10 @@ def read_csv(reading: Reading) -> None:
         raise UserError(f"manifest {manifest} is empty: it needs the columns file_name, caption_1")
     published = "youtube_id" in columns and "file_name" not in columns
     places = ["youtube_id", "start_time", "audiocap_id"] if published else ["file_name"]
-    said_in = [name for name in columns if is_said_in(name, [row[name] for _, row in rows])]
+    texts_of = {name: [row[name] for _, row in rows] for name in columns}
+    caption_columns = [name for name in columns if holds_captions(name, texts_of[name])]
     needed = [places[0]]
-    if not said_in:
+    if not caption_columns:
         needed.append("caption" if published else "caption_1")
     for name in needed:
         if name not in columns:
@@ -129,7 +129,7 @@ def read_csv(reading: Reading) -> None:
             )
     if not rows:
         raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
-    used = {*places, *said_in, *LANGUAGE_KEYS}
+    used = {*places, *caption_columns, *LANGUAGE_KEYS}
     reading.unused |= dict.fromkeys(name for name in columns if name and name not in used)
 
     for line, row in rows:
@@ -144,16 +144,16 @@ def read_csv(reading: Reading) -> None:
         if published:
             video, start, number = ((row.get(column) or "").strip() for column in places)
             stems = [f"{video}_{start}", video, f"Y{video}", number]
-            found = reading.find([stem for stem in stems if stem], bare=True)
+            file = reading.find([stem for stem in stems if stem], bare=True)
         else:
-            found = reading.find([name])
+            file = reading.find([name])
         try:
-            reading.add(place, found, captions_in(row, said_in))
+            reading.add(place, file, captions_in(row, caption_columns))
         except ValueError as error:
-            reading.problems.append(f"{place} ({found[0]}): {error}")
+            reading.problems.append(f"{place} ({file[0]}): {error}")
 
 
-def is_said_in(column: str, texts: list[str | None]) -> bool:
+def holds_captions(column: str, texts: list[str | None]) -> bool:
     """Whether a column holds captions: by its name, and numbers are in no language."""
     language = caption_language(column)
     if not language or not texts:
@@ -167,26 +167,26 @@ def is_text(value: Any) -> bool:
     return text not in ("nan", "none", "null") and any(letter.isalpha() for letter in text)
 
 
-def captions_in(row: dict[Any, Any], said_in: list[str]) -> list[tuple[str, str]]:
-    """Captions and their languages of one row; a ValueError says what is wrong."""
-    given = clean(row.get("lang") or row.get("language"))
-    language = language_code(given) if given else LANGUAGE
+def captions_in(row: dict[Any, Any], columns: list[str]) -> list[tuple[str, str]]:
+    """Returns captions and languages of one row; a ValueError says what is wrong."""
+    code = clean(row.get("lang") or row.get("language"))
+    language = language_code(code) if code else LANGUAGE
     # A wide table has holes where a translation is missing.
-    said_in = [name for name in said_in if is_text(row[name]) or not caption_language(name)]
-    found = [(clean(row[column]), caption_language(column) or language) for column in said_in]
-    empty = [column for column, (text, _) in zip(said_in, found, strict=True) if not text]
-    if not found:
+    columns = [name for name in columns if is_text(row[name]) or not caption_language(name)]
+    captions = [(clean(row[column]), caption_language(column) or language) for column in columns]
+    empty = [column for column, (text, _) in zip(columns, captions, strict=True) if not text]
+    if not captions:
         raise ValueError("no caption")
     if empty:
         raise ValueError(
             f"{empty[0]} is empty; a clip with fewer captions can have a row for each caption in a "
             "file with caption_1 only"
         )
-    return found
+    return captions
 
 
 def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Captions and their languages of one JSON object, and the keys that hold them; a ValueError
+    """Returns captions and languages of one JSON object, and the keys that hold them; a ValueError
     says what is wrong."""
     columns = [key for key in entry if caption_language(key) is not None]
     columns = [key for key in columns if not caption_language(key) or holds_text(entry[key])]
@@ -197,39 +197,37 @@ def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]
     pairs: list[tuple[Any, Any]] = []
     for key in columns:
         value, numbered = entry[key], f"source_lang_{key.removeprefix('caption_')}"
+        by_language = [(caption_language(key) or entry.get(numbered), value)]
         if isinstance(value, dict):
-            said = ((one, texts) for one, texts in value.items() if texts is not None)
-            pairs += [(text, one) for one, texts in said for text in listed(texts)]
-        else:
-            own = caption_language(key) or entry.get(numbered)
-            pairs += [(text, own) for text in listed(value)]
+            by_language = [(code, texts) for code, texts in value.items() if texts is not None]
+        pairs += [(text, code) for code, texts in by_language for text in as_list(texts)]
     shared = next((entry[key] for key in LANGUAGE_KEYS if entry.get(key)), LANGUAGE)
-    silent = sum(own is None for _, own in pairs)
+    silent = sum(code is None for _, code in pairs)
     if isinstance(shared, list) and len(shared) != silent:
         raise ValueError(f"{silent} captions and {len(shared)} languages")
     others = iter(shared if isinstance(shared, list) else [shared] * silent)
-    pairs = [(text, next(others) if own is None else own) for text, own in pairs]
+    pairs = [(text, next(others) if code is None else code) for text, code in pairs]
     if not pairs:
         raise ValueError("no caption: it needs captions, caption or caption_1")
     if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise ValueError("captions must be a string, a list of them, or lists by language")
     if not all(clean(text) for text, _ in pairs):
         raise ValueError("a caption is empty")
-    return [(clean(text), language_code(one)) for text, one in pairs], columns
+    return [(clean(text), language_code(code)) for text, code in pairs], columns
 
 
 def holds_text(value: Any) -> bool:
-    """Whether a value, or one of a list, is text; what is neither is told as an error elsewhere."""
-    return isinstance(value, dict) or any(is_text(one) for one in listed(value))
+    """Whether a value, or one of a list, is text; what is neither is an error elsewhere."""
+    return isinstance(value, dict) or any(map(is_text, as_list(value)))
 
 
-def listed(value: Any) -> list[Any]:
-    """A list, or its only element."""
+def as_list(value: Any) -> list[Any]:
+    """Returns a list as it is, and a value as the only one of a list."""
     return value if isinstance(value, list) else [value]
 
 
 def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
-    """Of JSON and JSONL, each with its place."""
+    """Reads the objects of JSON and JSONL, each with its place."""
     for place, entry in entries:
         if not isinstance(entry, dict):
             reading.problems.append(f"{place}: an object was expected, found {str(entry)[:40]!r}")
@@ -273,7 +271,7 @@ def read_jsonl(reading: Reading) -> None:
 
 
 def read_tar(reading: Reading) -> None:
-    """Samples are neighbours whose names agree up to the first dot."""
+    """Reads samples: neighbours whose names agree up to the first dot."""
     with tarfile.open(reading.manifest, "r:") as tar:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         for member in tar:
@@ -309,11 +307,11 @@ READERS = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".tar": r
 
 
 def expand(manifest: Path) -> list[Path]:
-    """`shard-{000..012}.tar` -> 13 paths."""
-    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(manifest))
-    if found is None:
+    """Returns the 13 paths of `shard-{000..012}.tar`."""
+    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(manifest))
+    if match is None:
         return [manifest]
-    start, first, last, end = found.groups()
+    start, first, last, end = match.groups()
     if int(last) < int(first):
         raise UserError(f"manifest {manifest}: {{{first}..{last}}} counts backwards")
     numbers = range(int(first), int(last) + 1)
@@ -321,7 +319,7 @@ def expand(manifest: Path) -> list[Path]:
 
 
 def readings(manifest: Path) -> Iterator[Reading]:
-    """What each file of a manifest holds."""
+    """Yields what each file of a manifest holds."""
     for path in expand(manifest):
         reader = READERS.get(path.suffix.lower(), read_csv)
         reading = Reading(path)
@@ -336,21 +334,18 @@ def readings(manifest: Path) -> Iterator[Reading]:
         yield reading
 
 
-def problems_of(reading: Reading) -> list[str]:
-    """What is wrong, each with its manifest and its line."""
-    return [f"manifest {reading.manifest}, {problem}" for problem in reading.problems]
-
-
-def scan_manifest(manifest: Path) -> tuple[list[Clip], list[str]]:
-    """All clips that can be used and what is wrong with the others."""
-    found = list(readings(manifest))
-    clips = [clip for reading in found for clip in reading.clips.values()]
-    return clips, [problem for reading in found for problem in problems_of(reading)]
+def scan_manifest(manifest: Path) -> tuple[list[Clip], list[str], list[str]]:
+    """Returns all clips that can be used, what is wrong with the others, each with its manifest and
+    its line, and the columns that are unused."""
+    parts = list(readings(manifest))
+    clips = [clip for part in parts for clip in part.clips.values()]
+    problems = [f"manifest {part.manifest}, {text}" for part in parts for text in part.problems]
+    return clips, problems, list(dict.fromkeys(name for part in parts for name in part.unused))
 
 
 def read_manifest(manifest: Path) -> list[Clip]:
-    """All clips; an error lists what is wrong, with its line."""
-    clips, problems = scan_manifest(manifest)
+    """Returns all clips; an error lists what is wrong, with its line."""
+    clips, problems, _ = scan_manifest(manifest)
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if problems[SHOWN:] else []
         raise UserError("\n  ".join([*problems[:SHOWN], *more]))

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from . import builtin
 from .ced import CED, SIZES
-from .config import ModelConfig, UserError, read_config
+from .config import ModelConfig, read_config
+from .errors import UserError
 from .files import write_whole
 
 
 class Tower(nn.Module):
-    """Encoder -> head -> unit vector, in float32."""
+    """An encoder and its head, which give unit vectors in float32."""
 
     def __init__(self, encoder: Any, head: nn.Module) -> None:
         super().__init__()
@@ -38,8 +39,8 @@ class Tower(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, inference: bool = True) -> Iterator[None]:
-    """No dropout, no statistics of the batch, no gradient; then every part as it was. Without
-    `inference` what is computed may be used under autograd later."""
+    """Turns dropout and gradients off, then leaves every part as it was. Without `inference` the
+    results may be used under autograd later."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -51,8 +52,9 @@ def evaluating(model: nn.Module, inference: bool = True) -> Iterator[None]:
 
 
 def build_encoder(name: str, config: ModelConfig, kind: str, run: Path | None) -> Any:
-    """`kind`: audio or text. From a run's own folder without weights: its checkpoint has them."""
-    option, kept = f"--{kind}-encoder", run and run / f"{kind}_encoder"
+    """Builds an encoder; `kind`: audio or text. One from a run's own folder has no weights yet: the
+    checkpoint has them."""
+    option = f"--{kind}-encoder"
     if name == "builtin":
         return builtin.AudioEncoder(config) if kind == "audio" else builtin.TextEncoder(config)
     if kind == "audio" and name.removeprefix("ced-") in SIZES:
@@ -63,7 +65,9 @@ def build_encoder(name: str, config: ModelConfig, kind: str, run: Path | None) -
     from . import hub
 
     build = hub.audio_encoder if kind == "audio" else hub.text_encoder
-    return build(name[3:], option=option) if kept is None else build(str(kept), False, option)
+    if run is not None:
+        return build(str(run / f"{kind}_encoder"), False, option)
+    return build(name[3:], option=option)
 
 
 class SupclapModel(nn.Module):
@@ -76,22 +80,22 @@ class SupclapModel(nn.Module):
             build_encoder(name, config, kind, run)
             for kind, name in (("audio", config.audio_encoder), ("text", config.text_encoder))
         ]
-        bare = config.head == "none" or (
-            config.head == "auto" and all(one.projects for one in encoders)
-        )
-        if bare and encoders[0].width != encoders[1].width:
+        projected = all(encoder.projects for encoder in encoders)
+        bare = config.head == "none" or (config.head == "auto" and projected)
+        widths = [encoder.width for encoder in encoders]
+        if bare and widths[0] != widths[1]:
             raise UserError(
-                f"--head none: the encoders have {encoders[0].width} and {encoders[1].width} "
-                "dimensions; use --head mlp"
+                f"--head none: the encoders have {widths[0]} and {widths[1]} dimensions; "
+                "use --head mlp"
             )
         heads = [
             nn.Identity()
             if bare
             else nn.Sequential(
-                nn.Linear(one.width, one.width), nn.GELU(), nn.Dropout(config.dropout),
-                nn.Linear(one.width, config.embed_dim),
+                nn.Linear(width, width), nn.GELU(), nn.Dropout(config.dropout),
+                nn.Linear(width, config.embed_dim),
             )
-            for one in encoders
+            for width in widths
         ]  # fmt: skip
         self.audio, self.text = (Tower(*pair) for pair in zip(encoders, heads, strict=True))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)))
@@ -103,13 +107,14 @@ class SupclapModel(nn.Module):
         return self.log_scale.exp()
 
     def keep_encoders(self, run: Path) -> None:
-        """Write what `load_model` needs beside the weights."""
+        """Writes what `load_model` needs beside the weights."""
         for kind, tower in (("audio", self.audio), ("text", self.text)):
             if hasattr(tower.encoder, "keep"):
                 tower.encoder.keep(run / f"{kind}_encoder")
 
 
-CRITERION = "criterion."
+WEIGHTS = "model.safetensors"  # in a run's folder
+CRITERION = "criterion."  # names of the criterion's tensors begin with it
 
 
 def save_model(
@@ -118,7 +123,7 @@ def save_model(
     note: dict[str, str] | None = None,
     criterion: nn.Module | None = None,
 ) -> None:
-    """Write all tensors, the criterion's under CRITERION; an interrupted write leaves the previous
+    """Writes all tensors, the criterion's under CRITERION; an interrupted write leaves the previous
     file as it was."""
     state = model.state_dict()
     if criterion is not None:
@@ -126,43 +131,49 @@ def save_model(
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
-        one = tensor.detach().cpu().contiguous()
-        if one.data_ptr() in seen:  # tied weights: the format wants tensors of their own
-            one = one.clone()
-        seen.add(one.data_ptr())
-        tensors[name] = one
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.data_ptr() in seen:  # tied weights: the format wants tensors of their own
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor
     write_whole(path, lambda partial: save_file(tensors, partial, note))
 
 
 def load_model(run: Path) -> SupclapModel:
-    """The model of a run, ready to embed."""
+    """Returns the model of a run, ready to embed."""
     config = read_config(run)
     model = SupclapModel(config.model, config.tau, run)
     load_weights(run, model)
     return model.eval()
 
 
-def load_weights(run: Path, model: SupclapModel, criterion: nn.Module | None = None) -> bool:
-    """Those of a run's checkpoint; the criterion's as well, if it has such a radius: whether."""
-    path = run / "model.safetensors"
+def load_weights(run: Path, model: SupclapModel) -> None:
+    """Loads the weights of a run's checkpoint into its model."""
+    path = run / WEIGHTS
     try:
-        state = load_file(path)
-        model.load_state_dict({k: t for k, t in state.items() if not k.startswith(CRITERION)})
+        tensors = load_file(path)
+        model.load_state_dict({k: t for k, t in tensors.items() if not k.startswith(CRITERION)})
     except FileNotFoundError:
         raise UserError(f"{run} has no {path.name}: it ended before its first checkpoint") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-    if criterion is None:
-        return True
-    theirs = {k.removeprefix(CRITERION): t for k, t in state.items() if k.startswith(CRITERION)}
+
+
+def load_criterion(run: Path, criterion: nn.Module) -> bool:
+    """Loads the weights of a run's criterion. Returns False if the run has no such radius."""
+    tensors = load_file(run / WEIGHTS)
+    theirs = {k.removeprefix(CRITERION): t for k, t in tensors.items() if k.startswith(CRITERION)}
     ours = {name: tensor.numel() for name, tensor in criterion.state_dict().items()}
-    same = not ours or ours == {name: tensor.numel() for name, tensor in theirs.items()}
-    if same and ours:
-        criterion.load_state_dict(theirs)
-    return same
+    if not ours:
+        return True
+    if ours != {name: tensor.numel() for name, tensor in theirs.items()}:
+        return False
+    criterion.load_state_dict(theirs)
+    return True
 
 
-def chosen_on_test(run: Path) -> bool:
-    """Whether the checkpoint was selected on a test set."""
-    with safe_open(run / "model.safetensors", "pt") as stored:
-        return (stored.metadata() or {}).get("selected_on") == "test"
+def selection_note(run: Path) -> dict[str, str]:
+    """What every output of a checkpoint that was selected on a test set says; else nothing."""
+    with safe_open(run / WEIGHTS, "pt") as stored:
+        on_test = (stored.metadata() or {}).get("selected_on") == "test"
+    return {"selected_on": "test"} if on_test else {}

@@ -10,7 +10,7 @@ SLOWER = {3: 1, 2: 2, 0: 4}  # by the version's bits
 
 
 def frame_at(raw: bytes, at: int) -> tuple[int, int] | None:
-    """Bit rate and bytes of the frame that begins there, if one does."""
+    """Returns the bit rate and the bytes of the frame that begins there, if one does."""
     if at + 4 > len(raw) or raw[at] != 0xFF or raw[at + 1] & 0xE6 != 0xE2:
         return None
     version, index, samples = raw[at + 1] >> 3 & 3, raw[at + 2] >> 4, raw[at + 2] >> 2 & 3
@@ -22,7 +22,7 @@ def frame_at(raw: bytes, at: int) -> tuple[int, int] | None:
 
 
 def bit_rates(raw: bytes) -> set[int]:
-    """Of the frames that follow one another from the first two on."""
+    """Returns the bit rates of the frames that follow one another from the first two on."""
     at = 0
     while at >= 0:
         at = raw.find(b"\xff", at)
@@ -30,8 +30,8 @@ def bit_rates(raw: bytes) -> set[int]:
         if first is not None and frame_at(raw, at + first[1]) is not None:
             break
         at = at + 1 if at >= 0 else -1
-    found: set[int] = set()
+    rates: set[int] = set()
     while at >= 0 and (frame := frame_at(raw, at)) is not None:
-        found.add(frame[0])
+        rates.add(frame[0])
         at += frame[1]
-    return found
+    return rates

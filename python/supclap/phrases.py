@@ -16,14 +16,14 @@ CODES = ("eng", "fra", "deu", "spa", "nld", "cat", "jpn", "zho")  # ISO 639-3
 
 @cache
 def words_of(language: str) -> dict[str, Any]:
-    """The language's table."""
+    """Reads the table of a language."""
     text = Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8")
-    found: dict[str, Any] = tomllib.loads(text)[language]
-    return found
+    words: dict[str, Any] = tomllib.loads(text)[language]
+    return words
 
 
 def noun_phrase(forms: list[str], count: int, words: dict[str, Any]) -> str:
-    """`count` of an event, whose forms are (one, many)."""
+    """Returns the words for `count` of an event, whose forms are (one, many)."""
     if count == 1:
         return forms[0]
     number, feminine = words["numbers"][count - 2], words.get("feminine", words["numbers"])
@@ -36,14 +36,14 @@ def describe(
     rng: np.random.Generator,
     language: str = "eng",
 ) -> list[str]:
-    """CAPTIONS different sentences about phases of (event, count) in time order."""
+    """Returns CAPTIONS different sentences about phases of (event, count) in time order."""
     words, sentences = words_of(language), []
     for template, over in zip(words["templates"][str(len(phases))], words["over"], strict=True):
-        said = []
+        nouns = []
         for kind, count in phases:
             forms = words["events"][kind]
-            said.append(noun_phrase(forms[rng.integers(len(forms))], count, words))
-        sentence = template.format(*said)
+            nouns.append(noun_phrase(forms[rng.integers(len(forms))], count, words))
+        sentence = template.format(*nouns)
         names = words["backgrounds"].get(background)
         if names:
             sentence += over.format(names[rng.integers(len(names))])

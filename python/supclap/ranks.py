@@ -15,27 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import UserError
+from .errors import UserError
 
 ECHO = 1.0  # seconds in which one Ctrl-C may arrive twice
 PATIENCE = timedelta(hours=2)  # while the first rank validates, the others wait
 
 
 def world_size() -> int:
-    """How many processes torchrun started: 1 without it."""
+    """Returns how many processes torchrun started: 1 without it."""
     text = os.environ.get("WORLD_SIZE", "1")
     if text == "1":
         return 1
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
-    numbers = {
-        name: os.environ.get(name, "") for name in ("WORLD_SIZE", *names) if name != names[2]
-    }
+    numeric = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    numbers = {name: os.environ.get(name, "") for name in numeric}
     wrong = [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]
     if missing or wrong or not int(text) or not 0 < int(numbers["MASTER_PORT"]) < 2**16:
-        said = f"without {', '.join(missing)}" if missing else f"with {', '.join(wrong) or numbers}"
+        problem = f"with {', '.join(wrong) or numbers}"
+        if missing:
+            problem = f"without {', '.join(missing)}"
         raise UserError(
-            f"WORLD_SIZE={text} is set {said}: start several processes with torchrun, or unset "
+            f"WORLD_SIZE={text} is set {problem}: start several processes with torchrun, or unset "
             "WORLD_SIZE for one"
         )
     if int(numbers["RANK"]) >= int(text):
@@ -61,7 +62,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over ranks, in place."""
+        """Sums over ranks, in place."""
         if self.count > 1:
             dist.all_reduce(x)
         return x
@@ -74,31 +75,31 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
     def each(self, value: Any) -> list[Any]:
-        """A value of every rank, on every rank."""
+        """Returns the value of every rank, on every rank."""
         if self.count == 1:
             return [value]
-        found = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def rows(self, x: Tensor) -> Tensor:
-        """Rows of every rank, in their order."""
+        """Returns the rows of every rank, in their order."""
         return torch.cat(self.each(x.cpu())).to(x.device) if self.count > 1 else x
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """As DistributedDataParallel does, after backward."""
+        """Averages gradients over ranks after backward, as DistributedDataParallel does."""
         if self.count == 1:
             return
         for p in parameters:  # a layer may have been dropped here and not elsewhere
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        found = [p.grad for p in parameters if p.grad is not None]
-        flat = self.sum(torch.cat([g.flatten() for g in found])) / self.count
-        for g, mean in zip(found, flat.split([g.numel() for g in found]), strict=True):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = self.sum(torch.cat([g.flatten() for g in gradients])) / self.count
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(mean.view_as(g))
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one, with torchrun that of this rank."""
+    """Returns the device: `auto` takes a GPU if there is one, with torchrun that of this rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -109,7 +110,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(count: int | None) -> None:
-    """CPU threads of PyTorch; None leaves its own choice."""
+    """Sets the CPU threads of PyTorch; None leaves its own choice."""
     if count is not None and count < 1:
         raise UserError(f"--threads must be at least 1, got {count}")
     if count is not None:
@@ -118,7 +119,8 @@ def set_threads(count: int | None) -> None:
 
 @contextlib.contextmanager
 def stop_asked() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step ends before the run does; a second Ctrl-C ends it.
+    """Yields an event that Ctrl-C or SIGTERM sets, so that a step ends before the run does; a
+    second Ctrl-C ends it.
 
     A batch system sends SIGTERM to every process of a job, and torchrun passes on what it gets: the
     same wish, heard twice.

@@ -17,7 +17,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from .config import UserError, check_seed
+from .config import check_seed
+from .errors import UserError
 from .files import write_text
 from .languages import LANGUAGE
 from .phrases import CAPTIONS, CODES, describe, words_of
@@ -31,23 +32,23 @@ Wave = np.ndarray  # [S] float64
 
 
 def seconds(duration: float) -> Wave:
-    """Time axis of a sound: [S]."""
+    """Returns the time axis of a sound: [S]."""
     return np.arange(int(duration * RATE)) / RATE
 
 
 def sweep(frequency: Wave) -> Wave:
-    """Sine whose frequency at each sample is given."""
+    """Returns a sine that has this frequency at each sample."""
     return np.sin(2 * np.pi * np.cumsum(frequency) / RATE)
 
 
 def faded(wave: Wave, edge: float = 0.01) -> Wave:
-    """Raise and lower the ends over `edge` seconds, so that no click is added."""
+    """Raises and lowers the ends over `edge` seconds, so that no click is added."""
     ramp = np.minimum(1.0, np.arange(1, len(wave) + 1) / (edge * RATE))
     return wave * ramp * ramp[::-1]
 
 
 def coloured(rng: Rng, length: int, slope: float) -> Wave:
-    """Noise whose amplitude falls as frequency ** -slope, with unit deviation."""
+    """Returns noise whose amplitude falls as frequency ** -slope, with unit deviation."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
     spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** -slope
     wave = np.fft.irfft(spectrum, length)
@@ -170,12 +171,12 @@ class Scene:
 
 
 def duration(scene: Scene) -> float:
-    """Upper bound of the seconds a scene's events take."""
+    """Returns an upper bound of the seconds a scene's events take."""
     return sum(n * (0.3 if name in SHORT else 1.05) + 0.25 for name, n in scene.phases)
 
 
 def draw_scene(rng: Rng) -> Scene:
-    """A random scene that fits; neighbouring phases are of different kinds."""
+    """Returns a random scene that fits; neighbouring phases are of different kinds."""
     while True:
         kinds = rng.choice(list(EVENTS), rng.choice((1, 2, 3), p=(0.2, 0.6, 0.2)), replace=False)
         phases = tuple((str(k), int(rng.integers(1, EVENTS[k].most + 1))) for k in kinds)
@@ -185,7 +186,7 @@ def draw_scene(rng: Rng) -> Scene:
 
 
 def draw_family(rng: Rng) -> Iterator[tuple[str, Scene]]:
-    """A scene and its hard negatives: ("base" | "order" | "count", scene)."""
+    """Yields a scene and its hard negatives: ("base" | "order" | "count", scene)."""
     scene = draw_scene(rng)
     yield "base", scene
     if len(scene.phases) > 1:
@@ -201,7 +202,7 @@ def draw_family(rng: Rng) -> Iterator[tuple[str, Scene]]:
 
 
 def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
-    """Waveform within [-1, 1] and the onsets, in seconds, of each phase's events."""
+    """Returns a waveform within [-1, 1] and the onsets, in seconds, of each phase's events."""
     wave = np.zeros(int((LONGEST + 1.5) * RATE))
     now = rng.uniform(0.1, 0.3)
     onsets: list[list[float]] = []
@@ -222,7 +223,7 @@ def compose(scene: Scene, rng: Rng) -> tuple[Wave, list[list[float]]]:
 
 
 def draw_corpus(clips: int, rng: Rng) -> Iterator[tuple[str, int, str, Scene]]:
-    """`clips` scenes, no two the same: (split, family, variant, scene), split by split."""
+    """Yields `clips` scenes, no two the same: (split, family, variant, scene), split by split."""
     sizes = {split: max(1, round(clips * share)) for split, share in SPLITS.items()}
     sizes["train"] = clips - sizes["val"] - sizes["test"]
     seen: set[Scene] = set()
@@ -243,6 +244,12 @@ def write_wave(path: Path, wave: Wave) -> None:
         soundfile.write(path, wave, RATE, subtype="PCM_16")
     except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    stream = io.StringIO()
+    csv.writer(stream).writerows(rows)
+    write_text(path, stream.getvalue())
 
 
 def elsewhere(wave: Wave, rng: Rng) -> Wave:
@@ -267,7 +274,7 @@ def synthesise(
     captions: int = CAPTIONS,
     shifted: bool = False,
 ) -> None:
-    """Write `out/audio/*.wav`, `out/scenes.jsonl` (the truth) and `out/{train,val,test}.csv`, with
+    """Writes `out/audio/*.wav`, `out/scenes.jsonl` (the truth) and `out/{train,val,test}.csv`, with
     several languages `.jsonl`. `shifted`: other acoustics."""
     check_seed(seed)
     if not len(SPLITS) <= clips <= 10_000:
@@ -295,11 +302,11 @@ def synthesise(
             wave = elsewhere(wave, rng)
             onsets = [[round(when / 0.8, 4) for when in phase] for phase in onsets]
         write_wave(out / "audio" / name, wave)
-        said = {code: describe(scene.phases, scene.background, rng, code) for code in languages}
+        texts_of = {code: describe(scene.phases, scene.background, rng, code) for code in languages}
         if captions < CAPTIONS:
-            chosen = sorted(rng.permutation(CAPTIONS)[:captions].tolist())
-            said = {code: [texts[n] for n in chosen] for code, texts in said.items()}
-        rows[split].append((name, said))
+            numbers = sorted(rng.permutation(CAPTIONS)[:captions].tolist())
+            texts_of = {code: [texts[n] for n in numbers] for code, texts in texts_of.items()}
+        rows[split].append((name, texts_of))
         phases = [
             {"event": kind, "count": count, "onsets": when}
             for (kind, count), when in zip(scene.phases, onsets, strict=True)
@@ -310,30 +317,26 @@ def synthesise(
     write_text(out / "scenes.jsonl", "".join(json.dumps(entry) + "\n" for entry in truth))
     for split, clips_of in rows.items():
         if len(languages) > 1:
-            lines = [{"audio": name, "captions": said} for name, said in clips_of]
+            lines = [{"audio": name, "captions": texts_of} for name, texts_of in clips_of]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(out / f"{split}.jsonl", text)
             continue
-        stream = io.StringIO()
-        table = csv.writer(stream)
         extra = [] if languages == (LANGUAGE,) else ["lang"]
-        table.writerow(["file_name", *(f"caption_{n + 1}" for n in range(captions)), *extra])
-        for name, said in clips_of:
-            table.writerow([name, *said[languages[0]], *languages[: len(extra)]])
-        write_text(out / f"{split}.csv", stream.getvalue())
+        table = [["file_name", *(f"caption_{n + 1}" for n in range(captions)), *extra]]
+        for name, texts_of in clips_of:
+            table.append([name, *texts_of[languages[0]], *languages[: len(extra)]])
+        write_csv(out / f"{split}.csv", table)
 
 
 def synthesise_events(out: Path, each: int, seed: int = 7) -> None:
-    """Single events for zero-shot classification: `each` of every kind, and `out/labels.csv`."""
+    """Writes single events for zero-shot classification, `each` of every kind, and their labels."""
     (out / "audio").mkdir(parents=True, exist_ok=True)
-    rng, stream = np.random.default_rng(seed), io.StringIO()
-    table = csv.writer(stream)
-    table.writerow(["file_name", "label"])
+    rng, table = np.random.default_rng(seed), [["file_name", "label"]]
     for kind in EVENTS:
         for number in range(each):
             background = str(rng.choice(list(BACKGROUNDS)))
             wave, _ = compose(Scene(((kind, 1),), background), rng)
             name = f"{kind}_{number:02d}.wav"
             write_wave(out / "audio" / name, wave)
-            table.writerow([name, words_of(LANGUAGE)["events"][kind][0][0]])
-    write_text(out / "labels.csv", stream.getvalue())
+            table.append([name, words_of(LANGUAGE)["events"][kind][0][0]])
+    write_csv(out / "labels.csv", table)

@@ -13,7 +13,7 @@ OPEN = "a quote that opens there is not closed, or one inside a text is not doub
 
 
 def read_text(path: Path) -> str:
-    """Of a file in UTF-8. Bytes that are not stay what Python makes of them in names of files; a
+    """Reads a file in UTF-8. Bytes that are not stay what Python makes of them in names of files; a
     ValueError says that it is no such text at all."""
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw:
@@ -22,21 +22,21 @@ def read_text(path: Path) -> str:
 
 
 def clean(text: Any) -> str:
-    """Without blanks at its ends and doubled ones; a ValueError says that it cannot be encoded."""
-    found = " ".join(str("" if text is None else text).split())
+    """Removes doubled blanks and those at the ends; a ValueError says that it is no Unicode."""
+    cleaned = " ".join(str("" if text is None else text).split())
     try:
-        found.encode()
+        cleaned.encode()
     except UnicodeEncodeError:
-        shown = found.encode("ascii", "backslashreplace").decode()
+        shown = cleaned.encode("ascii", "backslashreplace").decode()
         raise ValueError(
             f"'{shown}' is not Unicode text (bytes that are not UTF-8, or half a surrogate pair)"
         ) from None
-    return found
+    return cleaned
 
 
 def split_rows(text: str, blanks: bool) -> list[tuple[int, list[str]]]:
-    """Fields of each row of a CSV with the line where it begins. `blanks`: those after a comma are
-    dropped, so that a quote may follow them."""
+    """Returns the fields of each row of a CSV with the line where it begins. `blanks`: those after
+    a comma are dropped, so that a quote may follow them."""
     csv.field_size_limit(2**31 - 1)  # a long text is no error, and a quote's end may be far
     rows, line = [], 0
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=blanks)
@@ -51,8 +51,8 @@ def split_rows(text: str, blanks: bool) -> list[tuple[int, list[str]]]:
 
 
 def csv_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[Any, Any]]]]:
-    """Columns, and rows with the line where each begins; what a row has beyond the columns is under
-    None. Names may begin with a blank, unless blanks stand before quotes."""
+    """Reads the columns, and the rows with the line where each begins. What a row has beyond the
+    columns is under None. Names may begin with a blank, unless blanks stand before quotes."""
     text = read_text(path)
     rows = split_rows(text, blanks=False)
     if any(
@@ -65,10 +65,10 @@ def csv_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[Any, Any]]]]:
     doubled = {name for name in columns if name and columns.count(name) > 1}
     if doubled:
         raise csv.Error(f"line 1: the column {min(doubled)!r} is there several times")
-    found: list[tuple[int, dict[Any, Any]]] = []
+    table: list[tuple[int, dict[Any, Any]]] = []
     for line, fields in rows[1:]:
         row: dict[Any, Any] = dict.fromkeys(columns) | dict(zip(columns, fields, strict=False))
         if len(fields) > len(columns):
             row[None] = fields[len(columns) :]
-        found.append((line, row))
-    return columns, found
+        table.append((line, row))
+    return columns, table

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import UserError
-from .evaluate import USE, Use, embed_audio, embed_text
+from .corpus import read_as_heard
+from .embeddings import DEFAULTS, EmbedOptions, embed_audio, embed_text
+from .errors import UserError
 from .folders import Folders
 from .languages import LANGUAGE
 from .manifest import Clip
-from .model import chosen_on_test, load_model
+from .model import load_model, selection_note
 from .tables import TOO_MANY, clean, csv_rows
 
 TEMPLATE = "This is a sound of {label}"
@@ -30,19 +31,19 @@ RULE = (
 
 
 def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
-    """Clips, and the label and the fold of each."""
+    """Returns the clips, and the label and the fold of each."""
     layouts = (
         (data / "meta/esc50.csv", "filename", "category", "audio/{name}"),
         (data / "metadata/UrbanSound8K.csv", "slice_file_name", "class", "audio/fold{fold}/{name}"),
     )
-    found = [layout for layout in layouts if layout[0].is_file()]
-    if data.is_dir() and not found:
+    present = [layout for layout in layouts if layout[0].is_file()]
+    if data.is_dir() and not present:
         raise UserError(
             f"{data} is neither ESC-50 (meta/esc50.csv) nor UrbanSound8K "
             "(metadata/UrbanSound8K.csv); pass a CSV with the columns file_name, label"
         )
     table, file_column, label_column, pattern = (
-        found[0] if found else (data, "file_name", "label", "")
+        present[0] if present else (data, "file_name", "label", "")
     )
     try:
         columns, rows = csv_rows(table)
@@ -78,31 +79,32 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
 
 
 def class_vectors(model: Any, labels: list[str], templates: list[str], language: str) -> Tensor:
-    """Unit vectors [C, D]."""
+    """Returns the unit vectors of C labels, [C, D]."""
     for template in templates:
         if "{label}" not in template:
             raise UserError(f"--template {template!r} needs {{label}}, such as {TEMPLATE!r}")
-    said = [template.replace("{label}", label) for label in labels for template in templates]
-    vectors = embed_text(model, said, [language] * len(said))
+    sentences = [template.replace("{label}", label) for label in labels for template in templates]
+    vectors = embed_text(model, sentences, [language] * len(sentences))
     mean = vectors.view(len(labels), len(templates), -1).mean(dim=1)
     return torch.nn.functional.normalize(mean, dim=1)
 
 
 def accuracies(scores: Tensor, truth: Tensor, folds: list[str]) -> dict[str, Any]:
-    """scores [N, C], truth [N] -> numbers by RULE, as fractions."""
+    """Returns numbers by RULE, as fractions, of scores [N, C] and truth [N]."""
     rank = (scores >= scores.gather(1, truth[:, None])).sum(dim=1)
     right = (rank == 1).double()
     per_class = [right[truth == c].mean() for c in truth.unique()]
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "accuracy": right.mean().item(),
         "top5": (rank <= 5).double().mean().item(),
         "mean_class_accuracy": torch.stack(per_class).mean().item(),
     }
     if len(set(folds)) > 1:
         names = sorted(set(folds), key=lambda fold: (len(fold), fold))
-        of_fold = {f: right[torch.tensor([one == f for one in folds])].mean().item() for f in names}
-        found |= {"mean_fold_accuracy": sum(of_fold.values()) / len(of_fold), "folds": of_fold}
-    return found
+        in_fold = {name: torch.tensor([fold == name for fold in folds]) for name in names}
+        of_fold = {name: right[clips].mean().item() for name, clips in in_fold.items()}
+        numbers |= {"mean_fold_accuracy": sum(of_fold.values()) / len(of_fold), "folds": of_fold}
+    return numbers
 
 
 def classify_run(
@@ -110,20 +112,18 @@ def classify_run(
     data: Path,
     templates: list[str] | None = None,
     language: str = LANGUAGE,
-    use: Use = USE,
+    options: EmbedOptions = DEFAULTS,
 ) -> dict[str, Any]:
-    """Accuracy of a run's checkpoint, the rule, the templates and what was skipped."""
-    model = load_model(run).to(use.device)
+    """Returns the accuracy of a run's checkpoint, the rule, the templates and what was skipped."""
+    model = load_model(run).to(options.device)
     clips, labels, folds = labelled_clips(data)
     names, templates = sorted(set(labels)), templates or [TEMPLATE]
-    corpus = use.corpus(model, clips, data)
+    corpus = read_as_heard(model, clips, data, options)
     used = {id(clip) for clip in corpus.clips}
     kept = [n for n, clip in enumerate(clips) if id(clip) in used]
-    audio = torch.cat(list(embed_audio(model, corpus, use.rows, use.workers)))
+    audio = torch.cat(list(embed_audio(model, corpus, options.batch_size, options.workers)))
     scores = audio @ class_vectors(model, names, templates, language).T
     truth = torch.tensor([names.index(labels[n]) for n in kept])
-    found = accuracies(scores, truth, [folds[n] for n in kept])
-    if chosen_on_test(run):
-        found["selected_on"] = "test"
+    numbers = accuracies(scores, truth, [folds[n] for n in kept]) | selection_note(run)
     shared = {"rule": RULE, "templates": templates, "clips": len(kept), "classes": len(names)}
-    return {**shared, **found, "skipped": corpus.skipped}
+    return {**shared, **numbers, "skipped": corpus.skipped}

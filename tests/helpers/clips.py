@@ -4,18 +4,18 @@ import json
 
 import numpy as np
 import soundfile
-from supclap import train as loop
 from supclap.config import ModelConfig, TrainConfig
+from supclap.step import backward
 
 SMALL = ModelConfig(width=32, heads=2, embed_dim=32)
 RATES = (8_000, 16_000, 22_050, 44_100)
 WORDS = "dog rain door bird train glass river crowd clock".split()
 
 
-def near(found, expected, within=1e-6):
+def near(numbers, expected, within=1e-6):
     """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
-    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    return found.shape == expected.shape and np.abs(found - expected).max() <= within
+    numbers, expected = np.asarray(numbers, dtype=float), np.asarray(expected, dtype=float)
+    return numbers.shape == expected.shape and np.abs(numbers - expected).max() <= within
 
 
 def sound(number, rng):
@@ -61,7 +61,7 @@ class Stop(Exception):  # noqa: N818
 
 def stopped_at(monkeypatch, step):
     """A loop that dies before the step after `step`."""
-    whole, calls = loop.backward, []
+    whole, calls = backward, []
 
     def dies(*args):
         calls.append(1)
@@ -69,4 +69,4 @@ def stopped_at(monkeypatch, step):
             raise Stop
         return whole(*args)
 
-    monkeypatch.setattr(loop, "backward", dies)
+    monkeypatch.setattr("supclap.run.backward", dies)

@@ -60,14 +60,14 @@ def test_eval_prints_the_rule_and_writes_the_json(corpus, run, tmp_path, capsys)
     report = tmp_path / "metrics.json"
     assert main(["eval", str(run), "--data", str(corpus / "test.csv"), "--json", str(report)]) == 0
     printed = capsys.readouterr().out
-    found = json.loads(report.read_text())
-    assert set(found) == {"rule", "t2a", "a2t"}
-    assert found["rule"] in printed and "every caption is a query" in found["rule"]
+    metrics = json.loads(report.read_text())
+    assert set(metrics) == {"rule", "t2a", "a2t"}
+    assert metrics["rule"] in printed and "every caption is a query" in metrics["rule"]
     for way in ("t2a", "a2t"):
-        assert set(found[way]) == {"R@1", "R@5", "R@10", "mAP@10", "median_rank"}
-        shares = [found[way][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
-        assert all(0 <= share <= 1 for share in shares) and found[way]["median_rank"] >= 1
-        assert f"{100 * found[way]['R@1']:.2f}" in printed
+        assert set(metrics[way]) == {"R@1", "R@5", "R@10", "mAP@10", "median_rank"}
+        shares = [metrics[way][name] for name in ("R@1", "R@5", "R@10", "mAP@10")]
+        assert all(0 <= share <= 1 for share in shares) and metrics[way]["median_rank"] >= 1
+        assert f"{100 * metrics[way]['R@1']:.2f}" in printed
     assert "2 clips, 10 captions" in printed
 
 
@@ -104,7 +104,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(corpus, run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["eval", "{tmp}/none", "--data", "{corpus}/test.csv"], "not a run"),
         (["eval", "{run}", "--data", "{tmp}/none.csv"], "manifest not found"),
@@ -120,13 +120,13 @@ def test_an_earlier_run_is_not_overwritten_unasked(corpus, run, capsys):
         (["demo", "--out", "{corpus}"], "not an earlier demo"),
     ],
 )
-def test_errors_have_a_message_and_exit_code_2(corpus, run, tmp_path, capsys, arguments, said):
+def test_errors_have_a_message_and_exit_code_2(corpus, run, tmp_path, capsys, arguments, expected):
     file = tmp_path / "file"
     file.touch()
     names = {"tmp": tmp_path, "corpus": corpus, "run": run, "file": file}
     assert main([part.format(**names) for part in arguments]) == 2
     message = capsys.readouterr().err
-    assert said in message and message.splitlines()[-1].startswith("supclap: ")
+    assert expected in message and message.splitlines()[-1].startswith("supclap: ")
 
 
 def test_a_process_fails_without_a_traceback(tmp_path):
@@ -139,7 +139,7 @@ def test_a_process_fails_without_a_traceback(tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    for module in ("audio", "data", "synth", "train", "evaluate", "model"):
+    for module in ("audio", "corpus", "synth", "train", "evaluate", "model"):
         monkeypatch.delitem(sys.modules, f"supclap.{module}", raising=False)
     assert main(["synth", str(tmp_path / "corpus")]) == 2
     message = capsys.readouterr().err
@@ -174,10 +174,10 @@ def test_the_demo_ends_with_a_table_and_the_path_of_the_report(tmp_path, capsys,
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "report: supclap-demo/report.png"
     table = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
-    found = json.loads(Path("supclap-demo/report.json").read_text())
+    metrics = json.loads(Path("supclap-demo/report.json").read_text())
     for name in ("InfoNCE", "bi-StaticSVR", "chance"):
         numbers = [
-            f"{100 * found[name][way][column]:.2f}"
+            f"{100 * metrics[name][way][column]:.2f}"
             for way in ("t2a", "a2t")
             for column in ("R@1", "R@10", "mAP@10")
         ]

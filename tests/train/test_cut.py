@@ -10,8 +10,8 @@ import soundfile
 from clips import log_of
 from supclap.audio import examine, read_duration
 from supclap.cli import main
-from supclap.config import UserError
-from supclap.data import load_corpus
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.mp3 import bit_rates
 
 RATE = 16_000
@@ -88,9 +88,9 @@ def test_an_mp3_that_promises_nothing(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "m.csv").write_text("file_name,caption\na.mp3,x\nzeros.mp3,y\n")
     assert main(["check", str(tmp_path / "m.csv")]) == 0
-    found = load_corpus(tmp_path / "m.csv", 2.0, cache="off")
+    clips = load_corpus(tmp_path / "m.csv", 2.0, cache="off")
     assert read_duration(str(tmp_path / "zeros.mp3").encode()) > 30.5  # which is not there
-    lengths = {len(found.features(clip, [seed])) for clip in range(2) for seed in range(60)}
+    lengths = {len(clips.features(clip, [seed])) for clip in range(2) for seed in range(60)}
     assert lengths == {201}
     (tmp_path / "zeros.mp3").write_bytes(raw + bytes(40_000))  # more than the decoder skips
     with pytest.raises(UserError, match=r"zeros.mp3 \(line 3\): not readable as audio"):
@@ -167,10 +167,10 @@ def test_a_cut_clip_is_bad_when_it_is_first_read(corpus, tmp_path, cache):
     cache = str(tmp_path / "kept") if cache == "folder" else cache
     with pytest.raises(UserError, match=r"1\.mp3 \(line 3\): it is cut off"):
         load_corpus(corpus, 1.0, cache=cache)
-    found = load_corpus(corpus, 1.0, skip_bad_audio=True, cache=cache)
-    assert [clip.name for clip in found.clips] == ["0.mp3", "2.flac", "3.wav", "4.ogg"]
-    assert len(found.skipped) == 1 and "it is cut off" in found.skipped[0]
-    lengths = {len(found.features(clip, [seed])) for clip in range(4) for seed in range(40)}
+    whole = load_corpus(corpus, 1.0, skip_bad_audio=True, cache=cache)
+    assert [clip.name for clip in whole.clips] == ["0.mp3", "2.flac", "3.wav", "4.ogg"]
+    assert len(whole.skipped) == 1 and "it is cut off" in whole.skipped[0]
+    lengths = {len(whole.features(clip, [seed])) for clip in range(4) for seed in range(40)}
     assert lengths == {101}  # every crop of every clip is whole
 
 

@@ -4,16 +4,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from clips import near
 from supclap.audio import HOP, N_FFT, N_MELS, load_audio, log_mel, mel_filters
-from supclap.config import UserError
-from supclap.data import Bytes, load_corpus, pad_features
+from supclap.batches import pad_features
+from supclap.builtin import Bytes
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.manifest import read_manifest
-
-
-def near(found, expected, within=1e-6):
-    """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
-    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    return found.shape == expected.shape and np.abs(found - expected).max() <= within
 
 
 def tone(rate, seconds=1.0, frequency=440.0):
@@ -27,7 +24,7 @@ def manifest_of(folder, text, name="m.csv"):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("", "is empty"),
         ("file_name,caption_1\n", "a header and no clip"),
@@ -39,10 +36,10 @@ def manifest_of(folder, text, name="m.csv"):
         ("file_name,caption_1\na.wav,one, two\n", "a text with a comma in it needs quotes"),
     ],
 )
-def test_a_bad_manifest_is_explained(tmp_path, text, said):
+def test_a_bad_manifest_is_explained(tmp_path, text, expected):
     with pytest.raises(UserError) as error:
         read_manifest(manifest_of(tmp_path, text))
-    assert said in str(error.value)
+    assert expected in str(error.value)
     assert "m.csv" in str(error.value)
 
 
@@ -149,8 +146,8 @@ def test_mel_filters_peak_at_the_htk_centres():
     for frequency in (400.0, 1_000.0, 3_000.0):
         mel = 2595 * np.log10(1 + frequency / 700)
         expected = mel / (2595 * np.log10(1 + 8_000 / 700)) * (N_MELS + 1) - 1
-        found = filters[round(frequency / 31.25)].argmax().item()
-        assert abs(found - expected) <= 0.6
+        peak = filters[round(frequency / 31.25)].argmax().item()
+        assert abs(peak - expected) <= 0.6
     assert filters.min() >= 0 and filters.max() <= 1
     assert (filters.sum(dim=0) > 0).all()
 

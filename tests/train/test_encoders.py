@@ -8,13 +8,14 @@ import pytest
 import torch
 from clips import log_of, near, settings, write_clips
 from safetensors.torch import load_file, save_file
-from supclap import train as loop
+from supclap.batches import pad_features
 from supclap.ced import CED, CHUNK, NAMES, PATCH, SIZES
 from supclap.cli import main
-from supclap.config import ModelConfig, UserError
-from supclap.data import pad_features
+from supclap.config import ModelConfig
+from supclap.errors import UserError
 from supclap.evaluate import evaluate_run
 from supclap.model import SupclapModel, load_model
+from supclap.train import train
 
 transformers = pytest.importorskip("transformers")
 hub = pytest.importorskip("supclap.hub")
@@ -58,9 +59,9 @@ def test_ced_normalises_by_the_corpus_and_in_training_as_in_evaluation():
     frames = torch.cat(clips)
     assert (model.init_bn.running_mean - frames.mean(dim=0)).abs().max() < 1e-3
     assert (model.init_bn.running_var - frames.var(dim=0, correction=0)).abs().max() < 1e-2
-    given = pad_features(clips)
-    trained = model.train()(*given)
-    assert torch.equal(trained, model.eval()(*given))
+    batch = pad_features(clips)
+    trained = model.train()(*batch)
+    assert torch.equal(trained, model.eval()(*batch))
     assert (model.init_bn.running_mean - frames.mean(dim=0)).abs().max() < 1e-3
     trained.sum().backward()
     assert model.init_bn.weight.grad.abs().max() > 0
@@ -69,8 +70,8 @@ def test_ced_normalises_by_the_corpus_and_in_training_as_in_evaluation():
 def test_ced_sees_time_and_frequency():
     model, clip = small_ced(), 20 * torch.randn(64, 64) - 30
     with torch.no_grad():
-        found = model(*pad_features([clip, clip.roll(32, 0), clip.roll(16, 1)]))
-    assert (found[0] - found[1]).abs().max() > 1e-3 < (found[0] - found[2]).abs().max()
+        vectors = model(*pad_features([clip, clip.roll(32, 0), clip.roll(16, 1)]))
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-3 < (vectors[0] - vectors[2]).abs().max()
 
 
 def published(model):
@@ -98,9 +99,9 @@ def test_published_ced_by_the_description(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     config = {"model_type": "ced", "name": "x", "embed_dim": 16, "num_heads": 2, "depth": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = hub.audio_encoder(str(tmp_path)).eval()
+    encoder = hub.audio_encoder(str(tmp_path)).eval()
     with torch.no_grad():
-        ours = found(*pad_features([clip]))[0]
+        ours = encoder(*pad_features([clip]))[0]
 
     s = {name.removeprefix("encoder."): x.double() for name, x in state.items()}
     x = (clip.double() - s["init_bn.running_mean"]) / (s["init_bn.running_var"] + 1e-5).sqrt()
@@ -131,8 +132,8 @@ def test_published_ced_by_the_description(tmp_path):
 
 def test_sizes_by_name():
     w = 192  # two norms for the bins, patches, positions, blocks, the last norm
-    wanted = 2 * 64 + 257 * w + 67 * w + 12 * (12 * w * w + 13 * w) + 2 * w
-    assert sum(p.numel() for p in CED(*SIZES["tiny"]).parameters()) == wanted
+    parameters = 2 * 64 + 257 * w + 67 * w + 12 * (12 * w * w + 13 * w) + 2 * w
+    assert sum(p.numel() for p in CED(*SIZES["tiny"]).parameters()) == parameters
     model = SupclapModel(ModelConfig(audio_encoder="ced-tiny"))
     assert model.audio.encoder.width == 192 and len(model.audio.encoder.blocks) == 12
     with pytest.raises(UserError, match="ced-tiny, ced-mini, ced-small, ced-base, hf:NAME"):
@@ -189,20 +190,18 @@ def test_clap(manifest, tmp_path, fusion):
     wave = np.sin(np.arange(12_000) / 9).astype(np.float32)
     front = ours.audio.encoder.front_end
     assert front.sample_rate == 16_000
-    given = front.extractor(wave, sampling_rate=16_000, return_tensors="pt")
+    inputs = front.extractor(wave, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         text = ours.text(*ours.text.encoder.tokenizer(["the sound of a dog"], ["eng"]))
         audio = ours.audio(*pad_features([front(wave)]))
-        given["input_features"] = given["input_features"].float()
-        given["is_longer"] = torch.tensor([[False]])  # the extractor says so of a random clip
-        wanted = theirs(**tokens, **given)
-    assert (text - wanted.text_embeds).abs().max() < 1e-6
-    assert (audio - wanted.audio_embeds).abs().max() < 1e-6
+        inputs["input_features"] = inputs["input_features"].float()
+        inputs["is_longer"] = torch.tensor([[False]])  # the extractor says so of a random clip
+        outputs = theirs(**tokens, **inputs)
+    assert (text - outputs.text_embeds).abs().max() < 1e-6
+    assert (audio - outputs.audio_embeds).abs().max() < 1e-6
 
     model = ModelConfig(audio_encoder=name, text_encoder=name, max_seconds=1.0)
-    run = loop.train(
-        settings(manifest, tmp_path / "run", batch_size=9, model=model, freeze="audio")
-    )
+    run = train(settings(manifest, tmp_path / "run", batch_size=9, model=model, freeze="audio"))
     (tmp_path / "clap").rename(tmp_path / "gone")
     metrics, _ = evaluate_run(run, manifest)
     assert 0 <= metrics["t2a"]["R@1"] <= 1
@@ -226,7 +225,7 @@ def test_any_text_encoder_and_published_ced(manifest, tmp_path):
     model = ModelConfig(
         audio_encoder=f"hf:{tmp_path / 'ced'}", text_encoder=f"hf:{tmp_path / 'bert'}", embed_dim=24
     )
-    run = loop.train(
+    run = train(
         settings(manifest, tmp_path / "run", model=model, freeze="text", epochs=20, lr=1e-2)
     )
     log = log_of(run)
@@ -236,8 +235,8 @@ def test_any_text_encoder_and_published_ced(manifest, tmp_path):
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     for name in ("bert", "ced"):  # a run that begins from this one needs its folder alone
         shutil.rmtree(tmp_path / name)
-    given = {"model": model, "init": run, "epochs": 1, "lr": 1e-9}
-    again = load_model(loop.train(settings(manifest, tmp_path / "again", **given))).state_dict()
+    options = {"model": model, "init": run, "epochs": 1, "lr": 1e-9}
+    again = load_model(train(settings(manifest, tmp_path / "again", **options))).state_dict()
     for name, tensor in load_model(run).state_dict().items():
         assert near(again[name].double(), tensor.double())
 
@@ -271,12 +270,12 @@ def test_sonar_with_a_language_for_each_caption(tmp_path, capsys):
     code = tokens.tokenizer.convert_tokens_to_ids
     assert code("eng_Latn") in ids[0] and code("deu_Latn") in ids[2]
     with torch.no_grad():
-        found = encoder(ids, mask)
+        vectors = encoder(ids, mask)
         for row in range(3):
             length = int(mask[row].sum())
             states = encoder.model(ids[row : row + 1, :length]).last_hidden_state
-            assert (states[0].mean(dim=0) - found[row]).abs().max() < 1e-5
-    assert (found[0] - found[2]).abs().max() > 1e-4
+            assert (states[0].mean(dim=0) - vectors[row]).abs().max() < 1e-5
+    assert (vectors[0] - vectors[2]).abs().max() > 1e-4
     with pytest.raises(UserError, match="no language 'xxx'; it has .*eng_Latn"):
         tokens(["x"], ["xxx"])
 
@@ -286,9 +285,9 @@ def test_a_model_that_cannot_be_had_is_explained(manifest, tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments = ["train", "--data", str(manifest), "--out", str(tmp_path / "run")]
     assert main([*arguments, "--text-encoder", "hf:nobody/nothing"]) == 2
-    said = capsys.readouterr().err
-    assert "--text-encoder hf:nobody/nothing" in said
-    assert "pass its folder: --text-encoder hf:/path/to/it" in said
+    message = capsys.readouterr().err
+    assert "--text-encoder hf:nobody/nothing" in message
+    assert "pass its folder: --text-encoder hf:/path/to/it" in message
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for name, expected in (
         (f"hf:{tmp_path}", "model type 'bert'; known are ced and clap"),

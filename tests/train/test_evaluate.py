@@ -2,20 +2,14 @@
 
 import itertools
 
-import numpy as np
 import torch
+from clips import near
 from supclap.evaluate import (
     audio_to_text_ranks,
     chance,
     retrieval_metrics,
     text_to_audio_ranks,
 )
-
-
-def near(found, expected, within=1e-6):
-    """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
-    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    return found.shape == expected.shape and np.abs(found - expected).max() <= within
 
 
 def from_scores(scores):
@@ -98,12 +92,12 @@ def test_against_loops_with_uneven_captions_in_any_order():
         ranks.append(1 + sum(row[c] >= row[clip] for c in range(12) if c != clip))
     precision, best = [], []
     for clip in range(12):
-        own = [c for c in range(len(scores)) if clip_of[c] == clip]
-        hits = sorted((scores[c][clip] for c in own), reverse=True)
+        captions = [c for c in range(len(scores)) if clip_of[c] == clip]
+        hits = sorted((scores[c][clip] for c in captions), reverse=True)
         other = [scores[c][clip] for c in range(len(scores)) if clip_of[c] != clip]
         places = [i + 1 + sum(s >= hit for s in other) for i, hit in enumerate(hits)]
         best.append(places[0])
-        precision.append(sum((i + 1) / p for i, p in enumerate(places) if p <= 10) / len(own))
+        precision.append(sum((i + 1) / p for i, p in enumerate(places) if p <= 10) / len(captions))
     metrics = retrieval_metrics(text, audio, clip_of)
     assert text_to_audio_ranks(text, audio, clip_of, rows=7).tolist() == ranks
     assert near(metrics["t2a"]["R@5"], sum(r <= 5 for r in ranks) / len(ranks))
@@ -118,18 +112,18 @@ def test_chance_is_the_mean_over_all_rankings():
     orders = list(itertools.permutations(range(3)))
     for order in orders:  # order[c]: place of caption c for either clip
         places = torch.tensor(order) + 1
-        for own in ([0, 1], [2]):
-            ranks = places[own].sort().values
+        for captions in ([0, 1], [2]):
+            ranks = places[captions].sort().values
             sums += torch.stack(
                 [
                     (ranks[0] == 1).float(),
-                    (torch.arange(1, len(own) + 1) / ranks).sum() / len(own),
+                    (torch.arange(1, len(captions) + 1) / ranks).sum() / len(captions),
                 ]
             )
     expected = (sums / (2 * len(orders))).tolist()
-    found = chance(clip_of)["a2t"]
-    assert near([found["R@1"], found["mAP@10"]], expected)
-    assert found["R@5"] == 1
+    numbers = chance(clip_of)["a2t"]
+    assert near([numbers["R@1"], numbers["mAP@10"]], expected)
+    assert numbers["R@5"] == 1
     t2a = chance(torch.arange(40).repeat_interleave(5))["t2a"]
     assert near(t2a["R@10"], 0.25)
     assert near(t2a["mAP@10"], sum(1 / r for r in range(1, 11)) / 40)

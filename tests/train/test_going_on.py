@@ -7,13 +7,13 @@ import pytest
 import soundfile
 import torch
 from clips import Stop, log_of, settings, stopped_at, write_clips
-from supclap import data
-from supclap import train as loop
 from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
 from supclap.config import read_config
+from supclap.corpus import digest
 from supclap.manifest import read_manifest
 from supclap.model import load_model
+from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ def stopped(monkeypatch, config, step):
     with monkeypatch.context() as patch:
         stopped_at(patch, step)
         with pytest.raises(Stop):
-            loop.train(config)
+            train(config)
     return config.out
 
 
@@ -42,13 +42,13 @@ def copied(manifest, folder, text=None):
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_run_goes_on_with_data_that_moved(manifest, tmp_path, monkeypatch, absolute):
-    given = {"batch_size": 4, "checkpoint_every": 2, "val": manifest}
-    whole = loop.train(settings(manifest, tmp_path / "whole", **given))
+    options = {"batch_size": 4, "checkpoint_every": 2, "val": manifest}
+    whole = train(settings(manifest, tmp_path / "whole", **options))
     before = copied(manifest, tmp_path / "before")
     if absolute:
         header, *rows = before.read_text().splitlines()
         before.write_text("\n".join([header, *(f"{before.parent}/{row}" for row in rows)]))
-    config = settings(before, tmp_path / "run", **(given | {"val": before}))
+    config = settings(before, tmp_path / "run", **(options | {"val": before}))
     run = stopped(monkeypatch, config, 3)
     (tmp_path / "before").rename(tmp_path / "after")
     moved = tmp_path / "after/other.csv"
@@ -85,9 +85,9 @@ def test_a_state_of_an_earlier_version_fits(manifest, tmp_path, monkeypatch, cap
     other.write_text("\n".join([header, *(f"{other.parent}/{row}" for row in rows)]))
     run = stopped(monkeypatch, settings(other, tmp_path / "run", batch_size=4), 3)
     state = torch.load(run / STATE, weights_only=True)
-    said = [[c.name, c.captions, c.languages] for c in read_manifest(other)]
-    assert state.pop("pairs") and state["data"] != data.digest(said)
-    torch.save(state | {"data": data.digest(said)}, run / STATE)
+    records = [[c.name, c.captions, c.languages] for c in read_manifest(other)]
+    assert state.pop("pairs") and state["data"] != digest(records)
+    torch.save(state | {"data": digest(records)}, run / STATE)
     torch.save(state | {"data": "another"}, run / "other.pt")
     assert main(["train", "--resume", str(run)]) == 0
     (run / FINISHED).unlink()
@@ -128,17 +128,17 @@ def test_names_of_another_disk_are_the_same(manifest, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
     """With a constant rate the run is the one that was longer from the start."""
-    given = {"batch_size": 4, "schedule": "constant", "warmup": 0.0, "val": manifest}
-    whole = loop.train(settings(manifest, tmp_path / "whole", epochs=4, **given))
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=2, **given))
+    options = {"batch_size": 4, "schedule": "constant", "warmup": 0.0, "val": manifest}
+    whole = train(settings(manifest, tmp_path / "whole", epochs=4, **options))
+    run = train(settings(manifest, tmp_path / "run", epochs=2, **options))
     assert main(["train", "--resume", str(run), "--epochs", "2"]) == 2
     message = capsys.readouterr().err
     assert "is finished; go on with more than its --epochs 2, or begin" in message
     assert main(["train", "--resume", str(run), "--epochs", "4"]) == 0
     for name in ("log", "val"):
         assert log_of(run, name) == log_of(whole, name)
-    ours, wanted = load_model(run).state_dict(), load_model(whole).state_dict()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, theirs = load_model(run).state_dict(), load_model(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert read_config(run).epochs == 4 and not (run / STATE).exists()
     assert main(["train", "--resume", str(run), "--epochs", "3"]) == 2
     assert "more than its --epochs 4" in capsys.readouterr().err
@@ -146,8 +146,8 @@ def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_extension_that_is_stopped_goes_on(manifest, tmp_path, monkeypatch, steps):
-    given = {"batch_size": 4, "checkpoint_every": 1}
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=1, **given))
+    options = {"batch_size": 4, "checkpoint_every": 1}
+    run = train(settings(manifest, tmp_path / "run", epochs=1, **options))
     with monkeypatch.context() as patch:
         stopped_at(patch, steps)
         with pytest.raises(Stop):
@@ -160,7 +160,7 @@ def test_an_extension_that_is_stopped_goes_on(manifest, tmp_path, monkeypatch, s
 
 
 def test_a_run_begins_from_another(manifest, tmp_path, capsys):
-    first = loop.train(settings(manifest, tmp_path / "first", learn_tau=True, batch_size=4))
+    first = train(settings(manifest, tmp_path / "first", learn_tau=True, batch_size=4))
     arguments = ["train", "--data", str(manifest), "--out", str(tmp_path / "second")]
     arguments += ["--init", str(first), "--batch-size", "4", "--epochs", "1"]
     # The first step is of the other's weights, temperature and radius, with a schedule of its own.
@@ -183,7 +183,7 @@ def test_a_run_begins_from_another(manifest, tmp_path, capsys):
         assert f"drop {more[0]}" in capsys.readouterr().err
     assert main([*arguments[:-4], "--init", str(tmp_path / "none")]) == 2
     assert "is not a run" in capsys.readouterr().err
-    loop.train(settings(manifest, tmp_path / "third", svr="bi-dynamic", init=first, epochs=1))
+    train(settings(manifest, tmp_path / "third", svr="bi-dynamic", init=first, epochs=1))
     assert "has no such radius: this one begins anew" in capsys.readouterr().out
     (first / "model.safetensors").unlink()
     assert main([*arguments, "--overwrite"]) == 2
@@ -191,28 +191,28 @@ def test_a_run_begins_from_another(manifest, tmp_path, capsys):
 
 
 def test_a_run_that_trains_nothing_says_so(manifest, tmp_path, capsys):
-    one = tmp_path / "one"
-    one.mkdir()
-    (one / "dog.wav").write_bytes((manifest.parent / "dog.wav").read_bytes())
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "dog.wav").write_bytes((manifest.parent / "dog.wav").read_bytes())
     rows = manifest.read_text().splitlines()
-    (one / "one.csv").write_text("\n".join(rows[:2]))
+    (folder / "one.csv").write_text("\n".join(rows[:2]))
     note = "no pair of a batch has a negative"
     for options, expected in (
         ({"batch_size": 1}, True), ({"batch_size": 2}, False),
         ({"batch_size": 1, "loss": "siglip"}, False),
-        ({"data": one / "one.csv"}, True), ({"data": one / "one.csv", "ids": False}, False),
+        ({"data": folder / "one.csv"}, True), ({"data": folder / "one.csv", "ids": False}, False),
     ):  # fmt: skip
-        given = {"epochs": 1, "overwrite": True, "data": manifest, **options}
-        loop.train(settings(given.pop("data"), tmp_path / "run", **given))
+        changes = {"epochs": 1, "overwrite": True, "data": manifest, **options}
+        train(settings(changes.pop("data"), tmp_path / "run", **changes))
         assert (note in capsys.readouterr().out) == expected, options
-    loop.train(settings(manifest, tmp_path / "run", epochs=1, overwrite=True, val=one / "one.csv"))
+    train(settings(manifest, tmp_path / "run", epochs=1, overwrite=True, val=folder / "one.csv"))
     printed = capsys.readouterr().out
     assert "has one clip, which every model finds: the first epoch is kept" in printed
     assert json.loads((tmp_path / "run" / FINISHED).read_text())["epochs"] == 1
 
 
 def test_a_search_hears_what_the_decoder_reads(manifest, tmp_path, capsys):
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=1))
+    run = train(settings(manifest, tmp_path / "run", epochs=1))
     folder = tmp_path / "folder"
     folder.mkdir()
     wave, rate = soundfile.read(manifest.parent / "dog.wav")

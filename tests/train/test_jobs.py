@@ -14,11 +14,10 @@ import pytest
 import supclap
 import torch
 from clips import log_of, write_clips
-from supclap import data, files
-from supclap import train as loop
+from supclap import files
 from supclap.checkpoint import STATE
 from supclap.cli import main
-from supclap.config import UserError, explained
+from supclap.errors import UserError, explained
 from supclap.ranks import ECHO, Ranks, stop_asked
 
 import supclap_kernels
@@ -173,7 +172,7 @@ def test_a_terminal_that_is_not_utf_8(manifest, tmp_path, started):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "out of memory"),
@@ -182,24 +181,24 @@ def test_a_terminal_that_is_not_utf_8(manifest, tmp_path, started):
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "was killed"),
     ],
 )
-def test_errors_of_any_call_are_explained(monkeypatch, tmp_path, capsys, error, said):
-    assert said in str(explained(error))
+def test_errors_of_any_call_are_explained(monkeypatch, tmp_path, capsys, error, expected):
+    assert expected in str(explained(error))
 
     def fails(*args, **options):
         raise error
 
-    monkeypatch.setattr(loop, "choose_device", fails)
+    monkeypatch.setattr("supclap.run.choose_device", fails)
     assert main(["train", "--data", "a", "--out", str(tmp_path / "x")]) == 2
     message = capsys.readouterr().err
-    assert said in message and "Traceback" not in message
-    with pytest.raises(UserError, match=said):  # the disk is not blamed
+    assert expected in message and "Traceback" not in message
+    with pytest.raises(UserError, match=expected):  # the disk is not blamed
         files.write_whole(tmp_path / "file", fails)
-    monkeypatch.setattr(data, "decode", fails)
+    monkeypatch.setattr("supclap.corpus.decode", fails)
     assert explained(RuntimeError("shapes do not fit")) is None
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("variables", "expected"),
     [
         ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT"),
@@ -219,11 +218,11 @@ def test_errors_of_any_call_are_explained(monkeypatch, tmp_path, capsys, error, 
         ),
     ],
 )  # fmt: skip
-def test_processes_that_torchrun_did_not_start(monkeypatch, given, said):
+def test_processes_that_torchrun_did_not_start(monkeypatch, variables, expected):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert Ranks(torch.device("cpu")).count == 1
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         Ranks(torch.device("cpu"))

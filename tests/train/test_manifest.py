@@ -9,8 +9,8 @@ import pytest
 import soundfile
 from supclap.audio import load_audio, open_audio
 from supclap.cli import main
-from supclap.config import UserError
-from supclap.data import load_corpus
+from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.manifest import read_manifest, scan_manifest
 
 
@@ -24,14 +24,14 @@ def written(folder, name, text):
     return path
 
 
-def said(clips):
+def captions_by_file(clips):
     pairs = [(c.name, list(zip(c.captions, c.languages, strict=True))) for c in clips]
     return dict(pairs)
 
 
 def test_clotho_with_any_number_of_columns_and_a_language(tmp_path):
     text = "file_name,caption_1,caption_2,lang\na b.c.wav,one,two,fra\nd.wav,three,four,\n"
-    assert said(read_manifest(written(tmp_path, "m.csv", text))) == {
+    assert captions_by_file(read_manifest(written(tmp_path, "m.csv", text))) == {
         "a b.c.wav": [("one", "fra"), ("two", "fra")],
         "d.wav": [("three", "eng"), ("four", "eng")],
     }
@@ -39,7 +39,7 @@ def test_clotho_with_any_number_of_columns_and_a_language(tmp_path):
 
 def test_one_caption_a_row(tmp_path):
     text = "file_name,caption\na.wav,one\nb.wav,two\na.wav,three\n"
-    assert said(read_manifest(written(tmp_path, "m.csv", text))) == {
+    assert captions_by_file(read_manifest(written(tmp_path, "m.csv", text))) == {
         "a.wav": [("one", "eng"), ("three", "eng")],
         "b.wav": [("two", "eng")],
     }
@@ -66,7 +66,7 @@ def test_wavcaps_and_mlclap_json(tmp_path):
         {"audio": "c.wav", "caption_1": "four", "caption_2": "five", "source_lang_2": "zho"},
     ]
     whole = {"num_captions_per_audio": 1, "data": data}
-    assert said(read_manifest(written(tmp_path, "m.json", whole))) == {
+    assert captions_by_file(read_manifest(written(tmp_path, "m.json", whole))) == {
         "180913.flac": [("one", "eng")],
         "Yx.flac": [("two", "deu"), ("three", "deu")],
         "c.wav": [("four", "eng"), ("five", "zho")],
@@ -93,7 +93,7 @@ def test_jsonl_by_language(tmp_path):
         {"audio": "c.wav", "captions": "five"},
     ]
     text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
-    assert said(read_manifest(written(tmp_path, "m.jsonl", text))) == {
+    assert captions_by_file(read_manifest(written(tmp_path, "m.jsonl", text))) == {
         "a.wav": [("one", "eng"), ("two", "fra")],
         "b.wav": [("tres", "spa"), ("quatre", "cat")],
         "c.wav": [("five", "eng")],

@@ -4,10 +4,11 @@ import pytest
 import torch
 from clips import log_of, settings, write_clips
 from safetensors.torch import load_file, save_file
-from supclap import train as loop
 from supclap.checkpoint import STATE
 from supclap.config import read_config
 from supclap.model import load_model
+from supclap.step import build_loss
+from supclap.train import train
 from test_resume import Stop, stopped_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,10 +23,10 @@ def without_dimensions(state):
     """The same, as it was once written; how many tensors changed."""
     changed = 0
     state["criterion"]["radius.radius"] = state["criterion"]["radius.radius"].reshape(())
-    for one in state["optimizer"]["state"].values():
+    for moments in state["optimizer"]["state"].values():
         for name in ("exp_avg", "exp_avg_sq"):
-            if one[name].shape == (1,):
-                one[name] = one[name].reshape(())
+            if moments[name].shape == (1,):
+                moments[name] = moments[name].reshape(())
                 changed += 1
     return changed
 
@@ -33,31 +34,31 @@ def without_dimensions(state):
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_an_old_run_is_resumed(manifest, tmp_path, monkeypatch, optimizer):
     """Bit for bit as one of today."""
-    given = {"svr": "bi-static", "batch_size": 4, "checkpoint_every": 2, "optimizer": optimizer}
-    whole = loop.train(settings(manifest, tmp_path / "whole", **given))
+    options = {"svr": "bi-static", "batch_size": 4, "checkpoint_every": 2, "optimizer": optimizer}
+    whole = train(settings(manifest, tmp_path / "whole", **options))
     with monkeypatch.context() as patch:
         stopped_at(patch, 4)
         with pytest.raises(Stop):
-            loop.train(settings(manifest, tmp_path / "part", **given))
+            train(settings(manifest, tmp_path / "part", **options))
     path = tmp_path / "part" / STATE
     state = torch.load(path, weights_only=True)
     assert without_dimensions(state) == 2
     torch.save(state, path)
-    run = loop.train(read_config(tmp_path / "part"), resume=True)
+    run = train(read_config(tmp_path / "part"), resume=True)
     assert log_of(run) == log_of(whole)
-    ours, wanted = load_model(run).state_dict(), load_model(whole).state_dict()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, theirs = load_model(run).state_dict(), load_model(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_an_old_model_file_is_read(manifest, tmp_path):
-    run = loop.train(settings(manifest, tmp_path / "run", svr="bi-static", batch_size=4))
+    run = train(settings(manifest, tmp_path / "run", svr="bi-static", batch_size=4))
     tensors = load_file(run / "model.safetensors")
     name = "criterion.radius.radius"
     assert tensors[name].shape == (1,)
     save_file({**tensors, name: tensors[name].reshape(())}, run / "model.safetensors")
     assert load_model(run).state_dict().keys()
     config = read_config(run)
-    criterion = loop.build_loss(config, 4)
+    criterion = build_loss(config, 4)
     state = load_file(run / "model.safetensors")
     criterion.load_state_dict({"radius.radius": state[name]})
     assert torch.equal(criterion.radius.radius, tensors[name])

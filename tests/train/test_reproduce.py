@@ -13,18 +13,19 @@ from inspect import signature
 import pytest
 import torch
 from clips import near
-from supclap import experiments, report
-from supclap import reproduce as module
 from supclap.cli import main
-from supclap.config import TrainConfig, UserError
+from supclap.config import TrainConfig
+from supclap.errors import UserError
 from supclap.evaluate import chance, evaluate_run
-from supclap.experiments import HARD, LOSSES, PRESETS, Run, planned
-from supclap.findings import Findings
 from supclap.logs import read_lines
 from supclap.manifest import read_manifest
+from supclap.reproduction import experiments, report
+from supclap.reproduction import run as module
+from supclap.reproduction.experiments import HARD, LOSSES, PRESETS, Experiment, plan_experiments
+from supclap.reproduction.findings import Findings
+from supclap.reproduction.verdicts import T_95, Verdict, interval, mean_and_deviation
 from supclap.synth import EVENTS, synthesise, synthesise_events
 from supclap.train import train
-from supclap.verdicts import T_95, Verdict, interval, mean_and_deviation
 from supclap.zeroshot import labelled_clips
 
 
@@ -53,14 +54,14 @@ def test_intervals_by_hand():
 def test_verdicts(differences, word):
     verdict = Verdict("a claim", "points", differences)
     assert verdict.word == word == verdict.as_json()["verdict"]
-    said = {"holds": "It holds here", "does not hold": "It does not hold here"}
-    assert verdict.sentence().startswith(said.get(word, "Undecided by these seeds"))
+    beginnings = {"holds": "It holds here", "does not hold": "It does not hold here"}
+    assert verdict.sentence().startswith(beginnings.get(word, "Undecided by these seeds"))
     assert json.loads(json.dumps(verdict.as_json()))["differences"] == differences
 
 
 def test_the_plan_has_every_loss_and_sweep():
     for preset in PRESETS.values():
-        runs = planned(preset)
+        runs = plan_experiments(preset)
         assert len({run.folder for run in runs}) == len(runs)
         for name in LOSSES:
             seeds = [run.seed for run in runs if (run.group, run.name) == ("ablation", name)]
@@ -78,11 +79,11 @@ def test_wrong_captions_are_those_of_others(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for share in (0.1, 0.4):
         (tmp_path / "noisy.jsonl").write_text(experiments.with_noise(path, share))
-        found = read_lines(tmp_path / "noisy.jsonl")
-        assert [line["audio"] for line in found] == [line["audio"] for line in lines]
-        wrong = sum(a != b for a, b in zip(found, lines, strict=True))
+        noisy = read_lines(tmp_path / "noisy.jsonl")
+        assert [line["audio"] for line in noisy] == [line["audio"] for line in lines]
+        wrong = sum(a != b for a, b in zip(noisy, lines, strict=True))
         assert wrong == round(50 * share)
-        captions = sorted(line["captions"]["eng"][0] for line in found)
+        captions = sorted(line["captions"]["eng"][0] for line in noisy)
         assert captions == sorted(line["captions"]["eng"][0] for line in lines)
 
 
@@ -112,12 +113,12 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
     assert process.returncode == 130, message[-2000:]
     assert "the same command goes on" in message and "Traceback" not in message
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
-    assert 5 <= len(done) < len(planned(PRESETS["smoke"]))
+    assert 5 <= len(done) < len(plan_experiments(PRESETS["smoke"]))
 
     assert main(["reproduce", "--preset", "smoke", "--out", str(out), "--jobs", "2"]) == 0
     assert time.monotonic() - start < 180
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-    runs = planned(PRESETS["smoke"])
+    runs = plan_experiments(PRESETS["smoke"])
     assert len(list(out.glob("runs/*/result.json"))) == len(runs)
     first = (out / "report.md").read_text()
     assert main(["reproduce", "--preset", "smoke", "--out", str(out)]) == 0
@@ -125,25 +126,25 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
 
     for name in ("figure-1-drift", "figure-7-hard-negatives", "summary"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads((out / "results.json").read_text())
-    for verdict in found["verdicts"]:
+    results = json.loads((out / "results.json").read_text())
+    for verdict in results["verdicts"]:
         assert verdict["claim"] in first
         low, high = verdict["interval95"] or (-math.inf, math.inf)
-        wanted = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-        assert verdict["verdict"] == wanted
-    titles = [table["title"] for table in found["tables"]]
+        word = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+        assert verdict["verdict"] == word
+    titles = [table["title"] for table in results["tables"]]
     assert titles[:4] == ["Ablation", "Languages", "Other acoustics", "Zero-shot"]
     assert all(f"### {title}" in first for title in titles) and len(titles) == 8
 
     # The first claim, recomputed from the runs' own evaluations.
     def recall(name, seed):
-        folder = Run("ablation", name, seed).folder
+        folder = Experiment("ablation", name, seed).folder
         result = json.loads((out / "runs" / folder / "result.json").read_text())["here"]
         return 50 * (result["t2a"]["R@1"] + result["a2t"]["R@1"])
 
     differences = [recall("bi-DynamicSVR", s) - recall("InfoNCE", s) for s in range(2)]
-    assert near(found["verdicts"][0]["differences"], differences, within=1e-9)
-    by_claim = {verdict["claim"]: verdict["differences"] for verdict in found["verdicts"]}
+    assert near(results["verdicts"][0]["differences"], differences, within=1e-9)
+    by_claim = {verdict["claim"]: verdict["differences"] for verdict in results["verdicts"]}
     radii = [
         [
             line["radius"]
@@ -151,7 +152,7 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
         ]
         for s in range(2)
     ]
-    falls = [one[0] - one[-1] for one in radii]  # of ten steps and a few, a tenth is one
+    falls = [of_run[0] - of_run[-1] for of_run in radii]  # of ten steps and a few, a tenth is one
     claimed = by_claim["the radius falls during training (bi-StaticSVR)"]
     assert near(claimed, falls, within=1e-9) and max(falls) < 0
 
@@ -159,7 +160,9 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
         runs = [
             [
                 (line["step"], (line["t2a"]["R@1"] + line["a2t"]["R@1"]) / 2)
-                for line in read_lines(out / "runs" / Run("ablation", n, seed).folder / "val.jsonl")
+                for line in read_lines(
+                    out / "runs" / Experiment("ablation", n, seed).folder / "val.jsonl"
+                )
             ]
             for n in (name, other)
         ]
@@ -169,22 +172,22 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
     pair = ("bi-DynamicSVR", "InfoNCE")
     sooner = [first_at_the_goal(*pair[::-1], s) - first_at_the_goal(*pair, s) for s in range(2)]
     assert by_claim["training converges faster"] == sooner
-    one = Findings(out, PRESETS["smoke"]).of("ablation", "bi-DynamicSVR")[0]
-    assert list(one["radius_by_hard"]) == [str(k) for k in HARD if k < 12]
-    assert len(one["similarities"]) == experiments.BINS
-    assert sum(one["similarities"]) == len(read_manifest(out / "here/test.jsonl")) * 2
+    measured = Findings(out, PRESETS["smoke"]).of("ablation", "bi-DynamicSVR")[0]
+    assert list(measured["radius_by_hard"]) == [str(k) for k in HARD if k < 12]
+    assert len(measured["similarities"]) == experiments.BINS
+    assert sum(measured["similarities"]) == len(read_manifest(out / "here/test.jsonl")) * 2
 
     with pytest.raises(UserError, match="holds runs of other settings"):
         experiments.check_settings(out, "cpu")
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
-    bad = Run("ablation", "InfoNCE", 0, changes={"lr": -1.0})
-    monkeypatch.setattr(module, "planned", lambda preset: [bad])
+    bad = Experiment("ablation", "InfoNCE", 0, changes={"lr": -1.0})
+    monkeypatch.setattr(module, "plan_experiments", lambda preset: [bad])
     monkeypatch.setattr(module, "make_corpora", lambda out, preset: None)
     assert main(["reproduce", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "ablation-infonce-0: UserError: --lr must be a positive number" in said
+    message = capsys.readouterr().err
+    assert "ablation-infonce-0: UserError: --lr must be a positive number" in message
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
     for arguments, expected in (
@@ -199,7 +202,9 @@ def test_the_radius_is_told_by_hard_negatives(tmp_path):
     """A predictor that returns its largest negative sees the hard ones."""
     torch.manual_seed(0)
     config = replace(
-        experiments.settings_of(Run("ablation", "bi-DynamicSVR", 0), tmp_path, PRESETS["smoke"]),
+        experiments.settings_of(
+            Experiment("ablation", "bi-DynamicSVR", 0), tmp_path, PRESETS["smoke"]
+        ),
         batch_size=8,
     )
     audio = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
@@ -214,12 +219,12 @@ def test_the_radius_is_told_by_hard_negatives(tmp_path):
     from supclap.model import SupclapModel, save_model
 
     save_model(config.out / "model.safetensors", SupclapModel(config.model), criterion=criterion)
-    found = experiments.radius_by_hard(config, text, audio, torch.arange(40))
-    assert list(found) == ["0", "6"] and found["6"] > found["0"]
+    radius_of = experiments.radius_by_hard(config, text, audio, torch.arange(40))
+    assert list(radius_of) == ["0", "6"] and radius_of["6"] > radius_of["0"]
     rows = [(audio @ t).topk(2).values[1].item() / 0.07 for t in text]
     gelu = torch.nn.functional.gelu
-    wanted = gelu(gelu(torch.tensor(rows))).mean().item()
-    assert near(found["6"], wanted, within=0.02 * wanted)
+    expected = gelu(gelu(torch.tensor(rows))).mean().item()
+    assert near(radius_of["6"], expected, within=0.02 * expected)
 
 
 def test_the_demo_model_finds_what_it_heard(tmp_path, one_thread):
@@ -234,11 +239,11 @@ def test_the_demo_model_finds_what_it_heard(tmp_path, one_thread):
             epochs=demo["epochs"].default, seed=demo["seed"].default, svr="bi-static",
         )
     )  # fmt: skip
-    found, test = evaluate_run(tmp_path / "run", corpus / "test.csv")
+    metrics, test = evaluate_run(tmp_path / "run", corpus / "test.csv")
     assert len(test.clips) >= 200
     scenes = read_lines(corpus / "scenes.jsonl")
     assert {s["variant"] for s in scenes if s["split"] == "test"} == {"base", "order", "count"}
     by_chance = chance(test.clip_of)
     for way in ("t2a", "a2t"):
-        assert found[way]["R@1"] >= 10 * by_chance[way]["R@1"]
-        assert found[way]["R@10"] >= 3 * by_chance[way]["R@10"]
+        assert metrics[way]["R@1"] >= 10 * by_chance[way]["R@1"]
+        assert metrics[way]["R@10"] >= 3 * by_chance[way]["R@10"]

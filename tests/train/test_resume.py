@@ -12,13 +12,16 @@ import pytest
 import soundfile
 import torch
 from clips import SMALL, Stop, log_of, settings, stopped_at, write_clips
-from supclap import data, files
-from supclap import train as loop
+from supclap import files
 from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
-from supclap.config import Interrupted, UserError, config_text, read_config
+from supclap.config import config_text, read_config
+from supclap.corpus import load_corpus
+from supclap.errors import Interrupted, UserError
 from supclap.logs import read_lines
 from supclap.model import load_model
+from supclap.step import backward
+from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,62 +34,62 @@ def manifest(tmp_path_factory):
 def full_settings(manifest, out, **changes):
     """Everything that draws random numbers or has a state."""
     model = SMALL.__class__(**{**vars(SMALL), "dropout": 0.3, "max_seconds": 0.5})
-    given = {
+    options = {
         "epochs": 3, "batch_size": 4, "svr": "bi-dynamic", "learn_tau": True, "val": manifest,
         "checkpoint_every": 2, "diagnose_every": 3, "validate_every": 2, "model": model,
     }  # fmt: skip
-    return settings(manifest, out, **(given | changes))
+    return settings(manifest, out, **(options | changes))
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 11])
 def test_a_resumed_run_is_the_run(manifest, tmp_path, monkeypatch, at):
     """Bit for bit: losses, diagnostics, validation, weights; every step once."""
-    whole = loop.train(full_settings(manifest, tmp_path / "whole"))
+    whole = train(full_settings(manifest, tmp_path / "whole"))
     with monkeypatch.context() as patch:
         stopped_at(patch, at)
         with pytest.raises(Stop):
-            loop.train(full_settings(manifest, tmp_path / "part"))
+            train(full_settings(manifest, tmp_path / "part"))
     random.seed(at)
     torch.manual_seed(at)
-    run = loop.train(read_config(tmp_path / "part"), resume=True)
+    run = train(read_config(tmp_path / "part"), resume=True)
     for name in ("log", "val", "diagnostics"):
         assert log_of(run, name) == log_of(whole, name)
     assert [line["step"] for line in log_of(run)] == list(range(1, 16))
-    ours, wanted = load_model(run).state_dict(), load_model(whole).state_dict()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, theirs = load_model(run).state_dict(), load_model(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not (run / STATE).exists()
 
 
 def test_workers_and_where_features_are_kept_change_nothing(manifest, tmp_path):
-    plain = log_of(loop.train(full_settings(manifest, tmp_path / "a")))
+    plain = log_of(train(full_settings(manifest, tmp_path / "a")))
     for n, changes in enumerate(
         ({"workers": 2}, {"cache": "off", "workers": 2}, {"cache": str(tmp_path / "kept")})
     ):
         for again in range(2 if "kept" in str(changes) else 1):
-            run = loop.train(full_settings(manifest, tmp_path / f"b{n}{again}", **changes))
+            run = train(full_settings(manifest, tmp_path / f"b{n}{again}", **changes))
             assert log_of(run) == plain
     assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
 def test_features_on_disk_are_those_of_the_files(manifest, tmp_path, monkeypatch):
-    first = data.load_corpus(manifest, 30.0, cache=str(tmp_path))
+    first = load_corpus(manifest, 30.0, cache=str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", None)  # nothing is decoded again
-        again = data.load_corpus(manifest, 30.0, cache=str(tmp_path))
+        patch.setattr("supclap.corpus.decode", None)  # nothing is decoded again
+        again = load_corpus(manifest, 30.0, cache=str(tmp_path))
     pairs = zip(first.kept, again.kept, strict=True)
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
-    other = data.load_corpus(manifest, 0.4, cache=str(tmp_path))
+    other = load_corpus(manifest, 0.4, cache=str(tmp_path))
     assert other.kept[0].shape != first.kept[0].shape
     (path, _) = sorted(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:100])  # a broken one is made anew
-    assert torch.equal(data.load_corpus(manifest, 30.0, cache=str(tmp_path)).kept[1], first.kept[1])
+    assert torch.equal(load_corpus(manifest, 30.0, cache=str(tmp_path)).kept[1], first.kept[1])
 
 
 def test_a_long_clip_is_cropped_anew_in_training_and_never_in_evaluation(tmp_path):
     soundfile.write(tmp_path / "a.wav", torch.randn(48_000).mul(0.1).numpy(), 16_000)
     (tmp_path / "m.csv").write_text("file_name,caption\na.wav,x\n")
     for cache in ("memory", "off"):
-        corpus = data.load_corpus(tmp_path / "m.csv", 1.0, cache=cache)
+        corpus = load_corpus(tmp_path / "m.csv", 1.0, cache=cache)
         assert corpus.longer.tolist() == [True]
         still, draws = corpus.features(0), [corpus.features(0, [seed]) for seed in range(6)]
         assert all(x.shape == still.shape for x in draws)
@@ -96,7 +99,7 @@ def test_a_long_clip_is_cropped_anew_in_training_and_never_in_evaluation(tmp_pat
 
 
 def test_sigterm_ends_a_run_after_its_step(manifest, tmp_path, monkeypatch):
-    whole, calls = loop.backward, []
+    whole, calls = backward, []
 
     def asked(*args):
         calls.append(1)
@@ -105,9 +108,9 @@ def test_sigterm_ends_a_run_after_its_step(manifest, tmp_path, monkeypatch):
         return whole(*args)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "backward", asked)
+    monkeypatch.setattr("supclap.run.backward", asked)
     with pytest.raises(Interrupted, match="(?s)interrupted after step 3 of 15.*--resume"):
-        loop.train(full_settings(manifest, tmp_path / "run", checkpoint_every=None))
+        train(full_settings(manifest, tmp_path / "run", checkpoint_every=None))
     assert signal.getsignal(signal.SIGTERM) is before
     assert len(log_of(tmp_path / "run")) == 3
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
@@ -115,15 +118,15 @@ def test_sigterm_ends_a_run_after_its_step(manifest, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_resumed_is_said(manifest, tmp_path, capsys):
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=1))
-    for arguments, said in (
+    run = train(settings(manifest, tmp_path / "run", epochs=1))
+    for arguments, expected in (
         (["--resume", str(run)], "is finished"),
         (["--resume", str(tmp_path / "no")], "is not a run"),
         (["--data", str(manifest), "--out", str(run)], "already holds a run"),
         (["--resume", str(run), "--lr", "1", "--recipe", "paper"], "drop --lr, --recipe"),
     ):
         assert main(["train", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     (run / FINISHED).unlink()
     assert main(["train", "--resume", str(run)]) == 2
     assert "has no state.pt to go on from" in capsys.readouterr().err
@@ -145,13 +148,13 @@ def test_a_full_disk_loses_nothing(manifest, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match=r"cannot write .*state.pt: .*No space left"):
-        loop.train(full_settings(manifest, out))
+        train(full_settings(manifest, out))
     monkeypatch.undo()
     load_model(out)
     assert {path.name for path in out.iterdir()} == {
         STATE, "model.safetensors", "config.json", "log.jsonl", "val.jsonl", "diagnostics.jsonl"
     }  # fmt: skip
-    run = loop.train(read_config(out), resume=True)
+    run = train(read_config(out), resume=True)
     assert [line["step"] for line in log_of(run)] == list(range(1, 16))
 
 
@@ -170,11 +173,11 @@ def test_a_full_disk_leaves_other_outputs_as_they_were(tmp_path, monkeypatch):
 
 def test_kill_at_any_moment(manifest, tmp_path):
     """SIGKILL after random times: what is there loads, and the resumed log has every step once."""
-    given = {"checkpoint_every": 1, "epochs": 8}
-    whole = loop.train(full_settings(manifest, tmp_path / "whole", **given))
+    options = {"checkpoint_every": 1, "epochs": 8}
+    whole = train(full_settings(manifest, tmp_path / "whole", **options))
     steps, rng = len(log_of(whole)), random.Random(0)
     out = tmp_path / "run"
-    config = full_settings(manifest, out, **given)
+    config = full_settings(manifest, out, **options)
     out.mkdir()
     (out / "settings.json").write_text(config_text(config))
     # One process that waits to be told: importing takes longer than a run.
@@ -204,7 +207,7 @@ def test_kill_at_any_moment(manifest, tmp_path):
             lines = read_lines(out / "log.jsonl")
             assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     if not done:
-        loop.train(read_config(out), resume=(out / STATE).exists())
+        train(read_config(out), resume=(out / STATE).exists())
     assert log_of(out) == log_of(whole) and len(log_of(out)) == steps
     assert kills >= 3
 
@@ -214,16 +217,16 @@ def test_two_processes_resume_as_one_run(manifest, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import pathlib, sys, torch\n"
-        "from supclap import config, train\n"
+        "from supclap import config, run as parts, train\n"
         "torch.set_num_threads(1)\n"
         "run, at = pathlib.Path(sys.argv[1]), int(sys.argv[2])\n"
-        "settings, whole, calls = config.read_config(run), train.backward, []\n"
+        "settings, whole, calls = config.read_config(run), parts.backward, []\n"
         "def dies(*args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == at:\n"
         "        sys.exit(3)\n"
         "    return whole(*args)\n"
-        "train.backward = dies\n"
+        "parts.backward = dies\n"
         "train.train(settings, resume=(run / 'state.pt').exists())\n"
     )
 
@@ -258,17 +261,17 @@ def test_a_run_does_not_go_on_with_other_data(manifest, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopped_at(patch, 3)
         with pytest.raises(Stop):
-            loop.train(full_settings(copy, tmp_path / "run"))
+            train(full_settings(copy, tmp_path / "run"))
     copy.write_text(text.replace("we hear a dog", "we heard a dog"))
     with pytest.raises(UserError, match="clips or captions of its manifest have changed"):
-        loop.train(read_config(tmp_path / "run"), resume=True)
+        train(read_config(tmp_path / "run"), resume=True)
     copy.write_text(text)
     monkeypatch.chdir(tmp_path / "run")  # its paths do not depend on where it is resumed
-    loop.train(read_config(tmp_path / "run"), resume=True)
+    train(read_config(tmp_path / "run"), resume=True)
 
 
 def test_validation_between_epochs_selects_too(manifest, tmp_path):
-    run = loop.train(full_settings(manifest, tmp_path / "run"))
+    run = train(full_settings(manifest, tmp_path / "run"))
     steps = [line["step"] for line in log_of(run, "val")]
     assert steps == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     finished = json.loads((run / FINISHED).read_text())
@@ -286,12 +289,12 @@ def test_a_file_that_breaks_during_training_is_named(manifest, tmp_path, monkeyp
     wave[len(wave) // 2] = float("nan")
     soundfile.write(tmp_path / path.name, wave, rate, subtype="FLOAT")
     (tmp_path / "m.csv").write_text("\n".join(rows))
-    given = {"cache": "off", "workers": workers, "batch_size": 2, "val": None}
+    options = {"cache": "off", "workers": workers, "batch_size": 2, "val": None}
     with pytest.raises(UserError) as error:
-        loop.train(settings(tmp_path / "m.csv", tmp_path / "run", **given))
+        train(settings(tmp_path / "m.csv", tmp_path / "run", **options))
     message = str(error.value)
     assert f"{path.name} (line 5): the clip has NaN" in message and "Traceback" not in message
-    run = loop.train(settings(tmp_path / "m.csv", tmp_path / "other", skip_bad_audio=True, **given))
+    run = train(settings(tmp_path / "m.csv", tmp_path / "other", skip_bad_audio=True, **options))
     assert len(log_of(run)) == 4
 
 
@@ -301,8 +304,8 @@ def test_ranks_share_a_cache_and_want_pairs(manifest, tmp_path):
     command += ["--width", "16", "--heads", "1", "--epochs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for size, code in ((9, 0), (2, 1)):
-        given = ["--out", str(tmp_path / f"run{size}"), "--batch-size", str(size)]
-        done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True)
+        options = ["--out", str(tmp_path / f"run{size}"), "--batch-size", str(size)]
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stderr[-3000:]
     assert "a batch of 2 pairs is too small for 3 processes" in done.stderr
     assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".safetensors"]

@@ -9,7 +9,8 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from clips import SMALL, log_of, near, settings, write_clips
-from supclap import train as loop
+from supclap.batches import Batch, Epoch, pad_features
+from supclap.builtin import Bytes
 from supclap.cli import build_parser, main
 from supclap.config import (
     MODEL,
@@ -17,17 +18,22 @@ from supclap.config import (
     TRAIN,
     ModelConfig,
     TrainConfig,
-    UserError,
     build_config,
     config_text,
     read_config,
 )
-from supclap.data import Batch, Bytes, Epoch, load_corpus, pad_features
+from supclap.corpus import load_corpus
 from supclap.diagnose import QUANTILES, Diagnosis, spread
+from supclap.errors import UserError
 from supclap.model import SupclapModel
+from supclap.ranks import Ranks
+from supclap.step import build_loss, build_optimizer, compute_loss, schedule
+from supclap.train import train
+
+from supclap_kernels import SVRLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALONE = loop.Ranks(torch.device("cpu"))
+ALONE = Ranks(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +45,11 @@ def manifest(tmp_path_factory):
 
 
 def parsed(*arguments):
-    given = vars(build_parser().parse_args(["train", *map(str, arguments)]))
-    given.pop("command")
-    assert given.pop("resume") is None
-    config, recipe = given.pop("config"), given.pop("recipe")
-    return build_config(given, config, recipe)
+    options = vars(build_parser().parse_args(["train", *map(str, arguments)]))
+    options.pop("command")
+    assert options.pop("resume") is None
+    config, recipe = options.pop("config"), options.pop("recipe")
+    return build_config(options, config, recipe)
 
 
 def test_flags_come_before_the_file_and_the_file_before_the_recipe(tmp_path):
@@ -63,9 +69,9 @@ def test_the_papers_run():
     config = parsed("--recipe", "paper", "--data", "a", "--out", "b")
     assert config.model.audio_encoder == "hf:mispeech/ced-base"
     assert "SONAR" in config.model.text_encoder
-    wanted = {"optimizer": "adam", "lr": 5e-5, "batch_size": 24, "epochs": 10, "tau": 0.07,
+    expected = {"optimizer": "adam", "lr": 5e-5, "batch_size": 24, "epochs": 10, "tau": 0.07,
               "alpha": 1.0, "beta": 0.01, "svr": "bi-dynamic", "schedule": "constant"}  # fmt: skip
-    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert {name: getattr(config, name) for name in expected} == expected
     assert set(RECIPES["paper"]) <= set(TRAIN) | set(MODEL)
 
 
@@ -84,7 +90,7 @@ def test_every_setting_is_a_flag_and_survives_the_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("colour = 3", "unknown key 'colour'"),
         ("[model]\nwidth = 3", "unknown key 'model'"),
@@ -98,13 +104,13 @@ def test_every_setting_is_a_flag_and_survives_the_run_folder(tmp_path):
         ("", "--data is needed: manifest"),
     ],
 )
-def test_a_bad_file_is_explained(tmp_path, text, said):
+def test_a_bad_file_is_explained(tmp_path, text, expected):
     path = tmp_path / "run.toml"
-    path.write_text(text if "is needed" in said else text + "\n")
-    given = {} if "is needed" in said or "data" in text else {"data": "a"}
+    path.write_text(text if "is needed" in expected else text + "\n")
+    options = {} if "is needed" in expected or "data" in text else {"data": "a"}
     with pytest.raises(UserError) as error:
-        build_config({"out": tmp_path, **given}, path)
-    assert said in str(error.value)
+        build_config({"out": tmp_path, **options}, path)
+    assert expected in str(error.value)
     with pytest.raises(UserError, match="no such file"):
         build_config({}, tmp_path / "none.toml")
 
@@ -113,58 +119,58 @@ def test_a_bad_file_is_explained(tmp_path, text, said):
 
 
 def test_towers_have_their_own_learning_rates_and_may_be_frozen(manifest, tmp_path):
-    given = {"audio_lr": 1e-4, "text_lr": 2e-4, "svr": "bi-dynamic", "freeze": "none"}
+    options = {"audio_lr": 1e-4, "text_lr": 2e-4, "svr": "bi-dynamic", "freeze": "none"}
     for freeze in ("none", "audio", "text", "both"):
-        config = settings(manifest, tmp_path, **(given | {"freeze": freeze}))
-        model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
-        optimizer = loop.build_optimizer(config, model, criterion)
-        found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        config = settings(manifest, tmp_path, **(options | {"freeze": freeze}))
+        model, criterion = SupclapModel(SMALL), build_loss(config, 18)
+        optimizer = build_optimizer(config, model, criterion)
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in [*model.named_parameters(), *criterion.named_parameters()]:
             side = name.split(".")[0] if ".encoder." in name else ""
             frozen = side and freeze in (side, "both")
             if frozen or name in ("log_scale", "logit_bias"):
-                assert id(p) not in found and not p.requires_grad
+                assert id(p) not in group_of and not p.requires_grad
                 continue
-            group = found.pop(id(p))
+            group = group_of.pop(id(p))
             assert group["lr"] == {"audio": 1e-4, "text": 2e-4}.get(side, config.lr)
             matrix = p.ndim > 1 and not name.startswith("radius")
             assert group["weight_decay"] == (0.01 if matrix else 0.0)
-        assert not found
+        assert not group_of
 
 
 def test_constant_schedule_without_warm_up(manifest, tmp_path):
     config = settings(manifest, tmp_path, schedule="constant", warmup=0.0)
-    assert {loop.schedule(config, step, 100) for step in range(100)} == {1.0}
-    log = log_of(loop.train(settings(manifest, tmp_path / "r", schedule="constant", warmup=0.0)))
+    assert {schedule(config, step, 100) for step in range(100)} == {1.0}
+    log = log_of(train(settings(manifest, tmp_path / "r", schedule="constant", warmup=0.0)))
     assert {line["lr"] for line in log} == {1e-3}
 
 
 def test_gradients_are_clipped_unless_told_not_to(manifest, tmp_path):
     runs = {}
     for clip in (1e-6, 0.0):
-        given = {"clip_grad": clip, "optimizer": "adam", "weight_decay": 0.0, "batch_size": 18}
-        runs[clip] = log_of(loop.train(settings(manifest, tmp_path / f"{clip}", **given, epochs=3)))
+        options = {"clip_grad": clip, "optimizer": "adam", "weight_decay": 0.0, "batch_size": 18}
+        runs[clip] = log_of(train(settings(manifest, tmp_path / f"{clip}", **options, epochs=3)))
     assert runs[1e-6][0]["norm"] == runs[0.0][0]["norm"] > 1
     assert runs[1e-6][-1]["loss"] != runs[0.0][-1]["loss"]
 
 
 def test_bfloat16_lowers_the_encoders_only(manifest, tmp_path):
-    full = log_of(loop.train(settings(manifest, tmp_path / "a", epochs=4)))
-    low = log_of(loop.train(settings(manifest, tmp_path / "b", epochs=4, precision="bf16")))
+    full = log_of(train(settings(manifest, tmp_path / "a", epochs=4)))
+    low = log_of(train(settings(manifest, tmp_path / "b", epochs=4, precision="bf16")))
     assert full[0]["loss"] != low[0]["loss"]
     assert near(full[0]["loss"], low[0]["loss"], within=0.01 * full[0]["loss"])
     assert near(full[-1]["loss"], low[-1]["loss"], within=0.05 * full[-1]["loss"])
     model = SupclapModel(SMALL)
     model.audio.bf16 = model.text.bf16 = True
-    given = pad_features([torch.randn(40, 64)])
-    assert model.audio(*given).dtype is torch.float32
-    low, model = model.audio(*given), model.eval()
-    assert not torch.equal(low, model.audio(*given))  # evaluation is in float32
+    batch = pad_features([torch.randn(40, 64)])
+    assert model.audio(*batch).dtype is torch.float32
+    low, model = model.audio(*batch), model.eval()
+    assert not torch.equal(low, model.audio(*batch))  # evaluation is in float32
 
 
 def test_without_ids_captions_of_one_clip_are_negatives(manifest, tmp_path):
     logs = [
-        log_of(loop.train(settings(manifest, tmp_path / f"{ids}", ids=ids, batch_size=18)))
+        log_of(train(settings(manifest, tmp_path / f"{ids}", ids=ids, batch_size=18)))
         for ids in (True, False)
     ]
     assert logs[0][0]["l_t2a"] < logs[1][0]["l_t2a"]
@@ -174,7 +180,7 @@ def test_tensorboard_has_the_numbers_of_the_log(manifest, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = loop.train(settings(manifest, tmp_path / "run", tensorboard=True, val=manifest))
+    run = train(settings(manifest, tmp_path / "run", tensorboard=True, val=manifest))
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     losses = [(e.step, e.value) for e in events.Scalars("log/loss")]
@@ -200,25 +206,25 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
     """The force is minus the gradient of the summed loss; the update is the change of the texts."""
     torch.manual_seed(0)
     config = settings(manifest, tmp_path, **options)
-    model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
+    model, criterion = SupclapModel(SMALL), build_loss(config, 18)
     corpus = load_corpus(manifest, 30.0)
     model.audio.encoder.set_statistics(corpus.sample)
-    loop.build_optimizer(config, model, criterion)
+    build_optimizer(config, model, criterion)
     text = model.text.encoder.tokenizer(corpus.captions, corpus.languages)
     clips = corpus.clip_of
     batch = Batch(pad_features([corpus.kept[clip] for clip in clips.tolist()]), text, clips)
     states = {name: module.training for name, module in model.named_modules()}
-    found = Diagnosis(model, criterion, batch, 5, ALONE)
+    diagnosis = Diagnosis(model, criterion, batch, 5, ALONE)
     assert states == {name: module.training for name, module in model.named_modules()}
     a, t = model.audio(*batch.audio).detach(), model.text(*batch.text).detach().requires_grad_()
-    loss, _ = loop.compute_loss(model, criterion, a, t, clips, ALONE)
+    loss, _ = compute_loss(model, criterion, a, t, clips, ALONE)
     if options["svr" if "svr" in options else "loss"] == "bi-dynamic":
         radius = criterion.radius(a, t.detach(), model.logit_scale).detach()
-        fixed = loop.SVRLoss(None, **{**criterion.options, "return_stats": False})
+        fixed = SVRLoss(None, **{**criterion.options, "return_stats": False})
         fixed.radius = lambda *_: radius  # the decomposition holds R still
         loss = fixed(a, t, model.logit_scale, ids=clips)
     force = -torch.autograd.grad(loss, t)[0] * len(t)
-    line = dict(found.line)
+    line = dict(diagnosis.line)
     assert near(line["drift_audio"], F.cosine_similarity(force, a).mean().item(), 1e-5)
     u = F.normalize(a - t.detach(), dim=1)
     assert near(line["drift_gap"], F.cosine_similarity(force, u).mean().item(), 1e-5)
@@ -234,15 +240,15 @@ def test_diagnostics_are_the_gradients(manifest, tmp_path, options):
         for p in model.text.parameters():
             p.add_(0.01 * torch.randn_like(p))
     change = (model.text(*batch.text) - t).detach()
-    line = found.finish()
+    line = diagnosis.finish()
     assert near(line["update_audio"], F.cosine_similarity(change, a).mean().item(), 1e-4)
     assert near(line["update_gap"], F.cosine_similarity(change, u).mean().item(), 1e-4)
 
 
 def test_diagnostics_change_nothing_and_come_every_k_steps(manifest, tmp_path):
-    given = {"batch_size": 5, "model": ModelConfig(**{**vars(SMALL), "dropout": 0.2})}
-    plain = log_of(loop.train(settings(manifest, tmp_path / "a", **given)))
-    run = loop.train(settings(manifest, tmp_path / "b", diagnose_every=3, **given))
+    options = {"batch_size": 5, "model": ModelConfig(**{**vars(SMALL), "dropout": 0.2})}
+    plain = log_of(train(settings(manifest, tmp_path / "a", **options)))
+    run = train(settings(manifest, tmp_path / "b", diagnose_every=3, **options))
     assert log_of(run) == plain and len(plain) == 8
     lines = log_of(run, "diagnostics")
     assert [line["step"] for line in lines] == [3, 6]
@@ -276,11 +282,12 @@ def test_epochs_and_pairs_draw_their_own_numbers(tmp_path):
         (batch,) = Epoch(corpus, Bytes(64), 6, seed, epoch).batches()
         sums = dict(zip(batch.ids.tolist(), batch.audio[0].sum(dim=(1, 2)).tolist(), strict=True))
         seen.append((batch.ids.tolist(), sums))
-    for one in range(3):
-        assert len(set(seen[one][1].values())) == 6  # the clips are equal, their parts are not
-        for other in range(one):
-            assert seen[one][0] != seen[other][0]
-            assert all(seen[one][1][n] != seen[other][1][n] for n in range(6))
+    for order, sums in seen[:3]:
+        assert len(set(sums.values())) == 6  # the clips are equal, their parts are not
+        for other_order, other_sums in seen[:3]:
+            if sums is not other_sums:
+                assert order != other_order
+                assert all(sums[n] != other_sums[n] for n in range(6))
     assert seen[3] == seen[0]
 
 
@@ -290,13 +297,13 @@ def test_every_loss_by_name(manifest, tmp_path, loss, svr):
     built = {}
     for bilateral in ("mirror", "shared"):
         for beta in (None, 0.0, 0.3):
-            given = {"loss": loss, "svr": svr, "bilateral": bilateral, "beta": beta}
-            built[bilateral, beta] = loop.build_loss(settings(manifest, tmp_path, **given), 18)
+            options = {"loss": loss, "svr": svr, "bilateral": bilateral, "beta": beta}
+            built[bilateral, beta] = build_loss(settings(manifest, tmp_path, **options), 18)
     for (bilateral, beta), criterion in built.items():
         side, _, kind = svr.partition("-")
         default = 0.01 if kind == "dynamic" else 0.0
         assert criterion.options["objective"] == loss
         assert criterion.options["bilateral"] == (bilateral if side == "bi" else "none")
         assert criterion.options["beta"] == (default if beta is None else beta)
-        found = type(criterion.radius).__name__
-        assert found == {"static": "StaticRadius", "dynamic": "DynamicRadius"}.get(kind, "NoneType")
+        names = {"static": "StaticRadius", "dynamic": "DynamicRadius", "": "NoneType"}
+        assert type(criterion.radius).__name__ == names[kind]

@@ -7,16 +7,10 @@ import re
 import numpy as np
 import pytest
 import soundfile
+from clips import near
 from supclap import phrases, synth
-from supclap.config import UserError
+from supclap.errors import UserError
 from supclap.manifest import read_manifest
-
-
-def near(found, expected, within=1e-6):
-    """Whether numbers, or lists of them, differ by at most `within`, largest difference counted."""
-    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    return found.shape == expected.shape and np.abs(found - expected).max() <= within
-
 
 CLIPS = 60
 
@@ -66,15 +60,15 @@ REVERSED = (
 def events_of(caption, language="eng"):
     """What a caption says, by its words alone: [(event, count), ...] in time order."""
     words = phrases.words_of(language)
-    said = {}
+    event_of = {}
     for kind, event in synth.EVENTS.items():
         for forms in words["events"][kind]:
             for count in range(1, event.most + 1):
                 phrase = phrases.noun_phrase(forms, count, words)
-                assert said.setdefault(phrase, (kind, count)) == (kind, count), phrase
-    pattern = "|".join(sorted(map(re.escape, said), key=len, reverse=True))
-    found = [said[hit] for hit in re.findall(pattern, caption)]
-    return found[::-1] if any(word in caption for word in REVERSED) else found
+                assert event_of.setdefault(phrase, (kind, count)) == (kind, count), phrase
+    pattern = "|".join(sorted(map(re.escape, event_of), key=len, reverse=True))
+    events = [event_of[hit] for hit in re.findall(pattern, caption)]
+    return events[::-1] if any(word in caption for word in REVERSED) else events
 
 
 @pytest.mark.parametrize("language", phrases.CODES)
@@ -160,16 +154,16 @@ def test_hard_negatives_differ_in_order_or_count_only(truth):
         if "base" not in members:
             continue
         base = members["base"]
-        said = [(phase["event"], phase["count"]) for phase in base["phases"]]
+        phases = [(phase["event"], phase["count"]) for phase in base["phases"]]
         for variant in members.keys() - {"base"}:
             seen.add((variant, base["split"]))
             other = [(p["event"], p["count"]) for p in members[variant]["phases"]]
             assert members[variant]["background"] == base["background"]
             if variant == "order":
-                assert other == said[::-1] != said
+                assert other == phases[::-1] != phases
             else:
-                assert [kind for kind, _ in other] == [kind for kind, _ in said]
-                assert sum(a != b for a, b in zip(other, said, strict=True)) == 1
+                assert [kind for kind, _ in other] == [kind for kind, _ in phases]
+                assert sum(a != b for a, b in zip(other, phases, strict=True)) == 1
     assert {("order", "test"), ("count", "test"), ("order", "train"), ("count", "train")} <= seen
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from supclap.cli import main
-from supclap.config import UserError
+from supclap.errors import UserError
 from supclap.folders import EXTENSIONS, alike
 from supclap.hub import Tokenizer
 from supclap.languages import caption_language, language_code
@@ -95,14 +95,14 @@ def test_a_text_encoder_knows_its_languages(code):
     """By its own code and, of one script, by the bare one."""
     tokenizer = Tokenizer(Nllb(), 9)
     assert tokenizer.code(language_code(code)) == code
-    if sum(one[:3] == code[:3] for one in FLORES) == 1:
+    if sum(flores[:3] == code[:3] for flores in FLORES) == 1:
         assert tokenizer.code(language_code(code[:3])) == code
 
 
 def test_a_text_encoder_finds_the_nearest():
     tokenizer = Tokenizer(Nllb(), 9)
     named = {"ko_KR": "kor_Hang", "ps": "pbt_Arab", "no": "nob_Latn", "zh": "zho_Hans"}
-    assert {one: tokenizer.code(language_code(one)) for one in named} == named
+    assert {name: tokenizer.code(language_code(name)) for name in named} == named
     with pytest.raises(UserError, match="has no language 'glg'"):
         tokenizer.code("glg")
 
@@ -125,7 +125,7 @@ def test_a_wide_table_has_holes(tmp_path):
     """A translation that is missing is left out, a caption that is missing is a problem."""
     path = tmp_path / "m.csv"
     path.write_text("file_name,caption,caption_fr\na.wav,one,un\nb.wav,two,\nc.wav,,trois\n")
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert [pairs_of(clip) for clip in clips] == [[("one", "eng"), ("un", "fra")], [("two", "eng")]]
     assert len(problems) == 1 and "line 4 (c.wav): caption is empty" in problems[0]
     rows = [
@@ -136,7 +136,7 @@ def test_a_wide_table_has_holes(tmp_path):
     ]
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert [c.captions for c in clips] == [("one",), ("two",), ("three",)]
     assert len(problems) == 1 and "line 4 (d.wav): no caption" in problems[0]
 
@@ -152,7 +152,7 @@ def test_what_no_reader_survives_is_a_problem(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "line", "expected"),
     [
         ('file_name,caption\na.wav,"a dog barks\nb.wav,a cat\nc.wav,a bird\n', 2, "unexpected end"),
         ('file_name,caption\na.wav,x\nb.wav,"a dog\nc.wav,a cat\nd.wav,"a bird"\n', 3, "expected"),
@@ -160,13 +160,13 @@ def test_what_no_reader_survives_is_a_problem(tmp_path):
         ("file_name,caption,caption\na.wav,x,y\n", 1, "column 'caption' is there several times"),
     ],
 )
-def test_a_quote_that_is_never_closed_swallows_nothing(tmp_path, text, line, said):
+def test_a_quote_that_is_never_closed_swallows_nothing(tmp_path, text, line, expected):
     path = tmp_path / "m.csv"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         read_manifest(path)
     assert str(path) in str(error.value) and f"line {line}: " in str(error.value)
-    assert said in str(error.value)
+    assert expected in str(error.value)
     path.write_text(text.replace("caption", "label"))
     with pytest.raises(UserError, match=f"line {line}: "):
         labelled_clips(path)
@@ -226,7 +226,7 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
         assert [str(clip.path) for clip in read_manifest(path)] == [file]
         assert main(["check", str(path)]) == 0
     path.write_bytes(b"file_name,caption\nx.wav,a caf\xe9\n")
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert not clips and "line 2 (x.wav): 'a caf\\udce9' is not Unicode text" in problems[0]
     path.write_text("file_name,caption\nx.wav,one\n", encoding="utf-16")
     with pytest.raises(UserError, match="save it as UTF-8"):
@@ -238,7 +238,7 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
     path = tmp_path / "m.jsonl"
     lines = ['{"audio": "a.wav", "captions": "a \\ud83d"}', '{"audio": "\\ud83d", "captions": "b"}']
     path.write_text("\n".join(lines))
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert not clips and len(problems) == 2
     assert "line 1 (a.wav): 'a \\ud83d' is not Unicode text" in problems[0]
     assert "line 2" in problems[1]
@@ -247,7 +247,7 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "code"),
+    ("name", "code"),
     {
         "en": "eng", "eng": "eng", "en-US": "eng", "English": "eng", "eng_Latn": "eng",
         "Deutsch": "deu", "ger": "deu", "zh": "zho", "cmn": "zho", "zho_Hans": "zho",
@@ -257,16 +257,14 @@ def test_half_a_surrogate_pair_is_a_problem_with_its_line(tmp_path, capsys):
         "en_US.UTF-8": "eng",
     }.items(),
 )  # fmt: skip
-def test_a_language_has_one_form(given, code):
-    assert language_code(given) == code == language_code(code)
+def test_a_language_has_one_form(name, code):
+    assert language_code(name) == code == language_code(code)
 
 
-@pytest.mark.parametrize(
-    "given", ["xx", "jp", "und", "mul", "zxx", "", "second", "Englsh", "x" * 9]
-)
-def test_what_is_no_language(given):
+@pytest.mark.parametrize("name", ["xx", "jp", "und", "mul", "zxx", "", "second", "Englsh", "x" * 9])
+def test_what_is_no_language(name):
     with pytest.raises(ValueError, match="is no language"):
-        language_code(given)
+        language_code(name)
 
 
 def test_languages_of_a_table_have_one_form(tmp_path):
@@ -286,7 +284,7 @@ def test_languages_of_a_table_have_one_form(tmp_path):
         {"audio": "f.wav", "captions": "x", "lang": 3},
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    clips, problems = scan_manifest(path)
+    clips, problems, _ = scan_manifest(path)
     assert [clip.languages for clip in clips] == [("fra",) * 2, ("spa",) * 2, ("zho",), ("eng",)]
     assert len(problems) == 2 and "line 5 (e.wav): 'xx' is no language" in problems[0]
 
@@ -294,7 +292,9 @@ def test_languages_of_a_table_have_one_form(tmp_path):
 def test_a_language_of_the_command_line_has_one_form(tmp_path, capsys):
     out = tmp_path / "corpus"
     assert main(["synth", str(out), "--clips", "4", "--languages", "en", "French", "eng"]) == 0
-    languages = {one for clip in read_manifest(out / "train.jsonl") for one in clip.languages}
+    languages = {
+        language for clip in read_manifest(out / "train.jsonl") for language in clip.languages
+    }
     assert languages == {"eng", "fra"}
     assert main(["synth", str(tmp_path / "x"), "--languages", "xx"]) == 2
     assert "--languages: 'xx' is no language" in capsys.readouterr().err
@@ -303,10 +303,12 @@ def test_a_language_of_the_command_line_has_one_form(tmp_path, capsys):
 def test_one_sentence_in_three_languages_is_no_problem(tmp_path, capsys):
     hum(tmp_path / "a.wav")
     path = tmp_path / "m.jsonl"
-    said = {"eng": "Banjo", "deu": "Banjo", "spa": ["Banjo"]}
-    path.write_text(json.dumps({"audio": "a.wav", "captions": said}))
+    captions = {"eng": "Banjo", "deu": "Banjo", "spa": ["Banjo"]}
+    path.write_text(json.dumps({"audio": "a.wav", "captions": captions}))
     assert main(["check", str(path)]) == 0
-    path.write_text(json.dumps({"audio": "a.wav", "captions": said | {"spa": ["Banjo", "Banjo"]}}))
+    path.write_text(
+        json.dumps({"audio": "a.wav", "captions": captions | {"spa": ["Banjo", "Banjo"]}})
+    )
     assert main(["check", str(path)]) == 1
     assert "the caption 'Banjo' is there 2 times" in capsys.readouterr().out
 

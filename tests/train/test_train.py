@@ -10,11 +10,17 @@ import sys
 import pytest
 import torch
 from clips import SMALL, log_of, near, settings, write_clips
-from supclap import train as loop
-from supclap.config import ModelConfig, TrainConfig, UserError
-from supclap.data import Bytes, Epoch, load_corpus, pad_features
-from supclap.evaluate import embed_corpus, evaluate_corpus, evaluate_run
+from supclap.batches import Epoch, pad_features
+from supclap.builtin import Bytes
+from supclap.config import ModelConfig, TrainConfig
+from supclap.corpus import load_corpus
+from supclap.embeddings import embed_corpus
+from supclap.errors import UserError
+from supclap.evaluate import evaluate_corpus, evaluate_run
 from supclap.model import SupclapModel, load_model, save_model
+from supclap.ranks import Ranks
+from supclap.step import backward, build_loss, build_optimizer, compute_loss, schedule
+from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +31,7 @@ def manifest(tmp_path_factory):
     return write_clips(tmp_path_factory.mktemp("clips"))
 
 
-BYTES, ALONE = Bytes(256), loop.Ranks(torch.device("cpu"))
+BYTES, ALONE = Bytes(256), Ranks(torch.device("cpu"))
 
 
 def test_padding_does_not_change_an_embedding(manifest):
@@ -74,9 +80,9 @@ def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
         assert len(mel) == len(lengths) == len(text) == len(ids) <= 4
         for row, (clip, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
             assert torch.equal(mel[row, :length], corpus.kept[clip].float())
-            said = bytes(text[row][text[row] > 0].sub(1).tolist()).decode()
-            assert said in [caption.lower() for caption in corpus.clips[clip].captions]
-            seen.append((clip, said))
+            caption = bytes(text[row][text[row] > 0].sub(1).tolist()).decode()
+            assert caption in [c.lower() for c in corpus.clips[clip].captions]
+            seen.append((clip, caption))
     pairs = [(c, t.lower()) for c, clip in enumerate(corpus.clips) for t in clip.captions]
     assert sorted(seen) == sorted(pairs)
     assert seen != pairs  # shuffled
@@ -85,9 +91,9 @@ def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
 def test_captions_of_one_clip_are_no_negatives_of_each_other(manifest, tmp_path):
     torch.manual_seed(0)
     model = SupclapModel(SMALL)
-    criterion = loop.build_loss(settings(manifest, tmp_path, svr="none"), 4)
+    criterion = build_loss(settings(manifest, tmp_path, svr="none"), 4)
     audio, text = torch.nn.functional.normalize(torch.randn(2, 4, 32), dim=2)
-    _, line = loop.compute_loss(model, criterion, audio, text, torch.tensor([7, 3, 7, 5]), ALONE)
+    _, line = compute_loss(model, criterion, audio, text, torch.tensor([7, 3, 7, 5]), ALONE)
     logits = text @ audio.T / 0.07
     logits[0, 2] = logits[2, 0] = -torch.inf
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(4)).item()
@@ -95,7 +101,7 @@ def test_captions_of_one_clip_are_no_negatives_of_each_other(manifest, tmp_path)
 
 
 def test_the_log_has_one_object_per_step(manifest, tmp_path):
-    run = loop.train(settings(manifest, tmp_path / "run", batch_size=4, epochs=2))
+    run = train(settings(manifest, tmp_path / "run", batch_size=4, epochs=2))
     log = log_of(run)
     assert [line["step"] for line in log] == list(range(1, 2 * math.ceil(18 / 4) + 1))
     assert [line["epoch"] for line in log] == [1] * 5 + [2] * 5
@@ -112,14 +118,14 @@ def test_the_log_has_one_object_per_step(manifest, tmp_path):
 
 def test_the_seed_decides_the_log(manifest, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        loop.train(settings(manifest, tmp_path / name, batch_size=5, seed=seed))
+        train(settings(manifest, tmp_path / name, batch_size=5, seed=seed))
     a, b, c = ((tmp_path / name / "log.jsonl").read_text() for name in "abc")
     assert a == b != c
 
 
 def test_learning_rate_rises_then_falls_to_zero(manifest, tmp_path):
     config = settings(manifest, tmp_path)
-    rates = [loop.schedule(config, step, 100) for step in range(101)]
+    rates = [schedule(config, step, 100) for step in range(101)]
     assert near(rates[0], 1.0 / 5)
     assert max(rates) == rates[5] and near(rates[5], 1.0)
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -135,11 +141,11 @@ def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, s
     gradients, lines = [], []
     for chunked in (False, True):
         torch.manual_seed(0)
-        model, criterion = SupclapModel(SMALL), loop.build_loss(config, 18)
+        model, criterion = SupclapModel(SMALL), build_loss(config, 18)
         model.audio.encoder.set_statistics(corpus.sample)
-        loop.build_optimizer(config, model, criterion)
+        build_optimizer(config, model, criterion)
         pieces = size if chunked else None
-        lines.append(loop.backward(model, criterion, batch, pieces, ALONE))
+        lines.append(backward(model, criterion, batch, pieces, ALONE))
         parameters = [*model.parameters(), *criterion.parameters()]
         grads = [p.grad.flatten() for p in parameters if p.grad is not None]
         gradients.append(torch.cat(grads))
@@ -150,10 +156,8 @@ def test_chunks_give_the_gradient_of_the_whole_batch(manifest, tmp_path, size, s
 
 
 def test_chunked_training_runs_and_agrees_at_the_first_step(manifest, tmp_path):
-    whole = log_of(loop.train(settings(manifest, tmp_path / "a", batch_size=9)))
-    pieces = log_of(
-        loop.train(settings(manifest, tmp_path / "b", batch_size=9, micro_batch_size=4))
-    )
+    whole = log_of(train(settings(manifest, tmp_path / "a", batch_size=9)))
+    pieces = log_of(train(settings(manifest, tmp_path / "b", batch_size=9, micro_batch_size=4)))
     assert len(whole) == len(pieces)
     assert near(pieces[0]["loss"], whole[0]["loss"], within=1e-4)
     assert near(pieces[0]["norm"], whole[0]["norm"], within=1e-2)
@@ -175,7 +179,7 @@ def test_chunked_training_runs_and_agrees_at_the_first_step(manifest, tmp_path):
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_loss_trains_with_a_last_batch_of_one(manifest, tmp_path, options):
-    run = loop.train(settings(manifest, tmp_path / "run", batch_size=17, epochs=15, **options))
+    run = train(settings(manifest, tmp_path / "run", batch_size=17, epochs=15, **options))
     log = log_of(run)
     whole = "radius_features" in options  # the paper's radius needs whole batches
     assert len(log) == (15 if whole else 30) and all(math.isfinite(line["loss"]) for line in log)
@@ -189,7 +193,7 @@ def test_a_checkpoint_gives_the_same_embeddings(manifest, tmp_path):
     torch.manual_seed(2)
     model, corpus = SupclapModel(SMALL), load_corpus(manifest, 30.0)
     model.audio.encoder.set_statistics(corpus.sample)
-    run = loop.train(settings(manifest, tmp_path / "run"))  # a run to write into
+    run = train(settings(manifest, tmp_path / "run"))  # a run to write into
     save_model(run / "model.safetensors", model)
     for before, after in zip(
         embed_corpus(model, corpus), embed_corpus(load_model(run), corpus), strict=True
@@ -206,8 +210,8 @@ def test_the_best_epoch_on_val_is_kept(manifest, tmp_path, monkeypatch):
         kept[recall] = {name: t.clone() for name, t in model.state_dict().items()}
         return {way: {"R@1": recall, "mAP@10": recall} for way in ("t2a", "a2t")}
 
-    monkeypatch.setattr(loop, "evaluate_corpus", scored)
-    run = loop.train(settings(manifest, tmp_path / "run", val=manifest, epochs=3))
+    monkeypatch.setattr("supclap.run.evaluate_corpus", scored)
+    run = train(settings(manifest, tmp_path / "run", val=manifest, epochs=3))
     state = load_model(run).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in kept[0.6].items())
     assert not all(torch.equal(state[name], tensor) for name, tensor in kept[0.4].items())
@@ -216,7 +220,7 @@ def test_the_best_epoch_on_val_is_kept(manifest, tmp_path, monkeypatch):
 
 
 def test_a_broken_checkpoint_or_setting_is_explained(manifest, tmp_path):
-    run = loop.train(settings(manifest, tmp_path / "run", epochs=1))
+    run = train(settings(manifest, tmp_path / "run", epochs=1))
     whole = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot read the checkpoint"):
@@ -231,22 +235,22 @@ def test_a_broken_checkpoint_or_setting_is_explained(manifest, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_path, monkeypatch):
-    whole, calls = loop.backward, []
+    whole, calls = backward, []
 
     def fails_late(*args):
         calls.append(1)
         return whole(*args) | ({"loss": None} if len(calls) == 3 else {})
 
-    monkeypatch.setattr(loop, "backward", fails_late)
+    monkeypatch.setattr("supclap.run.backward", fails_late)
     config = settings(manifest, tmp_path / "run", epochs=5, batch_size=9)
     with pytest.raises(UserError, match="not finite at step 3; .*after step 2"):
-        loop.train(config)
+        train(config)
     assert len(log_of(tmp_path / "run")) == 2
     load_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
@@ -257,15 +261,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(manifest, tmp_
         ({"weight_decay": -1.0}, "--weight-decay must not be negative"),
     ],
 )
-def test_settings_are_checked(manifest, tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_are_checked(manifest, tmp_path, changes, expected):
+    with pytest.raises(UserError, match=expected):
         settings(manifest, tmp_path, **changes)
     with pytest.raises(UserError, match="multiple of"):
         dataclasses.replace(SMALL, width=30, heads=4)
 
 
 def test_it_memorises_a_handful_of_clips_with_default_settings(manifest, tmp_path):
-    run = loop.train(TrainConfig(data=manifest, out=tmp_path / "run", epochs=40))
+    run = train(TrainConfig(data=manifest, out=tmp_path / "run", epochs=40))
     metrics, corpus = evaluate_run(run, manifest)
     assert len(corpus.clips) == 9
     assert metrics["t2a"]["R@1"] >= 0.9 and metrics["a2t"]["R@1"] >= 0.9
@@ -291,9 +295,9 @@ def test_two_processes_train_as_one(manifest, tmp_path, options):
     shared += ["--width", "16", "--heads", "2", "--embed-dim", "16", "--lr", "1e-3", *options]
     torchrun(2, *shared, "--out", str(tmp_path / "two"))
     torchrun(1, *shared, "--out", str(tmp_path / "one"))
-    two, one = log_of(tmp_path / "two"), log_of(tmp_path / "one")
-    assert len(two) == len(one) >= 20
-    for ours, wanted in zip(two[:20], one[:20], strict=True):
-        assert near(ours["loss"], wanted["loss"], within=1e-4 * wanted["loss"])
-        assert near(ours["radius"], wanted["radius"], within=1e-4)
-        assert near(ours["norm"], wanted["norm"], within=1e-2 * wanted["norm"])  # before it is cut
+    two, alone = log_of(tmp_path / "two"), log_of(tmp_path / "one")
+    assert len(two) == len(alone) >= 20
+    for ours, theirs in zip(two[:20], alone[:20], strict=True):
+        assert near(ours["loss"], theirs["loss"], within=1e-4 * theirs["loss"])
+        assert near(ours["radius"], theirs["radius"], within=1e-4)
+        assert near(ours["norm"], theirs["norm"], within=1e-2 * theirs["norm"])  # before it is cut

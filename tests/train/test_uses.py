@@ -8,18 +8,14 @@ import soundfile
 import torch
 from clips import SMALL, WORDS, log_of, near, settings, write_clips
 from safetensors import safe_open
-from supclap import train as loop
 from supclap.cli import main
-from supclap.config import ModelConfig, UserError
-from supclap.data import load_corpus
-from supclap.evaluate import (
-    embed_corpus,
-    embed_text,
-    evaluate_corpus,
-    evaluate_run,
-    retrieval_metrics,
-)
+from supclap.config import ModelConfig
+from supclap.corpus import load_corpus
+from supclap.embeddings import embed_corpus, embed_text
+from supclap.errors import UserError
+from supclap.evaluate import evaluate_corpus, evaluate_run, retrieval_metrics
 from supclap.model import SupclapModel, load_model
+from supclap.train import train
 from supclap.zeroshot import accuracies, class_vectors, labelled_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +30,7 @@ def manifest(tmp_path_factory):
 def run(manifest):
     """Knows its clips by heart."""
     config = settings(manifest, manifest.parent / "run", epochs=60, lr=3e-3, model=ModelConfig())
-    return loop.train(config)
+    return train(config)
 
 
 def test_each_language_is_measured_by_itself(manifest, tmp_path, capsys, run):
@@ -53,9 +49,9 @@ def test_each_language_is_measured_by_itself(manifest, tmp_path, capsys, run):
     metrics, corpus = evaluate_run(run, path)
     assert set(metrics["languages"]) == {"eng", "fra"}
     text, audio = embed_corpus(load_model(run), corpus)
-    for language, one in metrics["languages"].items():
-        rows = torch.tensor([said == language for said in corpus.languages])
-        assert one == retrieval_metrics(text[rows], audio, corpus.clip_of[rows])
+    for language, numbers in metrics["languages"].items():
+        rows = torch.tensor([spoken == language for spoken in corpus.languages])
+        assert numbers == retrieval_metrics(text[rows], audio, corpus.clip_of[rows])
     for way in ("t2a", "a2t"):
         for name, value in metrics[way].items():
             pair = [metrics["languages"][language][way][name] for language in ("eng", "fra")]
@@ -72,25 +68,25 @@ def by_brute_force(scores, clip_of):
     M, N = scores.shape
     t2a, a2t, first = [], [], []
     for m in range(M):
-        own = scores[m, clip_of[m]]
-        t2a.append(1 + sum(scores[m, n] >= own for n in range(N) if n != clip_of[m]))
+        hits = scores[m, clip_of[m]]
+        t2a.append(1 + sum(scores[m, n] >= hits for n in range(N) if n != clip_of[m]))
     for n in range(N):
-        own = sorted((scores[m, n] for m in range(M) if clip_of[m] == n), reverse=True)
-        if not own:
+        hits = sorted((scores[m, n] for m in range(M) if clip_of[m] == n), reverse=True)
+        if not hits:
             continue
         others = [scores[m, n] for m in range(M) if clip_of[m] != n]
-        ranks = [i + 1 + sum(other >= hit for other in others) for i, hit in enumerate(own)]
+        ranks = [i + 1 + sum(other >= hit for other in others) for i, hit in enumerate(hits)]
         first.append(ranks[0])
-        a2t.append(sum((i + 1) / rank for i, rank in enumerate(ranks) if rank <= 10) / len(own))
-    found = {}
+        a2t.append(sum((i + 1) / rank for i, rank in enumerate(ranks) if rank <= 10) / len(hits))
+    metrics = {}
     for way, ranks, precision in (
         ("t2a", t2a, [1 / rank if rank <= 10 else 0.0 for rank in t2a]),
         ("a2t", first, a2t),
     ):
-        found[way] = {f"R@{k}": float(np.mean([rank <= k for rank in ranks])) for k in (1, 5, 10)}
-        found[way]["mAP@10"] = float(np.mean(precision))
-        found[way]["median_rank"] = float(np.floor(np.median(np.array(ranks) - 1)) + 1)
-    return found
+        metrics[way] = {f"R@{k}": float(np.mean([rank <= k for rank in ranks])) for k in (1, 5, 10)}
+        metrics[way]["mAP@10"] = float(np.mean(precision))
+        metrics[way]["median_rank"] = float(np.floor(np.median(np.array(ranks) - 1)) + 1)
+    return metrics
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -98,25 +94,25 @@ def test_metrics_by_brute_force(seed):
     """Random scores with ties, clips without captions, uneven numbers of captions, any order."""
     rng = np.random.default_rng(seed)
     N = int(rng.integers(3, 30))
-    own = rng.integers(0, 6, N)
-    own[rng.integers(N)] = 3
-    clip_of = rng.permutation(np.repeat(np.arange(N), own))
+    counts = rng.integers(0, 6, N)
+    counts[rng.integers(N)] = 3
+    clip_of = rng.permutation(np.repeat(np.arange(N), counts))
     scores = rng.integers(0, 12 if seed % 2 else 200, (len(clip_of), N)).astype(float)
     # One-hot clips make the inner products the scores themselves.
-    found = retrieval_metrics(torch.tensor(scores), torch.eye(N).double(), torch.tensor(clip_of))
-    wanted = by_brute_force(scores, clip_of)
+    metrics = retrieval_metrics(torch.tensor(scores), torch.eye(N).double(), torch.tensor(clip_of))
+    expected = by_brute_force(scores, clip_of)
     for way in ("t2a", "a2t"):
-        for name, value in wanted[way].items():
-            assert near(found[way][name], value, within=1e-9), (way, name)
+        for name, value in expected[way].items():
+            assert near(metrics[way][name], value, within=1e-9), (way, name)
 
 
 def test_batch_size_changes_no_number(manifest, run):
     model, corpus = load_model(run), load_corpus(manifest, 30.0)
-    wanted = evaluate_corpus(model, corpus, rows=64)
+    expected = evaluate_corpus(model, corpus, 64)
     for rows in (1, 2, 5):
-        assert evaluate_corpus(model, corpus, rows=rows) == wanted
-    one, many = (torch.cat(embed_corpus(model, corpus, rows)) for rows in (1, 64))
-    assert (one - many).abs().max() < 2e-6
+        assert evaluate_corpus(model, corpus, rows) == expected
+    single, many = (torch.cat(embed_corpus(model, corpus, rows)) for rows in (1, 64))
+    assert (single - many).abs().max() < 2e-6
 
 
 def test_equal_captions_tie_whatever_they_are_beside(manifest, run):
@@ -124,10 +120,10 @@ def test_equal_captions_tie_whatever_they_are_beside(manifest, run):
     model = load_model(run)
     captions = ["the sound of a dog", "x", "a very much longer caption " * 4, "the sound of a dog"]
     encoded = []
-    model.text.register_forward_hook(lambda _, given, found: encoded.append(len(found)))
+    model.text.register_forward_hook(lambda _, inputs, vectors: encoded.append(len(vectors)))
     for rows in (1, 2, 64):
-        found = embed_text(model, captions, ["eng"] * 4, rows)
-        assert torch.equal(found[0], found[3]) and sum(encoded) == 3
+        vectors = embed_text(model, captions, ["eng"] * 4, rows)
+        assert torch.equal(vectors[0], vectors[3]) and sum(encoded) == 3
         encoded.clear()
 
 
@@ -139,8 +135,8 @@ def test_selection_on_the_test_set_marks_everything(manifest, tmp_path, capsys):
     assert main([*arguments, "--test", str(manifest)]) == 2
     assert "and --test is for nothing else" in capsys.readouterr().err
     shape = ["--width", "16", "--heads", "1", "--audio-layers", "1", "--text-layers", "1"]
-    given = ["--select-on", "test", "--test", str(manifest)]
-    assert main([*arguments, *shape, *given]) == 0
+    selection = ["--select-on", "test", "--test", str(manifest)]
+    assert main([*arguments, *shape, *selection]) == 0
     assert "NOTE: the checkpoint is selected on the test set" in capsys.readouterr().out
     assert all(line["selected_on"] == "test" for line in log_of(out, "val"))
     report = tmp_path / "m.json"
@@ -166,10 +162,10 @@ def test_zeroshot_of_memorised_sounds(manifest, run, tmp_path, capsys):
     templates = ["--template", "the sound of a {label}", "--template", "we hear a {label} close by"]
     arguments = ["zeroshot", str(run), "--data", str(table), "--json", str(report)]
     assert main([*arguments, *templates]) == 0
-    printed, found = capsys.readouterr().out, json.loads(report.read_text())
+    printed, numbers = capsys.readouterr().out, json.loads(report.read_text())
     assert "9 clips, 9 classes" in printed and "a tie is wrong" in printed
-    assert found["accuracy"] >= 8 / 9 and found["top5"] == 1.0
-    assert set(found["folds"]) == {"0", "1"} and found["templates"] == templates[1::2]
+    assert numbers["accuracy"] >= 8 / 9 and numbers["top5"] == 1.0
+    assert set(numbers["folds"]) == {"0", "1"} and numbers["templates"] == templates[1::2]
     assert main(arguments) == 0
     assert "templates: This is a sound of {label}" in capsys.readouterr().out
 
@@ -178,20 +174,20 @@ def test_templates_are_averaged_on_the_sphere(run):
     model = load_model(run)
     a, b = "a {label}", "the {label} here"
     both = class_vectors(model, ["dog", "rain"], [a, b], "eng")
-    parts = [class_vectors(model, ["dog", "rain"], [one], "eng") for one in (a, b)]
-    wanted = torch.nn.functional.normalize(parts[0] + parts[1], dim=1)
-    assert (both - wanted).abs().max() < 1e-6
+    parts = [class_vectors(model, ["dog", "rain"], [template], "eng") for template in (a, b)]
+    expected = torch.nn.functional.normalize(parts[0] + parts[1], dim=1)
+    assert (both - expected).abs().max() < 1e-6
     with pytest.raises(UserError, match="needs {label}"):
         class_vectors(model, ["dog"], ["no place"], "eng")
 
 
 def test_accuracies_by_hand():
     scores = torch.tensor([[3.0, 1, 1], [2, 2, 0], [0, 1, 2], [5, 1, 0]])
-    found = accuracies(scores, torch.tensor([0, 0, 2, 1]), ["1", "1", "2", "10"])
-    assert near(found["accuracy"], 0.5) and near(found["top5"], 1.0)  # a tie is wrong
-    assert near(found["mean_class_accuracy"], (0.5 + 0 + 1) / 3)
-    assert found["folds"] == {"1": 0.5, "2": 1.0, "10": 0.0}
-    assert near(found["mean_fold_accuracy"], 0.5)
+    numbers = accuracies(scores, torch.tensor([0, 0, 2, 1]), ["1", "1", "2", "10"])
+    assert near(numbers["accuracy"], 0.5) and near(numbers["top5"], 1.0)  # a tie is wrong
+    assert near(numbers["mean_class_accuracy"], (0.5 + 0 + 1) / 3)
+    assert numbers["folds"] == {"1": 0.5, "2": 1.0, "10": 0.0}
+    assert near(numbers["mean_fold_accuracy"], 0.5)
 
 
 def test_public_layouts(tmp_path):
@@ -210,7 +206,7 @@ def test_public_layouts(tmp_path):
     assert clips[0].path == tmp_path / "us/audio/fold5/1-3.wav"
     assert labels == ["dog bark"] and folds == ["5"]
     (tmp_path / "none").mkdir()
-    for data, text, said in (
+    for data, text, expected in (
         ("none", None, "neither ESC-50"),
         ("gone.csv", None, "no such file"),
         ("a.csv", "file_name,class\nx,y\n", "no column 'label'; it has file_name, class"),
@@ -219,7 +215,7 @@ def test_public_layouts(tmp_path):
     ):
         if text is not None:
             (tmp_path / data).write_text(text)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=expected):
             labelled_clips(tmp_path / data)
 
 
@@ -258,7 +254,7 @@ def test_search_finds_what_was_learned(manifest, run, tmp_path, capsys):
         hits += lines[3].split()[2] == f"deep/{n}.wav"
     assert hits >= 8
     (tmp_path / "empty").mkdir()
-    for arguments, said in (
+    for arguments, expected in (
         (["x", "--audio", str(tmp_path / "no")], "no such folder"),
         (["x", "--audio", str(tmp_path / "empty")], "holds no audio"),
         ([" ", "--audio", str(tmp_path)], "the query is empty"),
@@ -266,7 +262,7 @@ def test_search_finds_what_was_learned(manifest, run, tmp_path, capsys):
         (["x", "--audio", str(tmp_path), "--batch-size", "0"], "--batch-size must be at least 1"),
     ):
         assert main(["search", str(run), *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
 
 
 def test_a_silent_or_tiny_clip_has_an_embedding(tmp_path):

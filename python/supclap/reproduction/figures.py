@@ -9,7 +9,7 @@ from typing import Any
 from .experiments import BINS, MAIN
 from .findings import Findings, Result
 from .report import smooth
-from .report_text import FIGURES
+from .text import FIGURES
 
 DYNAMIC = MAIN[2]
 
@@ -17,7 +17,7 @@ DYNAMIC = MAIN[2]
 def band(
     panel: Any, curves: list[tuple[list[float], list[float]]], label: str, colour: str
 ) -> None:
-    """Mean of curves at the same points, and the range between them."""
+    """Draws the mean of curves at the same points, and the range between them."""
     steps = curves[0][0]
     columns = list(zip(*(values for _, values in curves), strict=True))
     panel.plot(steps, [sum(c) / len(c) for c in columns], color=colour, label=label)
@@ -25,95 +25,91 @@ def band(
     panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def curve(found: Findings, result: Result, kind: str, key: str) -> tuple[list[float], list[float]]:
-    lines = found.log(result, kind)
+def curve(
+    findings: Findings, result: Result, kind: str, key: str
+) -> tuple[list[float], list[float]]:
+    lines = findings.log(result, kind)
     return [line["step"] for line in lines], smooth([line[key] for line in lines], 5)
 
 
-def drift(found: Findings, panel: Any) -> None:
+def drift(findings: Findings, panel: Any) -> None:
     for n, name in enumerate(MAIN):
-        curves = [curve(found, x, "diagnostics", "update_gap") for x in found.of("ablation", name)]
+        curves = [
+            curve(findings, x, "diagnostics", "update_gap") for x in findings.of("ablation", name)
+        ]
         band(panel, curves, name, f"C{n}")
     panel.set(xlabel="step", ylabel="cos(step of t, a - t)")
 
 
-def radius(found: Findings, panel: Any) -> None:
+def radius(findings: Findings, panel: Any) -> None:
     for n, name in enumerate((*MAIN[1:], f"{DYNAMIC}, no constraint")):
-        curves = [curve(found, x, "log", "radius") for x in found.of("ablation", name)]
+        curves = [curve(findings, x, "log", "radius") for x in findings.of("ablation", name)]
         band(panel, curves, name, f"C{n + 1}")
     panel.set(xlabel="step", ylabel="R")
 
 
-def similarity(found: Findings, panel: Any) -> None:
+def similarity(findings: Findings, panel: Any) -> None:
     centres = [-1 + (2 * n + 1) / BINS for n in range(BINS)]
     for n, name in enumerate(MAIN):
-        several = [x["similarities"] for x in found.of("ablation", name)]
-        counts = [sum(column) for column in zip(*several, strict=True)]
+        histograms = [x["similarities"] for x in findings.of("ablation", name)]
+        counts = [sum(column) for column in zip(*histograms, strict=True)]
         share = [count / sum(counts) for count in counts]
         panel.step(centres, share, where="mid", color=f"C{n}", label=name)
     panel.set(xlabel="cosine of a text and its audio", ylabel="share of the pairs")
 
 
-def convergence(found: Findings, panel: Any) -> None:
+def convergence(findings: Findings, panel: Any) -> None:
     for n, name in enumerate(MAIN):
         curves = []
-        for result in found.of("ablation", name):
-            lines = found.log(result, "val")
-            recalls = [50 * (line["t2a"]["R@1"] + line["a2t"]["R@1"]) for line in lines]
-            curves.append(([line["step"] for line in lines], recalls))
+        for result in findings.of("ablation", name):
+            steps, recalls = zip(*findings.validation(result), strict=True)
+            curves.append((list(steps), [100 * recall for recall in recalls]))
         band(panel, curves, name, f"C{n}")
     panel.set(xlabel="step", ylabel="validation R@1, %")
 
 
-def initial_radius(found: Findings, panel: Any) -> None:
+def initial_radius(findings: Findings, panel: Any) -> None:
     for n, name in enumerate(MAIN[1:]):
-        runs = [("0.1", found.of("ablation", name)[0])]
-        runs += [(f"{r:g}", found.of("radius", name, r)[0]) for r in found.preset.radii]
+        runs = [("0.1", findings.of("ablation", name)[0])]
+        runs += [(f"{r:g}", findings.of("radius", name, r)[0]) for r in findings.preset.radii]
         for m, (_, result) in enumerate(runs):
-            panel.plot(*curve(found, result, "log", "radius"), color=f"C{n + 1}",
+            panel.plot(*curve(findings, result, "log", "radius"), color=f"C{n + 1}",
                        label=name if m == 0 else None)  # fmt: skip
     panel.set(xlabel="step", ylabel="R")
 
 
-def hard_negatives(found: Findings, panel: Any) -> None:
+def hard_negatives(findings: Findings, panel: Any) -> None:
     for n, name in enumerate((DYNAMIC, f"{DYNAMIC}, no constraint")):
-        several = [x["radius_by_hard"] for x in found.of("ablation", name)]
-        counts = [int(key) for key in several[0]]
-        curves = [([float(k) for k in counts], list(one.values())) for one in several]
+        radii = [x["radius_by_hard"] for x in findings.of("ablation", name)]
+        curves = [(list(map(float, by_count)), list(by_count.values())) for by_count in radii]
         band(panel, curves, name, f"C{n + 2}")
     panel.set(xlabel="hard negatives in the batch", ylabel="predicted R")
 
 
-PANELS: dict[str, Callable[[Findings, Any], None]] = dict(
-    zip(
-        FIGURES,
-        (drift, radius, similarity, convergence, initial_radius, hard_negatives),
-        strict=True,
-    )
-)
+DRAW = (drift, radius, similarity, convergence, initial_radius, hard_negatives)
+PANELS: dict[str, Callable[[Findings, Any], None]] = dict(zip(FIGURES, DRAW, strict=True))
 
 
-def draw_all(found: Findings, out: Path) -> list[str]:
-    """One file each, and `summary.png` of four. Returns the names."""
+def draw_all(findings: Findings, out: Path) -> list[str]:
+    """Draws each figure into a file, and four into `summary.png`. Returns the names."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    def draw_panel(draw: Callable[[Findings, Any], None], panel: Any) -> None:
+        draw(findings, panel)
+        panel.grid(alpha=0.3)
+        panel.legend()
+
     for name, draw in PANELS.items():
         figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        finish(found, draw, panel)
+        draw_panel(draw, panel)
         figure.savefig(out / f"{name}.png", dpi=110)
         pyplot.close(figure)
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for panel, draw in zip(panels.flat, (drift, convergence, radius, similarity), strict=True):
-        finish(found, draw, panel)
+        draw_panel(draw, panel)
     figure.savefig(out / "summary.png", dpi=110)
     pyplot.close(figure)
     return list(PANELS)
-
-
-def finish(found: Findings, draw: Callable[[Findings, Any], None], panel: Any) -> None:
-    draw(found, panel)
-    panel.grid(alpha=0.3)
-    panel.legend()

@@ -22,36 +22,42 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import Interrupted, UserError
-from .experiments import PRESETS, Preset, Run, carry_out, check_settings, make_corpora, planned
-from .files import write_json, write_text
+from ..errors import Interrupted, UserError
+from ..files import write_json, write_text
+from ..ranks import choose_device
+from .experiments import (
+    PRESETS,
+    Experiment,
+    Preset,
+    carry_out,
+    check_settings,
+    make_corpora,
+    plan_experiments,
+)  # fmt: skip
 from .findings import Findings
-from .ranks import choose_device
-from .report_text import report_text
+from .text import report_text
 
-ERROR = "error.txt"  # in a run's folder
-
-
+ERROR = "error.txt"  # in an experiment's folder
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def end_with_the_parent() -> None:
-    """However it ends: two processes must not train in one folder."""
+    """Ends this process however the parent ends: two must not train in one folder."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
 
 
-def work(run: Run, out: Path, preset: Preset) -> None:
-    """One run, in a process of its own, which is started with SIGNALS blocked."""
+def work(experiment: Experiment, out: Path, preset: Preset) -> None:
+    """Carries out one experiment, in a process that is started with SIGNALS blocked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own would be left behind when a process is killed
-    folder = out / "runs" / run.folder
+    folder = out / "runs" / experiment.folder
     try:
-        carry_out(run, out, preset)
+        carry_out(experiment, out, preset)
     except BaseException as error:
         with (folder / "output.txt").open("a", encoding="utf-8") as stream:
             traceback.print_exc(file=stream)
@@ -59,18 +65,18 @@ def work(run: Run, out: Path, preset: Preset) -> None:
         sys.exit(1)
 
 
-def done(run: Run, out: Path) -> bool:
-    return (out / "runs" / run.folder / "result.json").exists()
+def is_done(experiment: Experiment, out: Path) -> bool:
+    return (out / "runs" / experiment.folder / "result.json").exists()
 
 
-def cost_of(run: Run, preset: Preset) -> float:
-    """About how long it takes, in runs of large batches: small steps cost more."""
-    return 1.0 + 8.0 / float(run.changes.get("batch_size", preset.batch_size))
+def cost_of(experiment: Experiment, preset: Preset) -> float:
+    """Returns about how long it takes, in runs of large batches: small steps cost more."""
+    return 1.0 + 8.0 / float(experiment.changes.get("batch_size", preset.batch_size))
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """One reproduction at a time in a folder; SIGTERM is heard as Ctrl-C is."""
+    """Keeps other reproductions out of the folder; SIGTERM is heard as Ctrl-C is."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -92,15 +98,15 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
-    """Carry out every run that has no result yet, then write `results.json`, `report.md` and the
-    figures. Returns the report's path."""
-    plan = PRESETS[preset]
+    """Carries out every experiment that has no result yet, then writes `results.json`, `report.md`
+    and the figures. Returns the report's path."""
+    settings = PRESETS[preset]
     if jobs is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jobs = 1 if plan.device == "cuda" else cores or 1
+        jobs = 1 if settings.device == "cuda" else cores or 1
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
-    choose_device(plan.device)  # what is missing says so now
+    choose_device(settings.device)  # what is missing says so now
     from .figures import draw_all
 
     check_settings(out, preset)
@@ -108,33 +114,33 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
     before = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else 0.0
     with alone(out):
         try:
-            make_corpora(out, plan)
-            runs = planned(plan)
-            left = [run for run in runs if not done(run, out)]
-            print(f"{len(runs)} runs, {len(left)} left, {jobs} at a time")
-            carry_all(left, out, plan, jobs)
+            make_corpora(out, settings)
+            plan = plan_experiments(settings)
+            left = [experiment for experiment in plan if not is_done(experiment, out)]
+            print(f"{len(plan)} runs, {len(left)} left, {jobs} at a time")
+            carry_out_all(left, out, settings, jobs)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted; finished runs are kept in {out}, the same command goes on"
             ) from None
         finally:
             write_json(spent, before + time.monotonic() - start)
-    found = Findings(out, plan)
+    findings = Findings(out, settings)
     seconds = json.loads(spent.read_text(encoding="utf-8"))
-    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | found.as_json())
-    names = draw_all(found, out)
+    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | findings.as_json())
+    names = draw_all(findings, out)
     report = out / "report.md"
-    write_text(report, report_text(found, preset, names))
+    write_text(report, report_text(findings, preset, names))
     return report
 
 
-def carry_all(left: list[Run], out: Path, preset: Preset, jobs: int) -> None:
-    """In processes of their own, with a bar that knows about what a run costs."""
-    context = multiprocessing.get_context("spawn")
+def carry_out_all(left: list[Experiment], out: Path, preset: Preset, jobs: int) -> None:
+    """Carries out experiments in processes of their own, with a bar that knows what each costs."""
     waiting, failed = list(reversed(left)), []
-    running: dict[Any, tuple[Any, Run]] = {}
+    running: dict[Any, tuple[Any, Experiment]] = {}
     bar = tqdm(
-        total=round(sum(cost_of(run, preset) for run in left), 1), desc="runs", smoothing=0.1,
+        total=round(sum(cost_of(experiment, preset) for experiment in left), 1),
+        desc="runs", smoothing=0.1,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
         disable=not left,
     )  # fmt: skip
@@ -142,24 +148,15 @@ def carry_all(left: list[Run], out: Path, preset: Preset, jobs: int) -> None:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    run = waiting.pop()
-                    folder = out / "runs" / run.folder
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / ERROR).unlink(missing_ok=True)
-                    process = context.Process(target=work, args=(run, out, preset), daemon=True)
-                    # No signal between the start of a process and the note of it; and it begins
-                    # with them blocked.
-                    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-                    process.start()
-                    running[process.sentinel] = (process, run)
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                    start_next(waiting, running, out, preset)
                 for sentinel in wait(list(running)):
-                    process, run = running.pop(sentinel)
+                    process, experiment = running.pop(sentinel)
                     process.join()
-                    bar.update(cost_of(run, preset))
-                    bar.set_postfix_str(run.folder)
-                    if not done(run, out):
-                        failed.append(f"{run.folder}: {what_happened(process, run, out)}")
+                    bar.update(cost_of(experiment, preset))
+                    bar.set_postfix_str(experiment.folder)
+                    if not is_done(experiment, out):
+                        reason = why_it_failed(process, experiment, out)
+                        failed.append(f"{experiment.folder}: {reason}")
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a second Ctrl-C waits
             for process, _ in running.values():
@@ -174,9 +171,26 @@ def carry_all(left: list[Run], out: Path, preset: Preset, jobs: int) -> None:
         )
 
 
-def what_happened(process: Any, run: Run, out: Path) -> str:
-    """To a run that left no result."""
-    said = out / "runs" / run.folder / ERROR
-    if said.exists():
-        return said.read_text(encoding="utf-8")
+def start_next(
+    waiting: list[Experiment], running: dict[Any, tuple[Any, Experiment]], out: Path, preset: Preset
+) -> None:
+    """Takes the last of those that wait and starts its process."""
+    experiment = waiting.pop()
+    folder = out / "runs" / experiment.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR).unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=work, args=(experiment, out, preset), daemon=True)
+    # No signal between the start of a process and the note of it; and it begins with them blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    process.start()
+    running[process.sentinel] = (process, experiment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def why_it_failed(process: Any, experiment: Experiment, out: Path) -> str:
+    """Returns why an experiment left no result."""
+    message = out / "runs" / experiment.folder / ERROR
+    if message.exists():
+        return message.read_text(encoding="utf-8")
     return f"its process ended with {process.exitcode} (a signal if negative: out of memory?)"

@@ -10,7 +10,7 @@ T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; nan of fewer than two."""
+    """Returns mean and sample standard deviation; nan of fewer than two."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
@@ -18,7 +18,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean of differences, one for each seed, by Student's t."""
+    """Returns the 95 % interval of the mean of differences, one a seed, by Student's t."""
     mean, deviation = mean_and_deviation(values)
     if len(values) < 2:
         return -math.inf, math.inf
@@ -51,7 +51,7 @@ class Verdict:
         }  # fmt: skip
 
     def sentence(self) -> str:
-        """For the report."""
+        """Returns the sentence of the report."""
         low, high = interval(self.differences)
         mean, count = mean_and_deviation(self.differences)[0], len(self.differences)
         bounds = f"[{low:+.3g}, {high:+.3g}]" if math.isfinite(low) else "unknown"

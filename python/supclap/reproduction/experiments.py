@@ -1,4 +1,4 @@
-"""The runs of `supclap reproduce`: which there are, on which corpus, and how one is carried out."""
+"""The experiments of `supclap reproduce`: which there are, on which corpora, how they are run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from .checkpoint import FINISHED, STATE
-from .config import ModelConfig, TrainConfig, UserError
-from .data import load_corpus
-from .evaluate import corpus_metrics, embed_corpus
-from .files import write_json, write_text
-from .logs import read_lines
-from .model import CRITERION, load_model
-from .phrases import CODES
-from .synth import synthesise, synthesise_events
-from .train import build_loss, train
-from .zeroshot import classify_run
+from ..checkpoint import FINISHED, STATE
+from ..config import ModelConfig, TrainConfig
+from ..corpus import load_corpus
+from ..embeddings import embed_corpus
+from ..errors import UserError
+from ..evaluate import corpus_metrics
+from ..files import write_json, write_text
+from ..logs import read_lines
+from ..model import load_criterion, load_model
+from ..phrases import CODES
+from ..step import build_loss
+from ..synth import synthesise, synthesise_events
+from ..train import train
+from ..zeroshot import classify_run
 
 LOSSES: dict[str, dict[str, Any]] = {
     "InfoNCE": {"svr": "none"},
@@ -82,7 +84,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Experiment:
     """One training: its group, what it varies, its seed."""
 
     group: str  # ablation | batch | alpha | noise | cross | radius
@@ -99,33 +101,29 @@ class Run:
         return f"{self.group}{value}-{words}-{self.seed}".lower()
 
 
-def planned(preset: Preset) -> list[Run]:
-    """Every run of a preset, the ablation first."""
-    runs = [Run("ablation", name, seed) for seed in range(preset.seeds) for name in LOSSES]
+def plan_experiments(preset: Preset) -> list[Experiment]:
+    """Returns every experiment of a preset, the ablation first."""
+    plan = [Experiment("ablation", name, seed) for seed in range(preset.seeds) for name in LOSSES]
+
+    def vary(setting: str, group: str, name: str, seed: int, values: tuple[Any, ...]) -> None:
+        for value in values:
+            plan.append(Experiment(group, name, seed, value, changes={setting: value}))
+
     for seed in range(preset.few):
         for name in MAIN[::2]:
-            runs += [
-                Run("batch", name, seed, size, changes={"batch_size": size})
-                for size in preset.batch_sizes
-            ]
-        runs += [
-            Run("alpha", MAIN[2], seed, alpha, changes={"alpha": alpha}) for alpha in preset.alphas
-        ]
+            vary("batch_size", "batch", name, seed, preset.batch_sizes)
+        vary("alpha", "alpha", MAIN[2], seed, preset.alphas)
         for name in MAIN:
-            runs += [
-                Run("noise", name, seed, noise, f"here/noise{noise}") for noise in preset.noises
-            ]
-            runs.append(Run("cross", name, seed, data="there/train"))
+            for noise in preset.noises:
+                plan.append(Experiment("noise", name, seed, noise, f"here/noise{noise}"))
+            plan.append(Experiment("cross", name, seed, data="there/train"))
     for name in MAIN[1:]:
-        runs += [
-            Run("radius", name, 0, radius, changes={"radius_init": radius})
-            for radius in preset.radii
-        ]
-    return runs
+        vary("radius_init", "radius", name, 0, preset.radii)
+    return plan
 
 
 def make_corpora(out: Path, preset: Preset) -> None:
-    """`here`, `there` with other acoustics, `here/noise*`, and single events with their labels."""
+    """Makes `here`, `there` with other acoustics, `here/noise*`, and single events with labels."""
     shared: dict[str, Any] = {"languages": preset.languages, "captions": preset.captions}
     for seed, name in enumerate(SIDES):
         if not (out / name / "test.jsonl").exists():
@@ -142,38 +140,42 @@ def make_corpora(out: Path, preset: Preset) -> None:
 
 
 def with_noise(manifest: Path, share: float, seed: int = 0) -> str:
-    """A JSONL manifest in which that share of the clips has the captions of others."""
+    """Returns a JSONL manifest in which that share of the clips has the captions of others."""
     lines = read_lines(manifest)
-    chosen = np.random.default_rng(seed).permutation(len(lines))[: round(share * len(lines))]
-    said = [lines[n]["captions"] for n in np.roll(chosen, 1)]
-    for n, captions in zip(chosen, said, strict=True):
-        lines[n] = lines[n] | {"captions": captions}
+    clips = np.random.default_rng(seed).permutation(len(lines))[: round(share * len(lines))]
+    captions = [lines[n]["captions"] for n in np.roll(clips, 1)]
+    for n, others in zip(clips, captions, strict=True):
+        lines[n] = lines[n] | {"captions": others}
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def settings_of(run: Run, out: Path, preset: Preset) -> TrainConfig:
-    given: dict[str, Any] = {
-        "batch_size": preset.batch_size, "epochs": preset.epochs, "seed": run.seed,
-        "validate_every": preset.validate_every, "diagnose_every": preset.diagnose_every,
+def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfig:
+    """Returns the settings of an experiment: of the preset, of its loss, and its own changes."""
+    size = experiment.changes.get("batch_size", preset.batch_size)
+
+    def steps_between(every: int) -> int:  # as often over the data, however large the step
+        return max(1, round(every * preset.batch_size / size))
+
+    shared: dict[str, Any] = {
+        "batch_size": preset.batch_size, "epochs": preset.epochs, "seed": experiment.seed,
+        "validate_every": steps_between(preset.validate_every),
+        "diagnose_every": steps_between(preset.diagnose_every),
         "device": preset.device, "cache": str(out / "features"), "model": preset.model,
         "checkpoint_every": preset.validate_every,
     }  # fmt: skip
-    size = run.changes.get("batch_size", preset.batch_size)
-    if size != preset.batch_size:  # as often over the data, however large the step
-        given["validate_every"] = max(1, round(preset.validate_every * preset.batch_size / size))
-        given["diagnose_every"] = max(1, round(preset.diagnose_every * preset.batch_size / size))
     return TrainConfig(
-        data=out / f"{run.data}.jsonl",
-        val=(out / run.data).with_name("val.jsonl"),
-        out=out / "runs" / run.folder,
-        **(given | LOSSES[run.name] | run.changes),
+        data=out / f"{experiment.data}.jsonl",
+        val=(out / experiment.data).with_name("val.jsonl"),
+        out=out / "runs" / experiment.folder,
+        **(shared | LOSSES[experiment.name] | experiment.changes),
     )
 
 
-def carry_out(run: Run, out: Path, preset: Preset) -> None:
-    """Train, measure and leave `result.json` in the run's folder; go on with an unfinished one."""
+def carry_out(experiment: Experiment, out: Path, preset: Preset) -> None:
+    """Trains, measures and leaves `result.json` in the experiment's folder; goes on with an
+    unfinished one."""
     torch.set_num_threads(1)
-    config = settings_of(run, out, preset)
+    config = settings_of(experiment, out, preset)
     folder = config.out
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a", encoding="utf-8") as stream:
@@ -183,19 +185,18 @@ def carry_out(run: Run, out: Path, preset: Preset) -> None:
                 resume = (folder / STATE).exists()
                 train(replace(config, overwrite=not resume), resume)
                 seconds = None if resume else time.monotonic() - start  # None: of a part only
-                write_json(folder / "cost.json", {"seconds": seconds, "bytes": peak(config)})
-            found = measured(run, config, out, preset)
+                cost = {"seconds": seconds, "bytes": peak_memory(config)}
+                write_json(folder / "cost.json", cost)
+            measurements = measure(experiment, config, out, preset)
     path = folder / "cost.json"  # not there if it was killed before it could say
-    cost = (
-        json.loads(path.read_text(encoding="utf-8"))
-        if path.exists()
-        else {"seconds": None, "bytes": None}
-    )
-    write_json(folder / "result.json", asdict(run) | found | cost)
+    cost = {"seconds": None, "bytes": None}
+    if path.exists():
+        cost = json.loads(path.read_text(encoding="utf-8"))
+    write_json(folder / "result.json", asdict(experiment) | measurements | cost)
 
 
-def peak(config: TrainConfig) -> int:
-    """Of the memory of the GPU, or of this process, which has carried out one run."""
+def peak_memory(config: TrainConfig) -> int:
+    """Returns the bytes of the GPU, or of this process, which has carried out one experiment."""
     if config.device == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource
@@ -205,74 +206,74 @@ def peak(config: TrainConfig) -> int:
 
 
 @torch.no_grad()
-def measured(run: Run, config: TrainConfig, out: Path, preset: Preset) -> dict[str, Any]:
-    """Retrieval here and there, zero-shot, similarity of the pairs, radius by hard negatives."""
+def measure(
+    experiment: Experiment, config: TrainConfig, out: Path, preset: Preset
+) -> dict[str, Any]:
+    """Measures retrieval here and there, zero-shot, similarity of the pairs, radius by hard
+    negatives."""
     model = load_model(config.out).to(config.device)
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for side in SIDES:
-        if side == "there" and run.group not in ("ablation", "cross"):
+        if side == "there" and experiment.group not in ("ablation", "cross"):
             continue
-        corpus = load_corpus(
-            out / side / "test.jsonl", config.model.max_seconds, cache=config.cache
-        )
+        manifest = out / side / "test.jsonl"
+        corpus = load_corpus(manifest, config.model.max_seconds, cache=config.cache)
         text, audio = embed_corpus(model, corpus)
-        found[side] = corpus_metrics(text, audio, corpus)
+        numbers[side] = corpus_metrics(text, audio, corpus)
         if side != "here":
             continue
         positive = (text * audio[corpus.clip_of]).sum(dim=1).clamp(-1, 1)
-        found["similarities"] = torch.histc(positive, BINS, -1.0, 1.0).tolist()
-        if "dynamic" in config.svr and run.group == "ablation":
-            found["radius_by_hard"] = radius_by_hard(config, text, audio, corpus.clip_of)
-    if run.group == "ablation":
+        numbers["similarities"] = torch.histc(positive, BINS, -1.0, 1.0).tolist()
+        if "dynamic" in config.svr and experiment.group == "ablation":
+            numbers["radius_by_hard"] = radius_by_hard(config, text, audio, corpus.clip_of)
+    if experiment.group == "ablation":
         labels = out / "events/labels.csv"
-        found["zeroshot"] = classify_run(config.out, labels)["accuracy"]
-    return found
+        numbers["zeroshot"] = classify_run(config.out, labels)["accuracy"]
+    return numbers
 
 
 def radius_by_hard(
     config: TrainConfig, text: torch.Tensor, audio: torch.Tensor, clip_of: torch.Tensor
 ) -> dict[str, float]:
-    """Mean radius predicted for a caption beside its clip, its K nearest other clips and, up to the
-    batch size, clips drawn at random."""
+    """Returns the mean radius predicted for a caption beside its clip, its K nearest other clips
+    and, up to the batch size, clips drawn at random, for each K."""
     criterion = build_loss(config, config.batch_size)
-    state = load_file(config.out / "model.safetensors")
-    prefix = len(CRITERION)
-    criterion.load_state_dict({k[prefix:]: t for k, t in state.items() if k.startswith(CRITERION)})
-    generator, found = torch.Generator().manual_seed(0), {}
+    load_criterion(config.out, criterion)
+    assert criterion.radius is not None
+    generator, radius_of = torch.Generator().manual_seed(0), {}
     size = min(config.batch_size, len(audio))
     rows = torch.randperm(len(text), generator=generator)[:100].tolist()
     for hard in [k for k in HARD if k < size]:
         radii = []
         for row in rows:
-            own = int(clip_of[row])
+            positive = clip_of[row]
             order = (audio @ text[row]).argsort(descending=True)
-            order = order[order != own]
+            order = order[order != positive]
             rest = order[hard:][torch.randperm(len(order) - hard, generator=generator)]
-            clips = torch.cat([torch.tensor([own]), order[:hard], rest[: size - 1 - hard]])
-            batch = audio[clips]
+            clips = torch.cat([positive[None], order[:hard], rest[: size - 1 - hard]])
             texts = text[row].expand(len(clips), -1)
-            assert criterion.radius is not None
-            radii.append(criterion.radius(batch, texts, 1 / config.tau)[0].item())
-        found[str(hard)] = float(np.mean(radii))
-    return found
+            radii.append(criterion.radius(audio[clips], texts, 1 / config.tau)[0].item())
+        radius_of[str(hard)] = float(np.mean(radii))
+    return radius_of
 
 
-def results(out: Path, preset: Preset) -> list[dict[str, Any]]:
-    """`result.json` of every run there is, in the plan's order."""
-    paths = [out / "runs" / run.folder / "result.json" for run in planned(preset)]
+def read_results(out: Path, preset: Preset) -> list[dict[str, Any]]:
+    """Reads `result.json` of every experiment that has one, in the plan's order."""
+    paths = [out / "runs" / x.folder / "result.json" for x in plan_experiments(preset)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def check_settings(out: Path, name: str) -> None:
-    """A folder belongs to one preset, to its corpus and its losses, as they are now."""
-    path = out / "preset.json"
-    sources = [Path(__file__), *(Path(__file__).with_name(n) for n in ("synth.py", "phrases.toml"))]
+    """Raises an error unless the folder is new, or holds experiments of this preset, of its corpus
+    and its losses, as they are now."""
+    path, package = out / "preset.json", Path(__file__).parent.parent
+    sources = [Path(__file__), package / "synth.py", package / "phrases.toml"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    wanted = {"name": name, "sources": digest, **asdict(PRESETS[name])}
-    wanted = json.loads(json.dumps(wanted))
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != wanted:
+    settings = {"name": name, "sources": digest, **asdict(PRESETS[name])}
+    settings = json.loads(json.dumps(settings))
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(f"{out} holds runs of other settings; name another --out")
     if not path.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and not an earlier reproduction; name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
+    write_json(path, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from .findings import Cell, Findings, Table
 
@@ -35,12 +36,11 @@ def table_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def report_text(found: Findings, preset: str, figures: list[str]) -> str:
-    """Claims first, then tables and figures."""
-    plan = found.preset
-    verdicts = found.verdicts()
-    counts = {word: sum(v.word == word for v in verdicts) for word in
-              ("holds", "does not hold", "undecided")}  # fmt: skip
+def report_text(findings: Findings, preset: str, figures: list[str]) -> str:
+    """Returns the report: claims first, then tables and figures."""
+    plan = findings.preset
+    verdicts = findings.verdicts()
+    counts = Counter(verdict.word for verdict in verdicts)
     intervals = sum(len(v.differences) > 1 for v in verdicts)
     parts = [
         "# SupCLAP on a synthetic corpus",
@@ -58,7 +58,7 @@ def report_text(found: Findings, preset: str, figures: list[str]) -> str:
         f"{intervals} have an interval; by chance one in twenty of such intervals misses.",
         "\n".join(f"- **{v.claim}.** {v.sentence()}" for v in verdicts),
         "## Tables",
-        *map(table_text, found.tables()),
+        *map(table_text, findings.tables()),
         "## Figures",
         *(f"{FIGURES[name]}\n\n![{name}]({name}.png)" for name in figures),
     ]

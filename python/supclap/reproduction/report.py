@@ -1,36 +1,21 @@
-"""Tables and curves, and the demo that fills them: InfoNCE against bi-StaticSVR."""
+"""The demo: InfoNCE against bi-StaticSVR on a small corpus, with a table and curves."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, UserError
-from .evaluate import RULE, Metrics, chance, evaluate_run
-from .files import write_json
-from .logs import read_lines
-from .synth import synthesise
-from .train import train
-
-COLUMNS = ("R@1", "R@5", "R@10", "mAP@10")
-
-
-def table(rows: dict[str, dict[str, Metrics]], columns: tuple[str, ...] = COLUMNS) -> str:
-    """One line per row, both directions side by side, in percent."""
-    width = max(map(len, rows)) + 2
-    blank = " " * width
-    blocks = [f"{name:^{9 * len(columns)}}" for name in ("text to audio", "audio to text")]
-    lines = [blank + "  ".join(blocks).rstrip()]
-    lines.append(blank + "  ".join("".join(f"{name:>9}" for name in columns) for _ in range(2)))
-    for name, metrics in rows.items():
-        percent = [[100 * metrics[way][c] for c in columns] for way in ("t2a", "a2t")]
-        cells = ("".join(f"{p:9.2f}" for p in block) for block in percent)
-        lines.append(f"{name:<{width}}" + "  ".join(cells))
-    return "\n".join(lines)
+from ..config import TrainConfig
+from ..errors import UserError
+from ..evaluate import RULE, Metrics, chance, evaluate_run, table
+from ..files import write_json
+from ..logs import read_lines
+from ..synth import synthesise
+from ..train import train
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each point."""
+    """Returns the mean of the last `window` values at each point."""
     means = []
     for end in range(1, len(values) + 1):
         recent = values[max(0, end - window) : end]
@@ -39,7 +24,7 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 
 def plot_runs(runs: dict[str, Path], path: Path) -> None:
-    """Loss, radius and gap over the steps and validation recall over the epochs, as a PNG."""
+    """Draws loss, radius and gap over the steps and validation recall over the epochs, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +61,7 @@ def plot_runs(runs: dict[str, Path], path: Path) -> None:
 
 
 def demo(out: Path, clips: int = 1000, epochs: int = 4, seed: int = 0, **options: Any) -> Path:
-    """Make a corpus, train with and without support vectors, test both and plot the runs.
+    """Makes a corpus, trains with and without support vectors, tests both and plots the runs.
 
     `options` are further settings of both runs. Returns the path of the PNG.
     """

@@ -1,0 +1,88 @@
+"""From a corpus to batches.
+
+Every draw has its own seed, made of the run's, the epoch and the pair: a batch is the same whatever
+the number of workers and wherever a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .corpus import Corpus
+from .loader import load_items
+
+Tokenizer = Callable[[list[str], list[str]], tuple[Tensor, ...]]
+"""Captions and their languages -> what the text encoder takes, each [B, ...]."""
+
+
+class Batch(NamedTuple):
+    """Some pairs, as the encoders take them."""
+
+    audio: tuple[Tensor, ...]  # features [B, F, M], lengths [B]
+    text: tuple[Tensor, ...]
+    ids: Tensor | None  # [B] int64, the clip of each pair; None: as if all were different
+
+    def to(self, device: torch.device, with_ids: bool = True) -> Batch:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        ids = move(self.ids) if with_ids and self.ids is not None else None
+        return Batch(tuple(map(move, self.audio)), tuple(map(move, self.text)), ids)
+
+
+def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pads B clips of [F_c, M] at the end: [B, F, M] float32, and lengths [B]."""
+    lengths = torch.tensor([len(clip) for clip in features])
+    return torch.nn.utils.rnn.pad_sequence(features, batch_first=True).float(), lengths
+
+
+class Epoch:
+    """The batches of an epoch: every (clip, caption) pair once, in random order. Each batch has the
+    share of one rank."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        size: int,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        whole: bool = False,
+    ) -> None:
+        """`whole`: the last batch is left out if it is smaller."""
+        self.corpus, self.tokenizer, self.seed = corpus, tokenizer, (seed, epoch)
+        count = len(corpus.captions)
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
+        parts = order.split(size)[: steps_of(count, size, ranks, whole)]
+        self.parts = [pairs.tensor_split(ranks)[rank] for pairs in parts]
+
+    def batch(self, number: int) -> Batch:
+        corpus, pairs = self.corpus, self.parts[number].tolist()
+        clips = corpus.clip_of[pairs]
+        features = [
+            corpus.features(clip, [*self.seed, pair])
+            for clip, pair in zip(clips.tolist(), pairs, strict=True)
+        ]
+        text = self.tokenizer(
+            [corpus.captions[pair] for pair in pairs], [corpus.languages[pair] for pair in pairs]
+        )
+        return Batch(pad_features(features), text, clips)
+
+    def batches(self, start: int = 0, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
+        """Yields the batches from `start` on."""
+        nothing_to_decode = self.corpus.kept is not None and not self.corpus.longer.any()
+        workers = 0 if nothing_to_decode else workers
+        yield from load_items(self.batch, range(start, len(self.parts)), workers, pin)
+
+
+def steps_of(pairs: int, size: int, ranks: int = 1, whole: bool = False) -> int:
+    """Returns the number of steps of an epoch. The last batch may be small, but every rank has a
+    pair of it; `whole`: it is left out."""
+    return pairs // size + (not whole and pairs % size >= ranks)

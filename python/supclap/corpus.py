@@ -1,0 +1,231 @@
+"""Clips and their features. What never changes is decoded once, the features of every clip, unless
+it is longer than `max_seconds`: training takes another part of such a clip each time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .audio import FrontEnd, LogMel, load_audio, open_audio, read_duration
+from .errors import Exhausted, UserError
+from .files import write_whole
+from .folders import alike
+from .loader import load_items
+from .manifest import SHOWN, Clip, read_manifest
+from .model import SupclapModel
+
+CACHE = 2  # changes with what is found wrong with a file
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Clips and their features. A pair is a (clip, caption); captions are numbered by clip."""
+
+    clips: list[Clip]
+    front_end: FrontEnd
+    max_seconds: float
+    skipped: list[str]  # one reason per clip left out
+    kept: list[Tensor] | None  # [F_c, M] of each clip; None: decoded whenever it is asked for
+    longer: Tensor  # [N] bool: whether a clip is cut to max_seconds
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Returns all M captions."""
+        return [caption for clip in self.clips for caption in clip.captions]
+
+    @cached_property
+    def languages(self) -> list[str]:
+        """Returns the language of each of the M captions."""
+        return [language for clip in self.clips for language in clip.languages]
+
+    @cached_property
+    def clip_of(self) -> Tensor:
+        """Returns the clip of each caption: [M] int64."""
+        counts = torch.tensor([len(clip.captions) for clip in self.clips])
+        return torch.repeat_interleave(torch.arange(len(self.clips)), counts)
+
+    def features(self, clip: int, seed: list[int] | None = None) -> Tensor:
+        """Returns [F, M] of one clip: its beginning, or a part that the seed draws."""
+        if self.kept is not None and not (seed is not None and self.longer[clip]):
+            return self.kept[clip]
+        try:
+            return decode(self.clips[clip], self.front_end, self.max_seconds, seed)
+        except UserError as error:
+            raise UserError(f"{self.clips[clip]}: {error}") from error
+
+    @property
+    def records(self) -> list[list[Any]]:
+        """Returns name, captions and languages of each clip, wherever its file is: absolute names
+        from the folder that they share, and as `alike` (folders.py)."""
+        absolute = [Path(clip.name).parent for clip in self.clips if Path(clip.name).is_absolute()]
+        base = os.path.commonpath(absolute) if absolute else ""
+        paths = [Path(clip.name) for clip in self.clips]
+        names = [alike(str(p.relative_to(base) if p.is_absolute() else p)) for p in paths]
+        return [[n, c.captions, c.languages] for n, c in zip(names, self.clips, strict=True)]
+
+    @cached_property
+    def hashes(self) -> list[list[Any]]:
+        """Returns the name of each clip, and a checksum of its captions and languages."""
+        return [[name, zlib.crc32(json.dumps(texts).encode())] for name, *texts in self.records]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Returns a checksum of the pairs: a run that goes on must have the same."""
+        return digest(self.records)
+
+    def fits(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is of these pairs; earlier versions took the names as written."""
+        written = [[clip.name, clip.captions, clip.languages] for clip in self.clips]
+        return fingerprint in (self.fingerprint, digest(written))
+
+    def sample(self, most: int = 1000) -> list[Tensor]:
+        """Returns the features of at most `most` clips, evenly spread."""
+        count = min(most, len(self.clips))
+        return [self.features(n * len(self.clips) // count) for n in range(count)]
+
+
+def digest(value: Any) -> str:
+    """Returns a checksum of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def decode(
+    clip: Clip, front_end: FrontEnd, max_seconds: float, seed: list[int] | None = None
+) -> Tensor:
+    """Returns the features [F, M] of a clip: its beginning, or a part that the seed draws. An error
+    does not name the file."""
+    draw = None if seed is None else lambda n: int(np.random.default_rng(seed).integers(n))
+    return front_end(load_audio(open_audio(clip), max_seconds, front_end.sample_rate, draw))
+
+
+class Decoded(NamedTuple):
+    """What reading a clip gave."""
+
+    features: Tensor | None  # None if they are not to be kept
+    longer: bool  # whether the clip is longer than max_seconds
+    problem: str  # what is wrong with the file; "" if nothing is
+
+
+def read_clip(
+    clip: Clip, front_end: FrontEnd, max_seconds: float, keep: bool, whole: bool
+) -> Decoded:
+    """Reads a clip. `whole`: decodes all that is heard of it, not its header and end alone."""
+    try:
+        seconds = read_duration(open_audio(clip))
+        if not seconds:
+            raise UserError("the clip has zero length")
+        features = decode(clip, front_end, max_seconds) if whole else None
+    except Exhausted:  # no fault of the file
+        raise
+    except UserError as error:
+        return Decoded(None, False, str(error))
+    return Decoded(features if keep else None, seconds > max_seconds, "")
+
+
+def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
+    """Returns where the features of just these files are kept."""
+    sources = []
+    for clip in clips:
+        stat = clip.path.stat() if clip.path.is_file() else None
+        version = (stat.st_size, stat.st_mtime_ns) if stat else None
+        sources.append([str(clip.path.resolve()), clip.span, version])
+    key = digest([CACHE, front_end.key, max_seconds, sources])
+    return folder / f"features-{key}.safetensors"
+
+
+def read_cache(path: Path, count: int) -> list[Decoded] | None:
+    """Maps the features from the file; returns None if there is none, or a broken one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as stored:
+            notes = json.loads(stored.metadata()["said"])
+            tensors = [None if notes[n][1] else stored.get_tensor(str(n)) for n in range(count)]
+    except (SafetensorError, OSError, KeyError, IndexError, ValueError):
+        return None
+    return [Decoded(tensor, *note) for tensor, note in zip(tensors, notes, strict=True)]
+
+
+def write_cache(path: Path, decoded: list[Decoded]) -> None:
+    notes = json.dumps([(clip.longer, clip.problem) for clip in decoded])
+    tensors = {str(n): clip.features for n, clip in enumerate(decoded) if clip.features is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: save_file(tensors, partial, {"said": notes}))
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How clips are read: the settings of these names."""
+
+    skip_bad_audio: bool = False  # bad files are skipped and counted, not an error
+    cache: str = "memory"  # "off": decoded whenever asked for; else a folder
+    workers: int = 0
+
+
+def read_clips(
+    clips: list[Clip], manifest: Path, front_end: FrontEnd, max_seconds: float, options: ReadOptions
+) -> Corpus:
+    """Reads every clip, cut to max_seconds and to what the front end hears. With the cache off only
+    headers are read, unless bad files are to be skipped. An error names them, as of `manifest`."""
+    max_seconds = min(max_seconds, front_end.seconds)
+    keep = options.cache != "off"
+    stored, decoded = None, None
+    if options.cache not in ("memory", "off"):
+        stored = cache_file(Path(options.cache), clips, front_end, max_seconds)
+        decoded = read_cache(stored, len(clips))
+    if decoded is None:
+        read = partial(
+            read_clip, front_end=front_end, max_seconds=max_seconds, keep=keep,
+            whole=keep or options.skip_bad_audio,
+        )  # fmt: skip
+        items = load_items(read, clips, options.workers)
+        bar = tqdm(items, f"reading {manifest.name}", len(clips), mininterval=1.0)
+        # A copy: what a worker sends is in shared memory.
+        decoded = [
+            x if x.features is None else x._replace(features=x.features.clone()) for x in bar
+        ]
+        if stored is not None:
+            write_cache(stored, decoded)
+
+    bad = [f"{clip}: {x.problem}" for clip, x in zip(clips, decoded, strict=True) if x.problem]
+    if bad and not options.skip_bad_audio:
+        shown = bad[:SHOWN] + ([f"... and {len(bad) - SHOWN} more"] if bad[SHOWN:] else [])
+        raise UserError(
+            f"{len(bad)} of {len(clips)} audio files of {manifest} cannot be used "
+            "(--skip-bad-audio leaves them out):\n  " + "\n  ".join(shown)
+        )
+    if len(bad) == len(clips):
+        raise UserError(f"no audio file of {manifest} can be used; the first: {bad[0]}")
+    good = [clip for clip, x in zip(clips, decoded, strict=True) if not x.problem]
+    kept = [x.features for x in decoded if x.features is not None] if keep else None
+    longer = torch.tensor([x.longer for x in decoded if not x.problem])
+    return Corpus(good, front_end, max_seconds, bad, kept, longer)
+
+
+def load_corpus(
+    manifest: Path, max_seconds: float, front_end: FrontEnd | None = None, **options: Any
+) -> Corpus:
+    """Reads a manifest and every clip of it; options as of ReadOptions."""
+    clips = read_manifest(manifest)
+    return read_clips(clips, manifest, front_end or LogMel(), max_seconds, ReadOptions(**options))
+
+
+def read_as_heard(
+    model: SupclapModel, clips: list[Clip], manifest: Path, options: ReadOptions
+) -> Corpus:
+    """Reads clips as a model hears them: with its front end, no longer than it takes."""
+    front_end, max_seconds = model.audio.encoder.front_end, model.config.max_seconds
+    return read_clips(clips, manifest, front_end, max_seconds, options)

@@ -1,0 +1,287 @@
+"""One training run: what it is made of, one step of it, and what it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from supclap_kernels import DynamicRadius
+
+from .batches import Batch, Epoch, steps_of
+from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state, save_state
+from .config import TrainConfig, config_text
+from .corpus import Corpus, ReadOptions, read_as_heard
+from .diagnose import Diagnosis
+from .errors import Interrupted, UserError
+from .evaluate import evaluate_corpus, mean_recall
+from .files import write_json, write_text
+from .logs import Logs
+from .manifest import read_manifest
+from .model import WEIGHTS, SupclapModel, load_criterion, load_weights, save_model
+from .ranks import Ranks, choose_device, set_threads
+from .step import backward, build_loss, build_optimizer, schedule
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+class Run:
+    """A model, its criterion, optimiser and corpus, how far training is, and the files it leaves.
+
+    Every rank has one; the first writes the files and speaks to the user.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool) -> None:
+        self.config, self.folder, self.resume = config, config.out, resume
+        self.device = choose_device(config.device)
+        set_threads(config.threads)
+        self.ranks = Ranks(self.device)
+        self.first = self.ranks.rank == 0
+        self.extended = self.ranks.any(resume and is_finished(self.folder, config.epochs))
+        self.init = None if resume else config.init
+        self.check_folders()
+
+        torch.manual_seed(config.seed)
+        self.model = SupclapModel(config.model, config.tau, self.folder if resume else self.init)
+        self.corpus = self.read_corpus(config.data)
+        self.corpora = {"data": self.corpus}  # by the flags of their manifests
+        if config.selection is not None and self.first:
+            self.corpora[config.select_on] = self.read_corpus(config.selection)
+        self.held_out = self.corpora.get(config.select_on)
+        self.batch_size = min(config.batch_size, len(self.corpus.captions))
+        self.check_batches()
+
+        self.prepare_model()
+        self.criterion = build_loss(config, self.batch_size, self.ranks.group).to(self.device)
+        if self.init is not None:
+            load_weights(self.init, self.model)
+            if not load_criterion(self.init, self.criterion):
+                self.say(f"NOTE: {self.init} has no such radius: this one begins anew")
+        self.optimizer = build_optimizer(config, self.model, self.criterion)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+        radius = self.criterion.radius
+        self.whole_batches = isinstance(radius, DynamicRadius) and radius.batch_size is not None
+        pairs = len(self.corpus.captions)
+        self.epoch_steps = steps_of(pairs, self.batch_size, self.ranks.count, self.whole_batches)
+        self.total_steps = config.epochs * self.epoch_steps
+
+        self.parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
+        self.progress = Progress()
+        torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
+        self.open_folder()
+        clips = len(self.corpus.clips)
+        self.say(f"{clips} clips, {pairs} pairs, {self.total_steps} steps on {self.device}")
+        if config.select_on == "test":
+            self.say(f"NOTE: the checkpoint is selected on the test set, {config.selection}")
+        self.logs = Logs(config, self.progress.step, self.first)
+        self.bar = tqdm(
+            total=self.total_steps, initial=self.progress.step, desc="training", mininterval=0.5,
+            disable=not self.first,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------- what it is made of
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text)
+
+    def check_folders(self) -> None:
+        """Raises an error where a new run would write over another, or begins from none."""
+        held = any((self.folder / name).exists() for name in (STATE, FINISHED, WEIGHTS))
+        if self.first and not self.resume and held and not self.config.overwrite:
+            raise UserError(
+                f"{self.folder} already holds a run; go on with it: --resume {self.folder}, name "
+                "another --out or add --overwrite"
+            )
+        if self.init is not None and not (self.init / WEIGHTS).is_file():
+            raise UserError(f"--init {self.init}: it has no {WEIGHTS}")
+
+    def read_corpus(self, manifest: Path) -> Corpus:
+        """Reads a manifest, its clips, and tells which of them were skipped."""
+        config = self.config
+        options = ReadOptions(config.skip_bad_audio, config.cache, config.workers)
+        corpus = read_as_heard(self.model, read_manifest(manifest), manifest, options)
+        for language in sorted(set(corpus.languages)):  # one that the encoder does not know fails
+            self.model.text.encoder.tokenizer(["x"], [language])
+        if corpus.skipped:
+            self.say(f"{manifest}: skipped {len(corpus.skipped)} bad audio files:")
+            self.say("\n".join(f"  {reason}" for reason in corpus.skipped))
+        return corpus
+
+    def check_batches(self) -> None:
+        """Tells what the user may not expect of the size of the batches and of the corpora."""
+        config, size, pairs = self.config, self.batch_size, len(self.corpus.captions)
+        if size < config.batch_size:
+            self.say(
+                f"batch size {config.batch_size} is larger than the data: "
+                f"all {pairs} pairs make one batch"
+            )
+        if size < self.ranks.count:
+            raise UserError(
+                f"a batch of {size} pairs is too small for {self.ranks.count} processes"
+            )
+        one_clip = config.ids and len(self.corpus.clips) == 1
+        if config.loss == "infonce" and (size == 1 or one_clip):
+            self.say(
+                "NOTE: no pair of a batch has a negative: the contrastive loss is 0 and trains "
+                "nothing"
+            )
+        if self.held_out is not None and len(self.held_out.clips) == 1:
+            self.say(
+                f"NOTE: {config.selection} has one clip, which every model finds: the first epoch "
+                "is kept"
+            )
+
+    def prepare_model(self) -> None:
+        """Gives the model the statistics of the corpus, its precision and its device."""
+        encoder = self.model.audio.encoder
+        if hasattr(encoder, "set_statistics") and not self.resume and self.init is None:
+            encoder.set_statistics(self.corpus.sample)
+        self.model.audio.bf16 = self.model.text.bf16 = self.config.precision == "bf16"
+        self.model.to(self.device)
+
+    def open_folder(self) -> None:
+        """Goes on from the last checkpoint, or removes what an earlier run left."""
+        folder, epochs = self.folder, self.config.epochs
+        if self.resume:
+            self.progress = load_state(folder, self.parts, self.corpora, self.ranks, self.device)
+            epoch = self.progress.epoch
+            if epochs < epoch - (0 if self.progress.batch else 1):
+                raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
+        elif self.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            logs = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
+            for name in (STATE, FINISHED, LAST, WEIGHTS, *logs):
+                (folder / name).unlink(missing_ok=True)
+            self.write_config()
+            self.model.keep_encoders(folder)
+        if self.first:
+            for leftover in folder.glob("*.partial"):  # of a process that was killed
+                leftover.unlink()
+
+    def write_config(self) -> None:
+        write_text(self.folder / "config.json", config_text(self.config.settled()))
+
+    # ----------------------------------------------------------------------------------- one step
+
+    def set_modes(self) -> None:
+        """Turns dropout on, but for frozen encoders."""
+        self.model.train()
+        for name in ("audio", "text"):
+            if self.config.freeze in (name, "both"):
+                getattr(self.model, name).encoder.eval()
+
+    def batches(self) -> Iterator[Batch]:
+        """Yields the batches of the epoch that are left."""
+        epoch = Epoch(
+            self.corpus, self.model.text.encoder.tokenizer, self.batch_size, self.config.seed,
+            self.progress.epoch, self.ranks.rank, self.ranks.count, self.whole_batches,
+        )  # fmt: skip
+        pin = self.device.type == "cuda"
+        return epoch.batches(self.progress.batch, self.config.workers, pin)
+
+    def step(self, batch: Batch) -> None:
+        """Trains on a batch, and logs it."""
+        config, progress = self.config, self.progress
+        share = schedule(config, progress.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        batch = batch.to(self.device, config.ids)
+        diagnosis = None
+        if is_due(config.diagnose_every, progress.step + 1):
+            diagnosis = Diagnosis(
+                self.model, self.criterion, batch, config.micro_batch_size, self.ranks
+            )
+        self.optimizer.zero_grad()
+        line = backward(self.model, self.criterion, batch, config.micro_batch_size, self.ranks)
+        self.ranks.average_gradients(self.parameters)
+        limit = config.clip_grad or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if line["loss"] is None or not math.isfinite(norm):
+            raise UserError(
+                f"loss or gradient is not finite at step {progress.step + 1}; try a smaller "
+                f"--lr ({progress.saved} is in {self.folder})"
+            )
+        self.optimizer.step()
+        if config.learn_tau:
+            with torch.no_grad():
+                self.model.log_scale.clamp_(max=MAX_LOG_SCALE)
+        progress.step, progress.batch = progress.step + 1, progress.batch + 1
+        place = {"step": progress.step, "epoch": progress.epoch}
+        self.logs.append("log", {**place, **line, "norm": norm, "lr": config.lr * share})
+        if diagnosis is not None:
+            self.logs.append("diagnostics", {**place, **diagnosis.finish()})
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+
+    # ----------------------------------------------------------------------------- what it leaves
+
+    def validate(self) -> None:
+        """Measures the model on the held-out corpus, if there is one; keeps the best model."""
+        if self.held_out is None:
+            return
+        progress, on_test = self.progress, self.config.select_on == "test"
+        metrics = evaluate_corpus(self.model, self.held_out, workers=self.config.workers)
+        mark = {"selected_on": "test"} if on_test else {}
+        place = {"epoch": progress.epoch, "step": progress.step}
+        self.logs.append("val", {**place, **mark, **metrics})
+        recall = mean_recall(metrics)
+        if recall > progress.best:
+            progress.best = recall
+            where = "--test, the test set" if on_test else "--val"
+            when = f"step {progress.step}"
+            if progress.batch == self.epoch_steps:
+                when = f"epoch {progress.epoch}"
+            self.keep_model(f"{when} (mean R@1 on {where} {recall:.3f})")
+
+    def keep_model(self, when: str) -> None:
+        """Writes the model as the run's checkpoint."""
+        self.progress.saved = f"the checkpoint after {when}"
+        chosen_by = self.config.select_on if self.config.selection else "nothing: the last"
+        note = {"selected_on": chosen_by, "step": str(self.progress.step)}
+        save_model(self.folder / WEIGHTS, self.model, note, self.criterion)
+
+    def checkpoint(self) -> None:
+        """Writes all that is needed to go on; without a validation so far the model as well."""
+        self.logs.sync()
+        if self.first and (self.held_out is None or self.progress.best < 0):
+            self.keep_model(f"step {self.progress.step}")
+        save_state(self.folder, self.parts, self.corpora, self.progress, self.ranks, self.device)
+
+    def begin(self) -> None:
+        """Writes the first checkpoint; a run that goes on is no longer finished."""
+        if not self.resume or self.extended:
+            self.checkpoint()
+        if self.first and self.resume:
+            self.write_config()
+            for name in (FINISHED, LAST):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def interruption(self) -> Interrupted:
+        """Returns the error that ends a run which the user stopped; the first rank says it."""
+        step, saved = self.progress.step, self.progress.saved
+        message = (
+            f"interrupted after step {step} of {self.total_steps}; {saved} and the log are in "
+            f"{self.folder}\n"
+            f"go on with: supclap train --resume {self.folder}\n"
+            f"evaluate it with: supclap eval {self.folder} --data MANIFEST.csv"
+        )
+        return Interrupted(message if self.first else "")
+
+    def finish(self) -> None:
+        """Marks the run as finished; its last state stays, so that it can be extended."""
+        if self.first:
+            summary = {"step": self.progress.step, "epochs": self.config.epochs}
+            write_json(self.folder / FINISHED, summary | {"model": self.progress.saved})
+            (self.folder / STATE).replace(self.folder / LAST)
+        self.ranks.close()
+        self.say(f"{self.progress.saved} is in {self.folder}")
+
+
+def is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

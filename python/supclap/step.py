@@ -1,0 +1,115 @@
+"""What a training step is made of: criterion, optimiser, learning rate, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss, cached_step
+
+from .batches import Batch
+from .config import TrainConfig
+from .errors import UserError
+from .model import SupclapModel
+from .ranks import Ranks
+
+
+def build_loss(config: TrainConfig, batch_size: int, group: Any = None) -> SVRLoss:
+    """Builds the criterion, which owns the semantic radius."""
+    radius: StaticRadius | DynamicRadius | None = None
+    side, _, kind = config.svr.partition("-")
+    if kind == "static":
+        radius = StaticRadius(init=config.radius_init)
+    elif kind == "dynamic":
+        size = batch_size if config.radius_features == "similarities" else None
+        radius = DynamicRadius(size, init=config.radius_init, features=config.radius_features)
+    return SVRLoss(
+        radius=radius,
+        objective=config.loss,
+        bilateral=config.bilateral if side == "bi" else "none",
+        alpha=config.alpha,
+        beta=config.beta if config.beta is not None else 0.01 * (kind == "dynamic"),
+        group=group,
+        return_stats=True,
+    )
+
+
+def build_optimizer(
+    config: TrainConfig, model: SupclapModel, criterion: SVRLoss
+) -> torch.optim.Optimizer:
+    """Builds the optimiser, and freezes what is not trained. Only matrices decay, not norms,
+    biases, temperature or radius; each group has its own peak learning rate, `peak`."""
+    model.log_scale.requires_grad_(config.learn_tau)
+    model.logit_bias.requires_grad_(config.loss == "siglip")
+    frozen = ("audio", "text") if config.freeze == "both" else (config.freeze,)
+    for name in ("audio", "text"):
+        getattr(model, name).encoder.requires_grad_(name not in frozen)
+    rates = {"audio.encoder.": config.audio_lr, "text.encoder.": config.text_lr}
+    parts: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in [*model.named_parameters(), *criterion.named_parameters()]:
+        if p.requires_grad:
+            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), None)
+            matrix = p.ndim > 1 and not name.startswith("radius.")
+            key = (rate or config.lr, config.weight_decay if matrix else 0.0)
+            parts.setdefault(key, []).append(p)
+    groups = [
+        {"params": params, "lr": peak, "peak": peak, "weight_decay": decay}
+        for (peak, decay), params in parts.items()
+    ]
+    if not groups:
+        raise UserError("nothing is left to train: --freeze, --head none and --svr none together")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.Adam([group | {"weight_decay": 0.0} for group in groups])
+
+
+def schedule(config: TrainConfig, step: int, total: int) -> float:
+    """Returns the share of the peak learning rate at a step, counted from 0: linear warm-up, then
+    half a cosine down to zero, or 1."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def compute_loss(
+    model: SupclapModel,
+    criterion: SVRLoss,
+    audio: Tensor,
+    text: Tensor,
+    ids: Tensor | None,
+    ranks: Ranks,
+) -> tuple[Tensor, dict[str, float | None]]:
+    """Returns the loss and the numbers of this step's log line. audio, text: [B, D] unit rows."""
+    bias = model.logit_bias if model.logit_bias.requires_grad else None  # sigmoid only
+    loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
+    gaps = (audio.detach() - text.detach()).norm(dim=1)
+    gap_sum, count = ranks.sum(torch.stack([gaps.sum(), gaps.new_tensor(len(gaps))]))
+    numbers = {"loss": loss, **stats._asdict(), "gap": gap_sum / count}
+    numbers["logit_scale"] = model.logit_scale
+    values = torch.stack([n.detach().float() for n in numbers.values()]).tolist()
+    return loss, {k: v if math.isfinite(v) else None for k, v in zip(numbers, values, strict=True)}
+
+
+def backward(
+    model: SupclapModel, criterion: SVRLoss, batch: Batch, size: int | None, ranks: Ranks
+) -> dict[str, float | None]:
+    """Runs forward and backward of a batch, encoded `size` pairs at a time (None: at once), and
+    returns the numbers of the log line."""
+    line: dict[str, float | None] = {}
+
+    def loss(audio: Tensor, text: Tensor) -> Tensor:
+        value, numbers = compute_loss(model, criterion, audio, text, batch.ids, ranks)
+        line.update(numbers)
+        return value
+
+    if size is None:
+        loss(model.audio(*batch.audio), model.text(*batch.text)).backward()
+    else:
+        cached_step((model.audio, model.text), (batch.audio, batch.text), loss, size)
+    return line
