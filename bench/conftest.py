@@ -2,19 +2,20 @@
 
 import pytest
 
-from . import suite
+from .cases import Row, bars, report
+from .run import measure_group
 
 
 class Measured:
     """The groups measured so far; each once, when a test first asks, its memory only for a bar."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[suite.Row]] = {}
+        self.rows: dict[str, list[Row]] = {}
 
-    def group(self, name: str, rounds: int) -> list[suite.Row]:
+    def group(self, name: str, rounds: int) -> list[Row]:
         if name not in self.rows:
-            memory = any(b.top[0] == name for b in suite.bars() if b.measure == "memory")
-            self.rows[name] = suite.measure(suite.groups()[name], rounds, memory)
+            memory = any(bar.top[0] == name for bar in bars() if bar.measure == "memory")
+            self.rows[name] = measure_group(name, rounds, memory)
         return self.rows[name]
 
 
@@ -36,5 +37,5 @@ def pytest_terminal_summary(
     rows = [row for group in config.stash[MEASURED].rows.values() for row in group]
     if rows:
         terminalreporter.section("bars (measured <= bar; tests assert them with slack)")
-        for line in suite.report(rows):
+        for line in report(rows):
             terminalreporter.write_line(line)

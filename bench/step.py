@@ -11,8 +11,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,13 +21,8 @@ from supclap.diagnose import Diagnosis
 from supclap.model import SupclapModel
 from supclap.synth import synthesise
 
-from .run import environment
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+from . import timer
+from .machine import environment
 
 
 def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
@@ -63,17 +56,17 @@ def measure(batch_size: int, every: int, rounds: int) -> dict[str, float]:
     def diagnose() -> None:
         Diagnosis(model, criterion, batch, None, ranks).finish()
 
-    calls = {"step": step, "loss": loss, "diagnostics": diagnose}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for n in range(rounds + 3):
-        for name, call in calls.items():
-            seconds = timed(call)
-            if n >= 3:
-                samples[name].append(seconds)
-    found = {f"{name}_ms": 1e3 * statistics.median(one) for name, one in samples.items()}
-    found["loss_share"] = found["loss_ms"] / found["step_ms"]
-    found["diagnostics_share"] = found["diagnostics_ms"] / every / found["step_ms"]
-    return found
+    samplers = {
+        "step": lambda: timer.wall_ms(step),
+        "loss": lambda: timer.wall_ms(loss),
+        "diagnostics": lambda: timer.wall_ms(diagnose),
+    }
+    timer.interleave(samplers, 3)  # a warm-up
+    times_ms = timer.interleave(samplers, rounds)
+    results = {f"{name}_ms": statistics.median(spent) for name, spent in times_ms.items()}
+    results["loss_share"] = results["loss_ms"] / results["step_ms"]
+    results["diagnostics_share"] = results["diagnostics_ms"] / every / results["step_ms"]
+    return results
 
 
 def main() -> None:
@@ -81,9 +74,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--diagnose-every", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=21)
-    args = parser.parse_args()
-    found = measure(args.batch, args.diagnose_every, args.rounds)
-    print(json.dumps({**vars(args), **found, "environment": environment()}, indent=2))
+    options = parser.parse_args()
+    results = measure(options.batch, options.diagnose_every, options.rounds)
+    print(json.dumps({**vars(options), **results, "environment": environment()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What kernels.py and tune.py use of the inside of the package: its tile sizes."""
+
+import torch
+
+from supclap_kernels.backends import tiles as tile_sizes
+from supclap_kernels.backends.panel import Layout, Tiling
+
+Blocks = tile_sizes.Blocks
+
+
+def panel_elements(N: int, grams: int) -> int:
+    """Of all panels together, on a GPU."""
+    tiling = Tiling(tile_sizes.GPU_TILE, tile_sizes.GPU_PAD, tile_sizes.GPU_PAD, 1)
+    return Layout.choose(N, grams, tiling, 2**60).panel_elements
+
+
+def architecture() -> int:
+    """Of the GPU as Triton's kernels are chosen for it: 90 for 9.0."""
+    from supclap_kernels.backends import gpu_triton
+
+    return gpu_triton.architecture(torch.device("cuda"))
+
+
+def shipped_blocks(
+    tile: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype, arch: int
+) -> Blocks:
+    """Of the kernel that reads (panel) or makes (tile) the logits in a sweep."""
+    from supclap_kernels.backends.gpu_triton import kernel_blocks
+
+    return kernel_blocks(tile, weights, grams, infonce, dtype, arch)
+
+
+def use_blocks(chosen: dict[str, Blocks]) -> None:
+    """From now on the kernels take their blocks from here, by the keys of SUPCLAP_TILES."""
+    tile_sizes.tuned = lambda: chosen
