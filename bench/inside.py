@@ -21,15 +21,6 @@ def architecture() -> int:
     return gpu_triton.architecture(torch.device("cuda"))
 
 
-def shipped_blocks(
-    tile: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype, arch: int
-) -> Blocks:
-    """Of the kernel that reads (panel) or makes (tile) the logits in a sweep."""
-    from supclap_kernels.backends.gpu_triton import kernel_blocks
-
-    return kernel_blocks(tile, weights, grams, infonce, dtype, arch)
-
-
-def use_blocks(chosen: dict[str, Blocks]) -> None:
+def use_blocks(blocks: dict[str, Blocks]) -> None:
     """From now on the kernels take their blocks from here, by the keys of SUPCLAP_TILES."""
-    tile_sizes.tuned = lambda: chosen
+    tile_sizes.tuned = lambda: blocks

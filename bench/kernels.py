@@ -92,7 +92,7 @@ def rates(case: Case, peer: str, kernels: Sequence[Row]) -> dict[str, float]:
 
 
 def measure(case: Case, peer: str, step: Step) -> Row:
-    row = {"mode": case.mode, "N": case.N, "D": case.D, "peer": peer}
+    row: Row = {"mode": case.mode, "N": case.N, "D": case.D, "peer": peer}
     row |= {"step_ms": timer.median_event_ms(step.both), **kernels_of(step.both)}
     if isinstance(PEERS[peer], Ours):
         row |= rates(case, peer, row["kernels"])

@@ -1,11 +1,11 @@
 """What the numbers depend on: the machine, its software, and the commit that was measured."""
 
-import importlib
 import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -66,42 +66,25 @@ def commit() -> str:
     return first_line("git", "rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
-def version(module: str) -> str:
-    try:
-        return str(importlib.import_module(module).__version__)
-    except ImportError:
-        return "missing"
-
-
 def environment() -> dict[str, Any]:
     """What the numbers depend on, without a name of the machine or a path."""
     module, reason = native.load()
-    gpu = {}
-    if torch.cuda.is_available():
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        gpu = {
-            "gpu": torch.cuda.get_device_name(),
-            "driver": first_line(*query),
-            "cuda": torch.version.cuda,
-            "triton": version("triton"),
-        }
-    return {
-        **gpu,
-        "cpu": cpu_model(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "isa": reason if module is None else module.isa(),
-        "bfloat16_instructions": has_bfloat16(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "supclap_kernels": sk.__version__,
-        "python": platform.python_version(),
+    values = {
+        "cpu": cpu_model(), "cores": cores(), "threads": torch.get_num_threads(),
+        "isa": reason if module is None else module.isa(), "bfloat16_instructions": has_bfloat16(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+        "supclap_kernels": sk.__version__, "python": platform.python_version(),
         "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "commit": commit(),
+        "system": f"{platform.system()} {platform.machine()}", "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average_before": round(os.getloadavg()[0], 2),
-    }
+    }  # fmt: skip
+    if not torch.cuda.is_available():
+        return values
+    driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    gpu = {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+    triton = first_line(sys.executable, "-c", "import triton; print(triton.__version__)")
+    return {**gpu, "triton": triton, **values}
 
 
 def write_json(path: Path, value: object) -> None:

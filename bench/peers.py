@@ -6,6 +6,7 @@ over one matrix of logits) or SigLIP's, plus the support vectors' term. It compu
 once and transposes it, the faster of the two usual forms.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -39,49 +40,41 @@ def labels_of(rows: Tensor) -> Tensor:
     return torch.arange(len(rows), device=rows.device)
 
 
-def infonce(bilateral: str) -> Loss:
+def infonce(
+    bilateral: str, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: None
+) -> Tensor:
     """InfoNCE of both directions plus the SVR term, as in the paper."""
-
-    def loss(
-        audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: None
-    ) -> Tensor:
-        labels = labels_of(text)
-        logits = scale * text @ audio.t()
-        total = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
-        if radius is None:
-            return total
-        text_sup, audio_sup = support_vectors(audio, text, radius)
-        logits_sup = scale * text_sup @ audio.t()
-        total = total + F.cross_entropy(logits_sup, labels)
-        if bilateral == "mirror":
-            total = total + F.cross_entropy(scale * audio_sup @ text.t(), labels)
-        if bilateral == "shared":
-            total = total + F.cross_entropy(logits_sup.t(), labels)
+    labels = labels_of(text)
+    logits = scale * text @ audio.t()
+    total = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
+    if radius is None:
         return total
+    text_sup, audio_sup = support_vectors(audio, text, radius)
+    logits_sup = scale * text_sup @ audio.t()
+    total = total + F.cross_entropy(logits_sup, labels)
+    if bilateral == "mirror":
+        total = total + F.cross_entropy(scale * audio_sup @ text.t(), labels)
+    if bilateral == "shared":
+        total = total + F.cross_entropy(logits_sup.t(), labels)
+    return total
 
-    return loss
 
-
-def siglip(bilateral: str) -> Loss:
+def siglip(
+    bilateral: str, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor
+) -> Tensor:
     """The sigmoid loss over all pairs plus the SVR term (one matrix, so "shared" is "none")."""
+    N = len(text)
+    signs = 2.0 * torch.eye(N, dtype=text.dtype, device=text.device) - 1.0
 
-    def loss(
-        audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor
-    ) -> Tensor:
-        N = len(text)
-        signs = 2.0 * torch.eye(N, dtype=text.dtype, device=text.device) - 1.0
+    def term(X: Tensor, Y: Tensor) -> Tensor:
+        return -F.logsigmoid(signs * (scale * X @ Y.t() + bias)).sum() / N
 
-        def term(X: Tensor, Y: Tensor) -> Tensor:
-            return -F.logsigmoid(signs * (scale * X @ Y.t() + bias)).sum() / N
-
-        total = term(text, audio)
-        if radius is None:
-            return total
-        text_sup, audio_sup = support_vectors(audio, text, radius)
-        total = total + term(text_sup, audio)
-        return total + term(audio_sup, text) if bilateral == "mirror" else total
-
-    return loss
+    total = term(text, audio)
+    if radius is None:
+        return total
+    text_sup, audio_sup = support_vectors(audio, text, radius)
+    total = total + term(text_sup, audio)
+    return total + term(audio_sup, text) if bilateral == "mirror" else total
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,11 @@ class Literal:
     def build(self, mode: str) -> Loss:
         """The callable; compiling happens at its first call."""
         formula = infonce if MODES[mode].objective == "infonce" else siglip
-        loss = formula(MODES[mode].bilateral)
+        bilateral = MODES[mode].bilateral
+
+        def loss(*tensors: Tensor | None) -> Tensor:
+            return formula(bilateral, *tensors)
+
         if not self.compile_mode:
             return loss
         return torch.compile(loss, dynamic=False, fullgraph=True, mode=self.compile_mode)
@@ -111,13 +108,14 @@ class Literal:
 
 def way_state(way: str) -> str:
     """Whether a way can run here: "ok", or why not."""
+    if way == "auto":
+        return "ok"
     try:
         from supclap_kernels.backends.available import state
     except ImportError:  # ways have no names of their own yet
-        backend = "triton" if way == "triton:tile" else "panel" if way == "triton:panel" else way
-        states: dict[str, str] = {"auto": "ok", **sk.available_backends()}
-        return states[backend.split(":")[0]]
-    return "ok" if way == "auto" else state(way)
+        backend = {"triton:tile": "triton", "triton:panel": "panel"}.get(way, way.split(":")[0])
+        return sk.available_backends()[backend]
+    return state(way)
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,7 @@ class Ours:
         return way_state(self.way)
 
     def build(self, mode: str) -> Loss:
-        options = self.options(mode)
-
-        def loss(*tensors: Tensor | None) -> Tensor:
-            return sk.fused_svr_loss(*tensors, **options)
-
-        return loss
+        return functools.partial(sk.fused_svr_loss, **self.options(mode))
 
 
 # ---------------------------------------------------------------------------------- public kernels

@@ -13,6 +13,7 @@ N = 1024) judges ours before they are timed; a peer that fails is a row without 
 
 import argparse
 import csv
+import gc
 import os
 import statistics
 import time
@@ -83,8 +84,12 @@ def measure_group(group: str, rounds: int = 10, memory: bool = True) -> list[Row
             gate.check(peer, loss, case)
             step = Step(loss, leaves_of(make_inputs(case)))
             samplers[peer, case] = timer.wall_sampler(step.both)
-    with timer.no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
         times_ms = timer.interleave(samplers, rounds)
+    finally:
+        gc.enable()
     samplers.clear()
     rows = []
     for (peer, case), samples_ms in times_ms.items():
@@ -149,6 +154,7 @@ def prepare_latency(peer: str, step: Step, row: Row) -> dict[str, timer.Sampler]
 def measure_case(case: Case, peers: Iterable[str], prepare: Prepare) -> list[Row]:
     """One interleaved run of the peers with these names."""
     torch.compiler.reset()
+    torch.cuda.empty_cache()
     leaves = leaves_of(make_large_inputs(case))
     rows: dict[str, Row] = {}
     samplers = {}
@@ -175,6 +181,7 @@ def measure_case(case: Case, peers: Iterable[str], prepare: Prepare) -> list[Row
         torch.cuda.empty_cache()
     for (peer, column), samples in timer.interleave(samplers, ROUNDS, BUDGET_MS).items():
         rows[peer] |= {column: statistics.median(samples), "rounds": len(samples)}
+    print(*rows.values(), sep="\n", flush=True)
     return list(rows.values())
 
 
@@ -186,14 +193,6 @@ def until(seconds: float, cases: Iterable[Case]) -> Iterator[Case]:
             yield case
 
 
-def measure_cases(cases: Iterable[Case], peers: Sequence[str], prepare: Prepare) -> Iterator[Row]:
-    for case in cases:
-        for row in measure_case(case, peers, prepare):
-            print(row, flush=True)
-            yield row
-        torch.cuda.empty_cache()
-
-
 def run_gpu(part: str, out: Path, cases: Iterable[Case], peers: Sequence[str]) -> None:
     environment = machine.environment()
     machine.write_json(out / "env.json", environment)
@@ -202,12 +201,12 @@ def run_gpu(part: str, out: Path, cases: Iterable[Case], peers: Sequence[str]) -
         for row in kernels.measure_cases(cases, peers):
             results.append(row)
             machine.write_json(out / "kernels.json", results)
-    elif part in ("large", "small"):
-        rows = measure_cases(cases, peers, prepare_matrix)
-        write_csv(out / f"{part}.csv", MATRIX_COLUMNS, rows)
-    else:
-        rows = measure_cases(cases, peers, prepare_latency)
-        write_csv(out / f"{part}.csv", LATENCY_COLUMNS, rows)
+        return
+    columns, prepare = LATENCY_COLUMNS, prepare_latency
+    if part in ("large", "small"):
+        columns, prepare = MATRIX_COLUMNS, prepare_matrix
+    rows = (row for case in cases for row in measure_case(case, peers, prepare))
+    write_csv(out / f"{part}.csv", columns, rows)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

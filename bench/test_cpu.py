@@ -6,17 +6,19 @@ end; the asserted ones are loose, because a shared machine disturbs times by a f
 collapse, not a few per cent. For numbers to publish run `python -m bench.run`.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import gate
-from .cases import GROUPS, MAIN, SIZES, Bar, Case, Entry, bars
-from .conftest import Measured
+from .cases import GROUPS, MAIN, SIZES, Bar, Case, Entry, Row, bars
 from .inputs import leaves_of, make_inputs
 from .peers import PEERS
 from .timer import Step
 
+Measured = Callable[[str, int], list[Row]]
 TIME_SLACK = 3.0
 """On the ratio of the least times."""
 MEMORY_SLACK = 1.1
@@ -48,7 +50,7 @@ def test_step(benchmark: BenchmarkFixture, entry: Entry) -> None:
 @pytest.mark.parametrize("bar", bars(), ids=lambda bar: bar.slug)
 def test_bar(measured: Measured, bar: Bar) -> None:
     group = bar.top[0]
-    rows = measured.group(group, ROUNDS.get(group, 5))
+    rows = measured(group, ROUNDS.get(group, 5))
     value = bar.value(rows, robust=True)
     if value is None:
         pytest.skip("torch.compile needs a C++ compiler")
@@ -58,13 +60,13 @@ def test_bar(measured: Measured, bar: Bar) -> None:
 
 def test_bfloat16_is_checked_without_instructions(measured: Measured) -> None:
     """The bfloat16 path must be right (and is timed) on CPUs that have no bar for it, too."""
-    rows = measured.group("bfloat16", 5)
+    rows = measured("bfloat16", 5)
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
 
 
 def test_memory_estimate(measured: Measured) -> None:
     """`memory_estimate` is what the allocator hands out, within 10 %."""
-    rows = measured.group(f"one-sided-{MAIN}", 5)
+    rows = measured(f"one-sided-{MAIN}", 5)
     ours = [row for row in rows if row["estimate_mib"] is not None]
     assert ours
     for row in ours:

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -86,18 +86,6 @@ def interleave(
                 samples[name].append(samplers[name]())
         order.rotate(-1)
     return samples
-
-
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def wall_ms(call: Call, calls: int = 1, wait: Call | None = None) -> float:
@@ -170,13 +158,11 @@ MARKER = "memory: "
 def peak_memory(peer: str, case: Case) -> Row:
     """The columns of a peer's memory on a CPU, measured in a fresh process."""
     request = {"peer": peer, "case": asdict(case), "threads": torch.get_num_threads()}
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    command = [sys.executable, "-m", "bench.timer", json.dumps(request)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    thresholds = {f"MALLOC_{name}_THRESHOLD_": "65536" for name in ("MMAP", "TRIM")}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.timer", json.dumps(request)],
+        cwd=ROOT, env={**os.environ, **thresholds}, capture_output=True, text=True,
+    )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARKER)]
     if done.returncode or not lines:
         raise RuntimeError(f"the memory of {peer} at N = {case.N}:\n{done.stderr[-4000:]}")

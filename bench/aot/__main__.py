@@ -33,11 +33,12 @@ def main() -> None:
         lines = cuda.report_hopper()
     elif options.backend == "cuda":
         lines = cuda.report(options.arch)
-    elif options.arch in triton.ARCHITECTURES:
-        arch = triton.ARCHITECTURES[options.arch]
-        lines = triton.report(arch, options.kernel, options.jobs, options.only)
     else:
-        parser.error(f"--arch must be one of {', '.join(triton.ARCHITECTURES)}, got {options.arch}")
+        architectures = {f"sm_{number}": number for number in triton.SHARED_LIMIT}
+        if options.arch not in architectures:
+            parser.error(f"--arch must be one of {', '.join(architectures)}, got {options.arch}")
+        arch = architectures[options.arch]
+        lines = triton.report(arch, options.kernel, options.jobs, options.only)
     for line in lines:
         if options.kernel in line["name"]:
             print(json.dumps(line), flush=True)

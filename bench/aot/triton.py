@@ -26,8 +26,8 @@ import torch
 
 from . import tool
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+"""Bytes of a block, by architecture."""
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
