@@ -121,15 +121,12 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
             if only not in label:
                 continue
             case = Case(**{"N": N, "D": 128, **fields}, options=chosen)
-            given = make_inputs(case)
-            inputs = Inputs(
-                given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
-                given.ids, given.weight,
-            )  # fmt: skip
+            *tensors, upstream = vars(make_inputs(case)).values()
+            inputs = Inputs(*tensors)
             options = Options(**chosen, workspace=0)  # several tiles
             for backend in (gpu_triton.PANEL, gpu_triton.TRITON):
                 _, _, state, saved = backend.forward(inputs, options, needs)
-                backend.backward(inputs, options, needs, given.upstream, state, saved)
+                backend.backward(inputs, options, needs, upstream, state, saved)
     return list(found.values())
 
 
