@@ -13,9 +13,8 @@ MODES: tuple[dict[str, str], ...] = ({}, {"bilateral": "shared"}, {"objective": 
 
 def main() -> None:
     for way in WAYS:
-        state = way_state(way)
-        if state != "ok":
-            print(f"{way}: {state}", flush=True)
+        if way == "cuda:hopper" and way_state(way) != "ok":
+            print(f"{way}: {way_state(way)}", flush=True)
             continue
         for dtype in (torch.bfloat16, torch.float32):
             if way == "cuda:hopper" and dtype == torch.float32:

@@ -21,7 +21,7 @@ import importlib, pkgutil, sys
 sys.modules["triton"] = None
 import bench
 for module in pkgutil.walk_packages(bench.__path__, "bench."):
-    if not module.name.endswith(("conftest", "test_cpu", "__main__", "bench.step")):
+    if not module.name.endswith(("conftest", "test_cpu", "__main__")):
         importlib.import_module(module.name)
 """
 
