@@ -1,40 +1,31 @@
 """Prints the project's bars after the benchmarks."""
 
+from collections.abc import Callable
+
 import pytest
 
-from . import suite
+from .cases import Row, bars, report
+from .run import measure_group
 
-
-class Measured:
-    """The groups measured so far; each once, when a test first asks, its memory only for a bar."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, list[suite.Row]] = {}
-
-    def group(self, name: str, rounds: int) -> list[suite.Row]:
-        if name not in self.rows:
-            memory = any(b.top[0] == name for b in suite.bars() if b.measure == "memory")
-            self.rows[name] = suite.measure(suite.groups()[name], rounds, memory)
-        return self.rows[name]
-
-
-MEASURED = pytest.StashKey[Measured]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[MEASURED] = Measured()
+ROWS: dict[str, list[Row]] = {}
+"""Of the groups measured so far."""
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> Measured:
-    return request.config.stash[MEASURED]
+def measured() -> Callable[[str, int], list[Row]]:
+    """A group's rows: measured once, when a test first asks, the memory only for a bar."""
+
+    def rows_of(group: str, rounds: int) -> list[Row]:
+        if group not in ROWS:
+            memory = any(bar.top[0] == group for bar in bars() if bar.measure == "memory")
+            ROWS[group] = measure_group(group, rounds, memory)
+        return ROWS[group]
+
+    return rows_of
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    rows = [row for group in config.stash[MEASURED].rows.values() for row in group]
-    if rows:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if ROWS:
         terminalreporter.section("bars (measured <= bar; tests assert them with slack)")
-        for line in suite.report(rows):
+        for line in report([row for rows in ROWS.values() for row in rows]):
             terminalreporter.write_line(line)

@@ -1,87 +1,64 @@
-"""Correctness first: a peer that disagrees with the float64 specification gets no number.
+"""Correctness first: a peer that disagrees with the float64 specification gets no number on a CPU,
+and its violations beside the number on a GPU.
 
 The rule is `supclap_kernels.testing`'s, the one that the tests use. It needs a few N x N matrices
-in float64, so above `DENSE` pairs the batch is a smaller one repeated `m` times. That has an exact
-answer too: every row then meets each negative `m` times, so each InfoNCE direction grows by log m,
-the gradient of a row is that of the small batch over m, and the gradients of radius and scale are
-those of the small batch.
+in float64, so above `inputs.DENSE` pairs the batch is a smaller one repeated `m` times. That has an
+exact answer too: every row then meets each negative `m` times, so each InfoNCE direction grows by
+log m, the gradient of a row is that of the small batch over m, and the gradients of radius and
+scale are those of the small batch.
 """
 
 import functools
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from supclap_kernels import testing
 
-from .peers import Loss, Peer
+from .cases import Case
+from .inputs import copies_of, make_inputs
+from .peers import Loss
 
-DENSE = 4096
-"""Largest batch whose truth is computed directly."""
-SMALL = 1024
-"""Batch that a larger one repeats."""
-DIRECTIONS = {"none": 3, "mirror": 4, "shared": 4}
-"""InfoNCE directions in the loss, by `bilateral`."""
+DIRECTIONS = {"infonce": 2, "one-sided": 3, "mirror": 4, "shared": 4}
+"""InfoNCE directions in the loss."""
 
 
 class GateError(AssertionError):
     """A peer that computes something else."""
 
 
-def case(peer: Peer, N: int, D: int) -> testing.Case:
-    """The inputs and options of this peer, StaticSVR."""
-    return testing.Case(N=N, D=D, dtype=getattr(torch, peer.dtype), options=dict(peer.options))
-
-
-def copies_of(objective: str, N: int) -> int:
-    """How many times the batch repeats a smaller one: 1 up to DENSE."""
-    if N <= DENSE:
-        return 1
-    if N % SMALL or objective != "infonce":
-        raise ValueError(f"above N = {DENSE}: InfoNCE only, N a multiple of {SMALL}; got {N}")
-    return N // SMALL
-
-
-def make_inputs(peer: Peer, N: int, D: int) -> testing.Inputs:
-    """The batch that is checked and timed."""
-    copies = copies_of(peer.objective, N)
-    inputs = testing.make_inputs(case(peer, N // copies, D))
-    if copies == 1:
-        return inputs
-    return replace(inputs, audio=inputs.audio.repeat(copies, 1), text=inputs.text.repeat(copies, 1))
-
-
 @functools.lru_cache(maxsize=4)
 def expected(
-    objective: str, bilateral: str, dtype: str, N: int, D: int
+    case: Case, device: str
 ) -> tuple[testing.Inputs, testing.Outputs, testing.Outputs, dict[str, float]]:
     """Inputs, truth, baseline and floor."""
-    copies = copies_of(objective, N)
-    peer = Peer("ours", objective, bilateral, dtype)
-    small = case(peer, N // copies, D)
-    small_inputs = testing.make_inputs(small)
-    low = small.dtype in (torch.bfloat16, torch.float16)
+    copies = copies_of(case)
+    small = case.for_testing(case.N // copies)
+    small_inputs = testing.make_inputs(small, device)
     exact = testing.truth(small, small_inputs)
-    base = testing.baseline(small, small_inputs, rounded_weights=low)
+    base = testing.baseline(small, small_inputs, rounded_weights=small.dtype != torch.float32)
     if copies > 1:
-        for result in (exact, base):
-            result["loss"] = result["loss"] + DIRECTIONS[bilateral] * math.log(copies)
+        for outputs in (exact, base):
+            outputs["loss"] = outputs["loss"] + DIRECTIONS[case.mode] * math.log(copies)
             for name in ("audio", "text"):
-                result[name] = result[name].repeat(copies, 1) / copies
-    inputs = make_inputs(peer, N, D)
-    return inputs, exact, base, testing.floors(case(peer, N, D), inputs, exact)
+                outputs[name] = outputs[name].repeat(copies, 1) / copies
+    inputs = make_inputs(case, device)
+    return inputs, exact, base, testing.floors(case.for_testing(case.N), inputs, exact)
 
 
-def check(peer: Peer, loss: Loss, N: int, D: int) -> None:
-    """Raise GateError unless `loss`, built from `peer`, agrees with the specification."""
-    inputs, exact, base, floor = expected(peer.objective, peer.bilateral, peer.dtype, N, D)
+def violations(loss: Loss, case: Case, device: str = "cpu") -> list[str]:
+    """Where `loss` disagrees with the specification of this case."""
+    inputs, exact, base, floor = expected(case, device)
 
     def called(*tensors: Tensor | None, ids: None, weight: None) -> Tensor:
-        return loss(*(value for value in tensors if value is not None))
+        return loss(*tensors)
 
     found = testing.violations(testing.evaluate(called, inputs), exact, base, floor)
-    found += [f"{name}: not informative" for name in testing.uninformative(exact, floor)]
-    if found:
-        raise GateError("\n  ".join([f"{peer.label} at N = {N}, D = {D}:", *found]))
+    return found + [f"{name}: not informative" for name in testing.uninformative(exact, floor)]
+
+
+def check(peer: str, loss: Loss, case: Case) -> None:
+    """Raise GateError unless the loss, built by this peer, agrees with the specification."""
+    if found := violations(loss, case):
+        raise GateError("\n  ".join([f"{peer} at N = {case.N}, D = {case.D}:", *found]))

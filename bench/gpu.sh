@@ -27,14 +27,13 @@ if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$(nproc)"); fi
 for part in "${@:-correct kernels large small latency sides host sanitize}"; do
   for name in $part; do
     case $name in
-      correct) run correct 470 "$python" -m pytest -q tests/backends/test_gpu.py tests/repo/test_build.py -p no:cacheprovider \
+      correct) run correct 470 "$python" -m pytest -q tests/backends/test_gpu.py tests/repo/test_build.py \
+        -p no:cacheprovider \
         "${workers[@]}" ;;
-      large | small) run "$name" 470 "$python" -m bench.gpu "$name" --out "$out" --seconds 400 ;;
-      latency) run latency 470 "$python" -m bench.latency --out "$out" --seconds 400 ;;
-      sides) run sides 120 "$python" -m bench.latency --out "$out/sides" --seconds 90 --modes mirror \
-        --peers cuda-16 cuda-32 cuda-64 ;;
+      large | small | latency) run "$name" 470 "$python" -m bench.run "$name" --out "$out" --seconds 400 ;;
+      sides) run sides 120 "$python" -m bench.run sides --out "$out" --seconds 90 ;;
+      kernels) run kernels 235 "$python" -m bench.run kernels --out "$out" --seconds 200 ;;
       host) run host 60 "$python" -m bench.host --out "$out/host.json" ;;
-      kernels) run kernels 235 "$python" -m bench.kernels --out "$out" --seconds 200 ;;
       sanitize)
         for tool in memcheck racecheck; do
           run "sanitize-$tool" 235 compute-sanitizer --tool "$tool" --error-exitcode 9 \

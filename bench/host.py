@@ -6,10 +6,9 @@ it a Function that does nothing and takes the same tensors: the least that autog
 """
 
 import argparse
+import functools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 import supclap_kernels as sk
-from supclap_kernels import dispatch, native
+from supclap_kernels import native
 
-from .run import environment
+from . import timer
+from .machine import environment
 
 H200 = 132, 227 * 1024
 """Multiprocessors, and bytes of shared memory of a block."""
@@ -35,47 +35,37 @@ class NoDevice:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
-    def plan_single(self, *given: Any) -> Any:
-        return self.module.plan_single(*given, *H200)
+    def plan_single(self, *arguments: Any) -> Any:
+        return self.module.plan_single(*arguments, *H200)
 
-    def single_limit(self, *given: Any) -> Any:
-        return self.module.single_limit(*given, *H200)
+    def single_limit(self, *arguments: Any) -> Any:
+        return self.module.single_limit(*arguments, *H200)
 
-    def single(self, *given: Any) -> None:
+    def single(self, *arguments: Any) -> None:
         pass
 
-    def finish_gradients(self, *given: Any) -> None:
+    def finish_gradients(self, *arguments: Any) -> None:
         pass
 
 
 def without_device() -> None:
     """From now on backend="cuda" takes CPU tensors, and computes nothing."""
-    module = NoDevice(native.cuda())
-    native.cuda = lambda: module
-    dispatch.ON_HOST["cuda"], dispatch.STATES["cuda"] = True, lambda: "ok"
+    native.stand_in(NoDevice(native.module().cuda))
 
 
 class Nothing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> Tensor:
-        ctx.save_for_backward(*given)
-        return given[-1].new_empty(())
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[-1].new_empty(())
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
-def timed(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        call()
-        wait()
-    return 1e6 * (time.perf_counter() - start) / STEPS
-
-
 def measure(N: int, D: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Medians of interleaved rounds."""
+    """Medians of interleaved rounds, in microseconds."""
     torch.manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(2, N, D, device=device), dim=2).to(dtype)
     numbers = 0.1 + 0.1 * torch.rand(N, device=device), torch.tensor(14.0, device=device)
@@ -84,41 +74,38 @@ def measure(N: int, D: int, dtype: torch.dtype, device: str) -> dict[str, float]
     def forward() -> Tensor:
         return sk.fused_svr_loss(*leaves, backend="cuda")
 
-    def without_gradient() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
-    calls: dict[str, Callable[[], Any]] = {
+    calls: dict[str, timer.Call] = {
         "nothing": lambda: torch.autograd.grad(Nothing.apply(*leaves), leaves),
-        "no_grad": without_gradient,
+        "no_grad": torch.no_grad()(forward),
         "forward": forward,
         "step": lambda: torch.autograd.grad(forward(), leaves),
     }
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for call in calls.values():
-        timed(call, wait)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name].append(timed(call, wait))
-    return {name: round(statistics.median(found), 1) for name, found in times.items()}
+    wait = torch.cuda.synchronize if device == "cuda" else None
+    samplers = {
+        name: functools.partial(timer.wall_ms, call, STEPS, wait) for name, call in calls.items()
+    }
+    for sampler in samplers.values():  # a warm-up
+        sampler()
+    times_ms = timer.interleave(samplers, ROUNDS)
+    return {name: round(1e3 * statistics.median(spent), 1) for name, spent in times_ms.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         without_device()
-    found = {
+    microseconds = {
         f"N = {N}, D = {D}, {str(dtype)[6:]}": measure(N, D, dtype, device)
         for N, D, dtype in ((24, 1024, torch.float32), (1024, 512, torch.bfloat16))
     }
-    text = json.dumps({"machine": environment(), "device": device, "microseconds": found}, indent=2)
+    result = {"machine": environment(), "device": device, "microseconds": microseconds}
+    text = json.dumps(result, indent=2)
     print(text)
-    if given.out:
-        given.out.write_text(text + "\n")
+    if out:
+        out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""What is compared: the literal formula in eager PyTorch, the same under torch.compile, and
-`fused_svr_loss`.
+"""Everything that is compared: the literal formula in eager PyTorch and under torch.compile,
+`fused_svr_loss` by every way, and public kernels.
 
 The eager peer is the loss as people write it: open_clip's contrastive loss (two cross entropies
 over one matrix of logits) or SigLIP's, plus the support vectors' term. It computes `text @ audio.T`
 once and transposes it, the faster of the two usual forms.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import supclap_kernels as sk
+from supclap_kernels.backends import available
 
-Loss = Callable[..., Tensor]
-"""(audio, text, radius, scale[, bias]) -> loss; `bias` with SigLIP only."""
+from .cases import MODES
 
 MIB = 2**20
-KINDS = ("eager", "compile", "ours")
+Loss = Callable[..., Tensor]
+"""(audio, text, radius, scale, bias) -> loss; no radius in a plain mode, a bias with SigLIP only"""
+
+
+# ------------------------------------------------------------------------------ the literal formula
 
 
 def support_vectors(audio: Tensor, text: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,97 +37,171 @@ def support_vectors(audio: Tensor, text: Tensor, radius: Tensor) -> tuple[Tensor
     return text + step, audio - step
 
 
-def infonce_literal(bilateral: str) -> Loss:
+def labels_of(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)
+
+
+def infonce(
+    bilateral: str, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: None
+) -> Tensor:
     """InfoNCE of both directions plus the SVR term, as in the paper."""
-
-    def loss(audio: Tensor, text: Tensor, radius: Tensor, scale: Tensor) -> Tensor:
-        labels = torch.arange(len(text), device=text.device)
-        text_sup, audio_sup = support_vectors(audio, text, radius)
-        logits = scale * text @ audio.t()
-        logits_sup = scale * text_sup @ audio.t()
-        total = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
-        total = total + F.cross_entropy(logits_sup, labels)
-        if bilateral == "mirror":
-            total = total + F.cross_entropy(scale * audio_sup @ text.t(), labels)
-        if bilateral == "shared":
-            total = total + F.cross_entropy(logits_sup.t(), labels)
+    labels = labels_of(text)
+    logits = scale * text @ audio.t()
+    total = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
+    if radius is None:
         return total
+    text_sup, audio_sup = support_vectors(audio, text, radius)
+    logits_sup = scale * text_sup @ audio.t()
+    total = total + F.cross_entropy(logits_sup, labels)
+    if bilateral == "mirror":
+        total = total + F.cross_entropy(scale * audio_sup @ text.t(), labels)
+    if bilateral == "shared":
+        total = total + F.cross_entropy(logits_sup.t(), labels)
+    return total
 
-    return loss
 
-
-def siglip_literal(bilateral: str) -> Loss:
+def siglip(
+    bilateral: str, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor
+) -> Tensor:
     """The sigmoid loss over all pairs plus the SVR term (one matrix, so "shared" is "none")."""
+    N = len(text)
+    signs = 2.0 * torch.eye(N, dtype=text.dtype, device=text.device) - 1.0
 
-    def loss(audio: Tensor, text: Tensor, radius: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        N = len(text)
-        signs = 2.0 * torch.eye(N, dtype=text.dtype, device=text.device) - 1.0
-        text_sup, audio_sup = support_vectors(audio, text, radius)
+    def term(X: Tensor, Y: Tensor) -> Tensor:
+        return -F.logsigmoid(signs * (scale * X @ Y.t() + bias)).sum() / N
 
-        def term(X: Tensor, Y: Tensor) -> Tensor:
-            return -F.logsigmoid(signs * (scale * X @ Y.t() + bias)).sum() / N
-
-        total = term(text, audio) + term(text_sup, audio)
-        return total + term(audio_sup, text) if bilateral == "mirror" else total
-
-    return loss
-
-
-def eager(objective: str = "infonce", bilateral: str = "none") -> Loss:
-    """The literal formula, op by op."""
-    return siglip_literal(bilateral) if objective == "siglip" else infonce_literal(bilateral)
-
-
-def compiled(objective: str = "infonce", bilateral: str = "none") -> Loss:
-    """The literal formula under torch.compile, specialised to each shape, as one graph."""
-    return torch.compile(eager(objective, bilateral), dynamic=False, fullgraph=True)
-
-
-def ours(**options: Any) -> Loss:
-    """`fused_svr_loss` with these options."""
-
-    def loss(
-        audio: Tensor, text: Tensor, radius: Tensor, scale: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return sk.fused_svr_loss(audio, text, radius, scale, bias, **options)
-
-    return loss
+    total = term(text, audio)
+    if radius is None:
+        return total
+    text_sup, audio_sup = support_vectors(audio, text, radius)
+    total = total + term(text_sup, audio)
+    return total + term(audio_sup, text) if bilateral == "mirror" else total
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One competitor, by plain values, so that a fresh process can build it again."""
+class Literal:
+    """The formula op by op or, with a mode of torch.compile, as one graph for each shape."""
 
-    kind: str
-    objective: str = "infonce"
-    bilateral: str = "none"
-    dtype: str = "float32"
-    workspace_mib: int | None = None
-    """of ours; None: the default"""
+    compile_mode: str = ""
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
-        if self.kind != "ours" and self.workspace_mib is not None:
-            raise ValueError(f"only ours has a workspace, not {self.kind!r}")
+    def state(self, mode: str) -> str:
+        """Whether this peer can compute a mode here: "ok", or why not."""
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if self.compile_mode and not any(shutil.which(name) for name in compilers):
+            return "torch.compile needs a C++ compiler"
+        return "ok"
 
-    @property
-    def label(self) -> str:
-        """Its name in tables: unique within a group."""
-        parts = [self.kind] if self.dtype == "float32" else [self.kind, self.dtype]
-        return "-".join(parts + ([f"{self.workspace_mib}MiB"] if self.workspace_mib else []))
-
-    @property
-    def options(self) -> dict[str, str | int]:
-        """The options of `fused_svr_loss` that this peer stands for, less the workspace."""
-        return {"objective": self.objective, "bilateral": self.bilateral}
-
-    def build(self) -> Loss:
+    def build(self, mode: str) -> Loss:
         """The callable; compiling happens at its first call."""
-        if self.kind == "eager":
-            return eager(self.objective, self.bilateral)
-        if self.kind == "compile":
-            return compiled(self.objective, self.bilateral)
-        if self.workspace_mib is None:
-            return ours(**self.options)
-        return ours(**self.options, workspace=self.workspace_mib * MIB)
+        formula = infonce if MODES[mode].objective == "infonce" else siglip
+        bilateral = MODES[mode].bilateral
+
+        def loss(*tensors: Tensor | None) -> Tensor:
+            return formula(bilateral, *tensors)
+
+        if not self.compile_mode:
+            return loss
+        return torch.compile(loss, dynamic=False, fullgraph=True, mode=self.compile_mode)
+
+
+# -------------------------------------------------------------------------------------------- ours
+
+
+def way_state(way: str) -> str:
+    """Whether a way can run here: "ok", or why not."""
+    return "ok" if way == "auto" else available.state(way)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """`fused_svr_loss` by one way."""
+
+    way: str
+    workspace_mib: int = 256
+
+    def options(self, mode: str) -> dict[str, Any]:
+        return {**MODES[mode].options, "backend": self.way, "workspace": self.workspace_mib * MIB}
+
+    def state(self, mode: str) -> str:
+        return way_state(self.way)
+
+    def build(self, mode: str) -> Loss:
+        return functools.partial(sk.fused_svr_loss, **self.options(mode))
+
+
+# ---------------------------------------------------------------------------------- public kernels
+
+
+def linear_cross_entropy(audio: Tensor, text: Tensor, _: None, scale: Tensor, bias: None) -> Tensor:
+    """PyTorch's own chunked product and cross entropy, once for each direction."""
+    labels, entropy = labels_of(text), F.linear_cross_entropy
+    return entropy(scale * text, audio, labels) + entropy(scale * audio, text, labels)
+
+
+def inf_cl(audio: Tensor, text: Tensor, _: None, scale: Tensor, bias: None) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    def direction(X: Tensor, Y: Tensor) -> Tensor:
+        return cal_flash_loss(X, Y, labels_of(X), scale).mean()
+
+    return direction(text, audio) + direction(audio, text)
+
+
+def memeff(audio: Tensor, text: Tensor, *_: Tensor | None) -> Tensor:
+    """Its temperature is a number without a gradient; `stable` would rescale the gradient."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    loss = MemoryEfficientCLIPLoss(temperature=0.07, normalized_inputs=True, stable=False)
+    return 2.0 * loss(audio, text)
+
+
+def siglip_kernel(audio: Tensor, text: Tensor, _: None, scale: Tensor, bias: Tensor) -> Tensor:
+    from siglip_kernel import fused_siglip_loss
+
+    return fused_siglip_loss(audio, text, scale.log(), bias)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A public kernel of one plain loss."""
+
+    objective: str
+    loss: Loss
+    installed: bool
+
+    def state(self, mode: str) -> str:
+        if MODES[mode].objective != self.objective or not MODES[mode].plain:
+            return f"only {self.objective} without support vectors"
+        return "ok" if self.installed else "not installed"
+
+    def build(self, mode: str) -> Loss:
+        return self.loss
+
+
+def package(objective: str, loss: Loss) -> Rival:
+    """The rival in the package that its function is named after."""
+    return Rival(objective, loss, importlib.util.find_spec(loss.__name__) is not None)
+
+
+PEERS: dict[str, Literal | Ours | Rival] = {
+    "eager": Literal(),
+    "compile": Literal("default"),
+    "reduce-overhead": Literal("reduce-overhead"),
+    "ours": Ours("auto"),
+    "ours-32MiB": Ours("auto", 32),
+    "auto": Ours("auto"),
+    "triton:panel": Ours("triton:panel"),
+    "triton:panel-32GiB": Ours("triton:panel", 32 * 1024),
+    "triton:tile": Ours("triton:tile", 128),
+    "cuda:panel": Ours("cuda:panel"),
+    "cuda:panel-32GiB": Ours("cuda:panel", 32 * 1024),
+    "cuda:hopper": Ours("cuda:hopper"),
+    "cuda:single": Ours("cuda:single"),
+    **{name: Ours(name) for name in ("cuda:single:16", "cuda:single:32", "cuda:single:64")},
+    "linear_cross_entropy": Rival(
+        "infonce", linear_cross_entropy, hasattr(F, "linear_cross_entropy")
+    ),
+    "inf_cl": package("infonce", inf_cl),
+    "memeff": package("infonce", memeff),
+    "siglip-kernel": package("siglip", siglip_kernel),
+}

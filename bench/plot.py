@@ -9,13 +9,16 @@ something else, and neither draws nor needs matplotlib.
 import argparse
 import csv
 import json
+import re
 import sys
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
-README = RESULTS.parents[1] / "README.md"
+from .cases import Row
+from .machine import RESULTS, ROOT
+
+README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SECTION = re.compile(f"(?<={BEGIN}).*?(?={END})", re.DOTALL)
 TITLES = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
@@ -23,10 +26,10 @@ TITLES = {
     "ours-32MiB": "ours, 32 MiB workspace",
 }
 COLOURS = {"eager": "#7f7f7f", "compile": "#d9822b", "ours": "#1f6fb4", "ours-32MiB": "#7fb3dd"}
+HEADS = {"mirror": "bilateral `mirror`", "shared": "bilateral `shared`", "siglip": "SigLIP"}
+"""Of the groups' lines; the others are one-sided."""
 READABLE = 1024
 """Batch from which the resident peak, good to a few MiB, says something."""
-
-Row = dict[str, Any]
 
 
 def load(name: str) -> tuple[list[Row], dict[str, Any]]:
@@ -34,11 +37,11 @@ def load(name: str) -> tuple[list[Row], dict[str, Any]]:
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         rows: list[Row] = list(csv.DictReader(file))
     for row in rows:
-        for key, value in row.items():
-            if key in ("N", "D", "rounds"):
-                row[key] = int(value)
-            if key.endswith(("_ms", "_mib")):
-                row[key] = float(value) if value else None
+        for column, text in row.items():
+            if column in ("N", "D", "rounds"):
+                row[column] = int(text)
+            if column.endswith(("_ms", "_mib")):
+                row[column] = float(text) if text else None
     return rows, json.loads((RESULTS / f"{name}.env.json").read_text())
 
 
@@ -65,73 +68,64 @@ def threads(env: dict[str, Any]) -> str:
     return f"{env['threads']} thread{'s' * (env['threads'] != 1)}"
 
 
-def cell(row: Row | None, eager: Row | None) -> str:
-    """Time against eager's (or the time itself) and the resident peak."""
+def cell(row: Row | None, eager: Row) -> str:
+    """Time against eager's (eager's own as it is) and the resident peak."""
     if row is None:
         return "-"
-    if eager is None or row is eager:
-        parts = [milliseconds(row["median_ms"])]
-    else:
-        parts = [f"{row['median_ms'] / eager['median_ms']:.2f}x"]
-    if row["N"] >= READABLE and row["peak_mib"] is not None:
-        parts.append(mebibytes(row["peak_mib"]))
-    return ", ".join(parts)
+    time = milliseconds(row["median_ms"])
+    if row is not eager:
+        time = f"{row['median_ms'] / eager['median_ms']:.2f}x"
+    if row["N"] < READABLE or row["peak_mib"] is None:
+        return time
+    return f"{time}, {mebibytes(row['peak_mib'])}"
 
 
 def table(rows: list[Row], env: dict[str, Any], name: str) -> str:
     """The README's section: one table, what it was measured on, and the figure."""
-    groups: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], {})[row["peer"]] = row
     lines = [
         "| forward + backward | " + " | ".join(TITLES.values()) + " |",
         "| --- |" + " --- |" * len(TITLES),
     ]
-    named = {"mirror": "bilateral `mirror`", "shared": "bilateral `shared`", "siglip": "SigLIP"}
-    for group, peers in groups.items():
-        if "eager" not in peers:
-            continue
-        N = peers["eager"]["N"]
-        head = f"{named.get(group, 'one-sided')}, N = {N:,}"
-        cells = [cell(peers.get(peer), peers["eager"]) for peer in TITLES]
+    for eager in (row for row in rows if row["peer"] == "eager"):
+        peers = {row["peer"]: row for row in rows if row["group"] == eager["group"]}
+        head = f"{HEADS.get(eager['group'], 'one-sided')}, N = {eager['N']:,}"
+        cells = [cell(peers.get(peer), eager) for peer in TITLES]
         lines.append("| " + " | ".join([head, *cells]) + " |")
-    D = rows[0]["D"]
-    lines += [
-        "",
-        f"Float32, D = {D}, StaticSVR; time as a multiple of eager PyTorch's (medians of "
-        "interleaved rounds), peak memory beyond the inputs and the returned gradients.",
-    ]
-    lines += further(rows)
     rounds = min(row["rounds"] for row in rows)
     commit = env["commit"][:12] + ("-dirty" if env["commit"].endswith("-dirty") else "")
-    lines += [
-        f"Measured on {env['cpu']}, {threads(env)} ({env['isa']}), "
-        f"torch {env['torch']}, at least {rounds} rounds, {env['date'][:10]}, commit {commit}.",
-        "",
-        f"![Time and memory against the batch size](bench/results/{name}.png)",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Float32, D = {rows[0]['D']}, StaticSVR; time as a multiple of eager PyTorch's "
+            "(medians of interleaved rounds), peak memory beyond the inputs and the returned "
+            "gradients.",
+            *further(rows),
+            f"Measured on {env['cpu']}, {threads(env)} ({env['isa']}), torch {env['torch']}, at "
+            f"least {rounds} rounds, {env['date'][:10]}, commit {commit}.",
+            "",
+            f"![Time and memory against the batch size](bench/results/{name}.png)",
+        ]
+    )
 
 
 def further(rows: list[Row]) -> list[str]:
     """One sentence each on bfloat16 and on the largest batch."""
-    found = {(row["group"], row["peer"], row["N"]): row for row in rows}
     lines = []
-    low = [row for key, row in found.items() if key[:2] == ("bfloat16", "ours-bfloat16")]
-    for row in low:
-        wide = found[("bfloat16", "ours", row["N"])]
+    narrow = [row for row in rows if row["peer"] == "ours-bfloat16"]
+    for row in narrow:
+        (wide,) = (r for r in rows if r["group"] == row["group"] and r["peer"] == "ours")
         ratio = row["median_ms"] / wide["median_ms"]
         lines.append(f"bfloat16 at N = {row['N']:,}: {ratio:.2f}x the time of our float32.")
-    large = [row for key, row in found.items() if key[0] == "large"]
-    if large:
-        row = max(large, key=lambda row: row["N"])
-        text = f"N = {row['N']:,} with a 32 MiB workspace: {milliseconds(row['median_ms'])}"
+    large = [row for row in rows if row["group"] == "large"]
+    for row in sorted(large, key=lambda row: row["N"])[-1:]:
         memory = "" if row["peak_mib"] is None else f", {mebibytes(row['peak_mib'])}"
-        lines.append(f"{text}{memory}.")
+        time = milliseconds(row["median_ms"])
+        lines.append(f"N = {row['N']:,} with a 32 MiB workspace: {time}{memory}.")
     return lines
 
 
-def draw(rows: list[Row], env: dict[str, Any], path: Path) -> None:
+def draw(rows: list[Row], env: dict[str, Any], name: str) -> None:
     """Time and memory against N, one-sided StaticSVR."""
     import matplotlib
 
@@ -142,27 +136,17 @@ def draw(rows: list[Row], env: dict[str, Any], path: Path) -> None:
     main = [row for row in rows if row["group"].startswith("one-sided")]
     sizes = sorted({row["N"] for row in main})
     for peer, title in TITLES.items():
-        own = sorted((row for row in main if row["peer"] == peer), key=lambda row: row["N"])
-        if not own:
-            continue
-        N = [row["N"] for row in own]
-        median = [row["median_ms"] for row in own]
-        spread = [
-            [row["median_ms"] - row["q1_ms"] for row in own],
-            [row["q3_ms"] - row["median_ms"] for row in own],
-        ]
+        points = [row for row in main if row["peer"] == peer]
         style = {"color": COLOURS[peer], "label": title}
+        N, median = ([row[column] for row in points] for column in ("N", "median_ms"))
+        spread = [
+            [row["median_ms"] - row["q1_ms"] for row in points],
+            [row["q3_ms"] - row["median_ms"] for row in points],
+        ]
         left.errorbar(N, median, yerr=spread, marker="o", markersize=4, capsize=2, **style)
-        known = [row for row in own if row["allocated_mib"] is not None]
-        right.plot([row["N"] for row in known], [row["allocated_mib"] for row in known], **style)
-        seen = [row for row in known if row["N"] >= READABLE]
-        right.plot(
-            [row["N"] for row in seen],
-            [row["peak_mib"] for row in seen],
-            "o",
-            color=COLOURS[peer],
-            fillstyle="none",
-        )
+        right.plot(N, [row["allocated_mib"] for row in points], **style)
+        seen = {row["N"]: row["peak_mib"] for row in points if row["N"] >= READABLE}
+        right.plot(seen.keys(), seen.values(), "o", color=COLOURS[peer], fillstyle="none")
     left.set_ylabel("forward + backward, ms")
     right.set_ylabel("extra memory, MiB")
     right.plot([], [], color="black", label="PyTorch's allocator")
@@ -183,17 +167,7 @@ def draw(rows: list[Row], env: dict[str, Any], path: Path) -> None:
         f"{threads(env)}, torch {env['torch']}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def split_readme() -> tuple[str, str, str]:
-    """Before, between and after the markers."""
-    text = README.read_text() if README.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"README.md must hold {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    inside, after = rest.split(END)
-    return before + BEGIN, inside, END + after
+    figure.savefig(RESULTS / f"{name}.png", dpi=150, metadata={"Software": None})
 
 
 def main() -> None:
@@ -207,16 +181,17 @@ def main() -> None:
     rows, env = load(name)
     if not any(row["group"].startswith("one-sided") for row in rows):
         raise SystemExit(f"{name} has no one-sided group: nothing to tabulate or draw")
-    section = f"\n{table(rows, env, name)}\n"
+    readme, section = README.read_text(), f"\n{table(rows, env, name)}\n"
+    if len(SECTION.findall(readme)) != 1:
+        sys.exit(f"README.md must hold {BEGIN} and {END} once each")
     if arguments.check:
-        if split_readme()[1] != section:
+        if SECTION.findall(readme) != [section]:
             sys.exit("README.md differs from the results; run `python -m bench.plot --write`")
         print("README.md agrees with the results")
         return
-    draw(rows, env, RESULTS / f"{name}.png")
+    draw(rows, env, name)
     if arguments.write:
-        before, _, after = split_readme()
-        README.write_text(before + section + after)
+        README.write_text(SECTION.sub(lambda _: section, readme))
     print(section.strip())
 
 

@@ -6,44 +6,51 @@ end; the asserted ones are loose, because a shared machine disturbs times by a f
 collapse, not a few per cent. For numbers to publish run `python -m bench.run`.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import gate, suite, timing
-from .conftest import Measured
-from .peers import Peer
+from . import gate
+from .cases import GROUPS, MAIN, SIZES, Bar, Case, Entry, Row, bars
+from .inputs import leaves_of, make_inputs
+from .peers import PEERS
+from .timer import Step
 
+Measured = Callable[[str, int], list[Row]]
 TIME_SLACK = 3.0
 """On the ratio of the least times."""
 MEMORY_SLACK = 1.1
 ROUNDS = {"large": 2}
 """Rounds of an interleaved run here; 5 where nothing is said."""
 
-ENTRIES = [entry for N in suite.SIZES for entry in suite.main_group(N).entries]
+ENTRIES = [entry for N in SIZES for entry in GROUPS[f"one-sided-{N}"]]
 
 
-def named(entry: suite.Entry) -> str:
-    peer, N = entry
-    return f"{N}-{peer.label}"
+def named(entry: Entry) -> str:
+    peer, case = entry
+    return f"{case.N}-{peer}"
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=named)
-def test_step(benchmark: BenchmarkFixture, entry: suite.Entry) -> None:
-    peer, N = entry
+def test_step(benchmark: BenchmarkFixture, entry: Entry) -> None:
+    peer, case = entry
+    if (state := PEERS[peer].state(case.mode)) != "ok":
+        pytest.skip(state)
     torch.compiler.reset()
-    loss = peer.build()
-    gate.check(peer, loss, N, suite.D)
-    step = timing.make_step(loss, gate.make_inputs(peer, N, suite.D))
-    benchmark.group = f"N = {N}"
-    rounds, calls = (3, 1) if N == suite.MAIN else (10, max(1, 2048 // N))
-    benchmark.pedantic(step, rounds=rounds, iterations=calls, warmup_rounds=1)
+    loss = PEERS[peer].build(case.mode)
+    gate.check(peer, loss, case)
+    step = Step(loss, leaves_of(make_inputs(case)))
+    benchmark.group = f"N = {case.N}"
+    rounds, calls = (3, 1) if case.N == MAIN else (10, max(1, 2048 // case.N))
+    benchmark.pedantic(step.both, rounds=rounds, iterations=calls, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("bar", suite.bars(), ids=lambda bar: bar.slug)
-def test_bar(measured: Measured, bar: suite.Bar) -> None:
+@pytest.mark.parametrize("bar", bars(), ids=lambda bar: bar.slug)
+def test_bar(measured: Measured, bar: Bar) -> None:
     group = bar.top[0]
-    rows = measured.group(group, ROUNDS.get(group, 5))
+    rows = measured(group, ROUNDS.get(group, 5))
     value = bar.value(rows, robust=True)
     if value is None:
         pytest.skip("torch.compile needs a C++ compiler")
@@ -53,24 +60,23 @@ def test_bar(measured: Measured, bar: suite.Bar) -> None:
 
 def test_bfloat16_is_checked_without_instructions(measured: Measured) -> None:
     """The bfloat16 path must be right (and is timed) on CPUs that have no bar for it, too."""
-    rows = measured.group("bfloat16", 5)
-    assert {row.dtype for row in rows} == {"float32", "bfloat16"}
+    rows = measured("bfloat16", 5)
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
 
 
 def test_memory_estimate(measured: Measured) -> None:
     """`memory_estimate` is what the allocator hands out, within 10 %."""
-    rows = measured.group(f"one-sided-{suite.MAIN}", 5)
-    ours = [row for row in rows if row.estimate_mib is not None]
+    rows = measured(f"one-sided-{MAIN}", 5)
+    ours = [row for row in rows if row["estimate_mib"] is not None]
     assert ours
     for row in ours:
-        assert row.allocated_mib is not None and row.estimate_mib is not None
-        assert abs(row.allocated_mib / row.estimate_mib - 1.0) < 0.1, row
+        assert abs(row["allocated_mib"] / row["estimate_mib"] - 1.0) < 0.1, row
 
 
 def test_gate_rejects_a_wrong_peer() -> None:
     """A gate that cannot fail proves nothing."""
-    peer = Peer("ours")
-    loss = peer.build()
-    gate.check(peer, loss, 256, suite.D)
+    case = Case("one-sided", 256, 512)
+    loss = PEERS["ours"].build(case.mode)
+    gate.check("ours", loss, case)
     with pytest.raises(gate.GateError, match="radius"):
-        gate.check(peer, lambda a, t, r, k: loss(a, t, 1.01 * r, k), 256, suite.D)
+        gate.check("ours", lambda a, t, r, *rest: loss(a, t, 1.01 * r, *rest), case)

@@ -7,18 +7,15 @@ Nothing is tuned in a user's step. To use the file: SUPCLAP_TILES=tiles.json.
 import argparse
 import itertools
 import json
-import statistics
 from pathlib import Path
 
-import torch
+from . import inside, timer
+from .cases import GPU_MODES, MODES, Case
+from .inputs import leaves_of, make_large_inputs
+from .inside import Blocks
+from .peers import PEERS
+from .timer import Step
 
-from supclap_kernels import fused_svr_loss
-from supclap_kernels.backends import tiles
-from supclap_kernels.backends.gpu_triton import architecture, kernel_blocks
-
-from .gpu import MODES, leaves_of, timed
-
-Blocks = tiles.Blocks
 CANDIDATES = {
     "panel_statistics": [Blocks(i, 128, warps=w) for i in (16, 32, 64) for w in (4, 8)],
     "panel_weights": [Blocks(i, 128, warps=w) for i in (8, 16, 32) for w in (4, 8)],
@@ -30,24 +27,7 @@ CANDIDATES = {
     ],
 }
 CANDIDATES["tile_weights"] = CANDIDATES["tile_statistics"]
-ROUNDS, GAIN = 10, 0.98
-GRAMS = {"infonce": 0, "one-sided": 1, "mirror": 2, "siglip": 1, "siglip-plain": 0}
-
-
-def seconds(mode: str, backend: str, weights: bool, leaves: list[torch.Tensor]) -> float:
-    """Median milliseconds of the sweep that the kernel is in: forward, or forward and backward."""
-    objective, bilateral, plain = MODES[mode]
-    options = {"objective": objective, "bilateral": bilateral, "backend": backend}
-    arguments = [leaves[0], leaves[1], None if plain else leaves[2], *leaves[3:]]
-
-    def step() -> None:
-        loss = fused_svr_loss(*arguments, **options)
-        if weights:
-            torch.autograd.grad(loss, leaves[:2])
-
-    for _ in range(3):
-        step()
-    return statistics.median(timed(step) for _ in range(ROUNDS))
+GAIN = 0.98
 
 
 def main() -> None:
@@ -55,36 +35,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--N", type=int, default=16_384)
     parser.add_argument("--D", type=int, default=768)
-    given = parser.parse_args()
-    dtype, arch = torch.bfloat16, architecture(torch.device("cuda"))
-    best: dict[str, tiles.Blocks] = {}
-    tiles.tuned = lambda: best
-    for (kernel, candidates), mode in itertools.product(CANDIDATES.items(), MODES):
-        backend = "panel" if kernel.startswith("panel") else "triton"
-        weights, infonce = kernel.endswith("weights"), not mode.startswith("siglip")
+    options = parser.parse_args()
+    arch = inside.architecture()
+    best: dict[str, Blocks] = {}
+    inside.use_blocks(best)
+    for (kernel, candidates), name in itertools.product(CANDIDATES.items(), GPU_MODES):
+        tile, weights = kernel.startswith("tile"), kernel.endswith("weights")
+        mode = MODES[name]
+        infonce = mode.objective == "infonce"
         if not weights and not infonce:
             continue  # SigLIP has one sweep
-        leaves = leaves_of(mode, given.N, given.D, dtype)
-        key = f"{kernel} {GRAMS[mode]} {infonce} {str(dtype)[6:]} {arch}"
-        least = seconds(mode, backend, weights, leaves)
-        shipped = kernel_blocks(backend == "triton", weights, GRAMS[mode], infonce, dtype, arch)
-        print(f"{key}: shipped {list(shipped)} {least:.3f} ms", flush=True)
-        for block in candidates:
-            before = best.get(key)
-            best[key] = block
+        loss = PEERS["triton:tile" if tile else "triton:panel"].build(name)
+        case = Case(name, options.N, options.D, "bfloat16")
+        step = Step(loss, leaves_of(make_large_inputs(case)))
+        call = step.both if weights else step.forward  # the sweep that the kernel is in
+        key = f"{kernel} {mode.grams} {infonce} bfloat16 {arch}"
+        least_ms = timer.median_event_ms(call)
+        print(f"{key}: as shipped {least_ms:.3f} ms", flush=True)
+        fastest = None
+        for blocks in candidates:
+            best[key] = blocks
             try:
-                found = seconds(mode, backend, weights, leaves)
+                spent_ms = timer.median_event_ms(call)
             except (RuntimeError, ValueError) as error:  # too much shared memory, or no layout
-                print(f"  {list(block)}: {str(error)[:80]}")
-                found = float("inf")
-            if found < GAIN * least:
-                least = found
-                print(f"  {list(block)} {found:.3f} ms", flush=True)
-            elif before is None:
-                del best[key]
-            else:
-                best[key] = before
-        given.out.write_text(json.dumps({k: list(v) for k, v in best.items()}, indent=1) + "\n")
+                print(f"  {list(blocks)}: {str(error)[:80]}")
+                continue
+            if spent_ms < GAIN * least_ms:
+                least_ms, fastest = spent_ms, blocks
+                print(f"  {list(blocks)} {spent_ms:.3f} ms", flush=True)
+        del best[key]
+        if fastest is not None:
+            best[key] = fastest
+        options.out.write_text(json.dumps({k: list(v) for k, v in best.items()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_interpreter_suite():
 
 
 SPECIALISED = """
-from bench import aot
+from bench.aot import triton as aot
 sizes = [set(aot.launches(90, "bfloat16", N)) for N in (200, 333, 1025)]
 print(len(sizes[0]), [sorted({launch.name for launch in sizes[0] ^ other}) for other in sizes[1:]])
 """
@@ -58,7 +58,7 @@ def test_another_N_compiles_nothing_new(native_triton):
 
 SCRIPT = """
 import json, sys
-from bench import aot
+from bench.aot import triton as aot
 arch, only, kernel = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 print(json.dumps([aot.SHARED_LIMIT[arch], list(aot.report(arch, kernel, only=only))]))
 """

@@ -1,14 +1,10 @@
-"""What nvcc made of the CUDA kernels in this checkout's build.
+"""What nvcc made of the CUDA kernels: in this checkout's build, or (Hopper) compiled for it.
 
-    python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100
-    python -m bench.aot --backend hopper   of csrc/cuda/hopper/sweep.cu, compiled for the purpose
-
-prints one JSON object per kernel: registers, stack, spills and static shared memory from the
-build's log, dynamic shared memory (the most it asks for), and from the machine code how many
+A line of the report holds one kernel's registers, stack, spills and static shared memory from the
+build's log, its dynamic shared memory (the most it asks for), and from the machine code how many
 instructions multiply on the tensor cores (HMMA, HGMMA) or copy by a tensor map (UTMALDG).
 """
 
-import collections
 import os
 import re
 import runpy
@@ -21,9 +17,9 @@ from typing import Any
 
 from supclap_kernels import native
 
-from .aot import run_tool
+from ..machine import ROOT
+from . import tool
 
-ROOT = Path(__file__).parent.parent
 CHIP = (132, 227 * 1024)
 """Multiprocessors and shared memory of a block on an H200."""
 DTYPES = {"IfL": 0, "Bfloat16": 1, "Float16": 2}
@@ -59,24 +55,9 @@ def dynamic_shared(name: str) -> int:
     return int(module.plan_single(p, True, side, *CHIP).shared)
 
 
-COUNTED = ("HMMA", "HGMMA", "UTMALDG")
-
-
-def instructions(file: Path, arch: str) -> dict[str, collections.Counter[str]]:
-    """How many of those COUNTED every kernel in a binary has, by mangled name."""
-    found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    name = ""
-    for line in run_tool("cuobjdump", "-sass", "-arch", arch, str(file)).splitlines():
-        if match := re.match(r"\s*Function : (\w+)", line):
-            name = match[1]
-        elif (match := re.search(r"\b([A-Z]+)\.", line)) and match[1] in COUNTED:
-            found[name][match[1]] += 1
-    return found
-
-
 def kernels(log: str, source: str, arch: str, binary: Path) -> Iterator[dict[str, Any]]:
     """A line for every kernel in the log of one compilation."""
-    counted = instructions(binary, arch)
+    sass = tool.functions(binary, "-arch", arch)
     # A kernel, then the functions it calls.
     for entry in log.split("Compiling entry function ")[1:]:
         name, target = re.findall(r"'(\w+)'", entry)[:2]
@@ -91,7 +72,7 @@ def kernels(log: str, source: str, arch: str, binary: Path) -> Iterator[dict[str
             "spill_bytes": max(spills),
             "static_shared": number(r"(\d+) bytes smem", entry),
             "dynamic_shared": dynamic_shared(name),
-            **{word.lower(): counted[name][word] for word in COUNTED},
+            **tool.count(sass[name], "HMMA", "HGMMA", "UTMALDG"),
         }
 
 

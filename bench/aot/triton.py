@@ -1,11 +1,7 @@
-"""Compile every Triton kernel as it is shipped, without a GPU, and report what came out.
+"""Every Triton kernel as it is shipped, compiled without a GPU.
 
-    python -m bench.aot --arch sm_80|sm_90|sm_100 [--kernel NAME] [--jobs N]
-    python -m bench.aot --backend cuda --arch sm_80|sm_90a|sm_100       (aot_cuda.py)
-    python -m bench.aot --backend hopper
-
-prints one JSON object per line. What is shipped is not a list that could grow old: the backends run
-once for every mode and dtype with their launches recorded instead of made.
+What is shipped is not a list that could grow old: the backends run once for every mode and dtype
+with their launches recorded instead of made. A line of the report:
 
     registers, stack           per thread; stack in bytes
     spill_bytes                stack that holds spilled registers: 4 for each distinct slot stored
@@ -16,16 +12,11 @@ once for every mode and dtype with their launches recorded instead of made.
     compile_seconds            of this kernel alone
 """
 
-import argparse
-import collections
 import concurrent.futures
 import importlib
 import inspect
-import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+from . import tool
+
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+"""Bytes of a block, by architecture."""
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
@@ -128,40 +121,40 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
             if only not in label:
                 continue
             case = Case(**{"N": N, "D": 128, **fields}, options=chosen)
-            given = make_inputs(case)
-            inputs = Inputs(
-                given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
-                given.ids, given.weight,
-            )  # fmt: skip
+            *tensors, upstream = vars(make_inputs(case)).values()
+            inputs = Inputs(*tensors)
             options = Options(**chosen, workspace=0)  # several tiles
             for backend in (triton_call.PANEL, triton_call.TILE):
                 _, _, state, saved = backend.forward(inputs, options, needs)
-                backend.backward(inputs, options, needs, given.upstream, state, saved)
+                backend.backward(inputs, options, needs, upstream, state, saved)
     return list(found.values())
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def product_loops(sass: list[tuple[int, str, str]], ieee: bool) -> list[tuple[int, int]]:
+def product_loops(sass: list[tool.Instruction], ieee: bool) -> list[tuple[int, int]]:
     """Address ranges of the innermost loops that multiply matrices."""
     product = re.compile(r"FFMA" if ieee else r"(UTC)?[HQ]G?MMA")
     loops = []
-    for address, op, text in sass:
-        target = re.search(r"0x([0-9a-f]+)", text)
-        if op.startswith("BRA") and target and int(target[1], 16) < address:
+    for end, name, operands in sass:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < end:
             start = int(target[1], 16)
-            count = sum(bool(product.match(o)) for a, o, _ in sass if start <= a <= address)
-            if count >= (256 if ieee else 1):
-                loops.append((start, address))
+            products = sum(bool(product.match(x.name)) for x in sass if start <= x.address <= end)
+            if products >= (256 if ieee else 1):
+                loops.append((start, end))
     return [
         (start, end) for start, end in loops
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
     ]  # fmt: skip
+
+
+def stored_bytes(sass: list[tool.Instruction]) -> int:
+    """Of the local memory that is stored to."""
+    slots: dict[str, int] = {}
+    for _, name, operands in sass:
+        if name.startswith("STL"):
+            slot, size = operands.split(",")[0], {"64": 8, "128": 16}.get(name.split(".")[-1], 4)
+            slots[slot] = max(size, slots.get(slot, 0))
+    return sum(slots.values())
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
@@ -186,39 +179,22 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
-        text = run_tool("cuobjdump", "-sass", file.name)
-    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);"
-    sass = [(int(a, 16), op, rest) for a, op, rest in re.findall(line, text, re.M)]
-    count = collections.Counter(op.split(".")[0] for _, op, _ in sass)
+        usage = tool.cuobjdump("--dump-resource-usage", file.name)
+        (sass,) = tool.functions(Path(file.name)).values()
     ieee = ("PRECISION", "ieee") in launch.constants and "*fp32" == dict(launch.signature).get("T")
     loops = product_loops(sass, ieee or launch.name.startswith("literal"))
-    local = [(address, op) for address, op, _ in sass if op.startswith(("LDL", "STL"))]
-    slots = {rest.split(",")[0] for _, op, rest in sass if op.startswith("STL")}
-    wide = {"64": 8, "128": 16}
-    stored = sum(
-        max(wide.get(op.split(".")[-1], 4) for _, op, r in sass
-            if op.startswith("STL") and r.split(",")[0] == slot)
-        for slot in slots
-    )  # fmt: skip
-
-    def resource(name: str) -> int:
-        return int(re.findall(rf"{name}:(\d+)", usage)[0])
-
+    local = [x.address for x in sass if x.name.startswith(("LDL", "STL"))]
+    registers, stack = (int(re.findall(rf"{x}:(\d+)", usage)[0]) for x in ("REG", "STACK"))
     shown = [f"{name}={value}" for name, value in launch.constants if isinstance(value, int | str)]
     return {
         "name": launch.name,
         "config": " ".join([launch.label, *shown, *(f"{n}={v}" for n, v in launch.options)]),
-        "registers": resource("REG"),
-        "stack": resource("STACK"),
-        "spill_bytes": min(stored, resource("STACK")) if stored else 0,
-        "loop_spills": sum(s <= address <= e for address, _ in local for s, e in loops),
+        "registers": registers,
+        "stack": stack,
+        "spill_bytes": min(stored_bytes(sass), stack),
+        "loop_spills": sum(s <= address <= e for address in local for s, e in loops),
         "shared_bytes": compiled.metadata.shared,
-        "hmma": count["HMMA"],
-        "hgmma": count["HGMMA"],
-        "utchmma": count["UTCHMMA"],
-        "ldl": count["LDL"],
-        "stl": count["STL"],
+        **tool.count(sass, "HMMA", "HGMMA", "UTCHMMA", "LDL", "STL"),
         "compile_seconds": round(seconds, 2),
     }
 
@@ -228,33 +204,3 @@ def report(arch: int, kernel: str = "", jobs: int = 2, only: str = "") -> Iterat
     chosen = [launch for launch in launches(arch, only) if kernel in launch.name]
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         yield from pool.map(compile_launch, chosen, [arch] * len(chosen))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--backend", choices=("triton", "cuda", "hopper"), default="triton")
-    parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--kernel", default="", help="part of a kernel's name")
-    parser.add_argument("--only", default="", help="part of a label, such as bfloat16 or siglip")
-    parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET is set: nothing is compiled in the interpreter")
-    if given.backend != "triton":
-        from . import aot_cuda
-
-        hopper = given.backend == "hopper"
-        found = aot_cuda.report_hopper() if hopper else aot_cuda.report(given.arch)
-        lines = (line for line in found if given.kernel in line["name"])
-    elif given.arch in ARCHITECTURES:
-        lines = report(ARCHITECTURES[given.arch], given.kernel, given.jobs, given.only)
-    else:
-        parser.error(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {given.arch}")
-    for line in lines:
-        print(json.dumps(line), flush=True)
-
-
-if __name__ == "__main__":
-    main()
