@@ -94,12 +94,11 @@ class LiteralRows:
     def gradients(
         self,
         factors: Tensor,
-        omega: Tensor,
+        slopes: Tensor,
         unit: Tensor,
         sums: Tensor,
         dT: Tensor | None,
         dA: Tensor | None,
-        alpha: float,
         renormalize: bool,
     ) -> None:
         """Add what the literal rows' products give to dT, dA (N, width; None: frozen) and `sums`.
@@ -122,8 +121,8 @@ class LiteralRows:
                     DIRECTION=direction, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,
                 )  # fmt: skip
                 kernels.finish_literal[(capacity,)](
-                    X, Y, self.state, *self.fixed[2:], self.index, self.count, omega, unit, part,
-                    sums, dX, dY, *share, alpha,
+                    X, Y, self.state, self.index, self.count, slopes, unit, part,
+                    sums, dX, dY, *share,
                     DIRECTION=direction, RENORMALIZE=renormalize, CHUNK=ROW_CHUNK, **constants,
                 )  # fmt: skip
             if dY is not None:

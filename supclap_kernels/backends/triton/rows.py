@@ -1,297 +1,329 @@
-"""Triton kernels of O(N D) work: the rows' geometry before the sweeps, the loss after the first.
+"""Work on the rows alone, before, between and after the sweeps, as PyTorch's own operations.
 
-`state` (22, N) float32 is what csrc/params.h calls Problem::state and Problem::rows, with the
-maxima m in base 2. One program owns BLOCK_N rows; embeddings come as operands (`pack_rows`).
+The formulas are those of csrc/cpu/rows.h, in float32 and with the maxima m in base 2 (MATH.md, row
+terms). O(N D) work goes through blocks of rows, O(N) work takes all rows at once, as (k, N): the k
+directions of the softmax that the loss has, or the text support vectors and the audio ones.
+Nothing is read back from the device.
 """
 
-import triton
-import triton.language as tl
+import functools
+import math
+from typing import NamedTuple
 
-from ... import gradients, reference
-from .tile import (
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...gradients import (
+    LITERAL_C,
+    LITERAL_GAP,
+    LITERAL_LENGTH,
+    MIN_LENGTH,
+    MIN_NORM,
+    normalize_gradient,
+)
+from ...options import MIRROR, ONE_SIDED, PLAIN, SHARED
+from ...reference import EPS
+from .. import tile_sizes
+from ..device_call import DeviceCall, logit_scale_2
+from ..state import (
     AUDIO_INVERSE,
     AUDIO_ROWS,
+    BASE,
+    BIAS,
+    DIRECTIONS,
     GAP,
     HIDDEN,
-    LOG2E,
-    MIRROR,
     OFFSET,
-    OTHER_ROWS,
     PANEL_POSITIVE,
-    PLAIN,
     POSITIVE,
-    SHARED,
+    RHO_AUDIO,
+    RHO_LITERAL,
+    RHO_TEXT,
     SIMILARITY,
     STATE_GEOMETRY,
     STATE_L,
     STATE_OTHERS,
     STEP_AUDIO,
     STEP_TEXT,
+    SUPPORT_AUDIO,
     SUPPORT_ROWS,
+    SUPPORT_TEXT,
     TEXT_INVERSE,
     TEXT_ROWS,
     TILE_C,
     C,
-    logit_bias_2,
-    logit_scale_2,
-    softplus,
 )
 
-EPS = tl.constexpr(reference.EPS)
-LITERAL_C, LITERAL_GAP = tl.constexpr(gradients.LITERAL_C), tl.constexpr(gradients.LITERAL_GAP)
-LITERAL_LENGTH = tl.constexpr(gradients.LITERAL_LENGTH)
-MIN_LENGTH, MIN_NORM = tl.constexpr(gradients.MIN_LENGTH), tl.constexpr(gradients.MIN_NORM)
-LARGEST_WEIGHT = tl.constexpr(2.0**14)
+LARGEST_WEIGHT = 2.0**14
 """Of a weight in its unit: float16 ends at 2^16."""
 
 
-@triton.jit(do_not_specialize=["N"])
-def pack_rows(
-    X, stride_n, stride_d,
-    length,  # (N,) float32 or None: what each row is divided by
-    out, N, D, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out (N, width): the rows X (N, D), of any strides, contiguous and zero beyond D."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i[:, None] < N
-    row = i.to(tl.int64)[:, None]
-    if length is not None:
-        of = tl.load(length + i, mask=i < N, other=1.0)
-        of = tl.maximum(of, MIN_NORM, propagate_nan=tl.PropagateNan.ALL)
-    for d0 in range(0, width, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-        x = tl.load(X + row * stride_n + d * stride_d, mask=inside & (d < D), other=0.0)
-        if length is not None:  # as F.normalize: where gaps are small, its roundings are the row
-            x = tl.div_rn(x.to(tl.float32), of[:, None])
-        tl.store(out + row * width + d, x.to(out.dtype.element_ty), mask=inside)
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> of each row."""
+    return (x * y).sum(dim=1)
 
 
-@triton.jit
-def load_pair(T, A, i, inside, d0, width, BLOCK_D: tl.constexpr):
-    """t and a (BLOCK_N, BLOCK_D) of the rows i, columns from d0, float32."""
-    at = i.to(tl.int64)[:, None] * width + (d0 + tl.arange(0, BLOCK_D))[None, :]
-    t = tl.load(T + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    return t, tl.load(A + at, mask=inside[:, None], other=0.0).to(tl.float32)
+def length(x: Tensor) -> Tensor:
+    """|x_i| of each row, float32."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 
-@triton.jit
-def load_radius(radius, i, inside, PER_ROW: tl.constexpr):
-    if PER_ROW:
-        return tl.load(radius + i, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return tl.load(radius).to(tl.float32) + tl.zeros_like(i).to(tl.float32)
+def geometry_of(
+    t: Tensor, a: Tensor, R: Tensor | None, support: bool, renormalize: bool
+) -> dict[int, Tensor | float]:
+    """The geometry of some rows (n, width), from differences of the rows themselves: nothing
+    cancels. `support`: with that of the support vectors."""
+    geometry: dict[int, Tensor | float] = {POSITIVE: dot(t, a)}
+    if R is None:
+        return geometry
+    e = a - t
+    r = (dot(e, e) + EPS**2).sqrt()
+    geometry[GAP] = r
+    if not support:
+        return geometry
+    c = R / r
+    longest = torch.maximum(length(t), length(a))
+    literal = (c.abs() > LITERAL_C) | (r < LITERAL_GAP * longest)
+    geometry |= {C: c, STEP_TEXT: dot(e, t), STEP_AUDIO: dot(e, a)}
+    geometry |= {TEXT_INVERSE: 1.0, AUDIO_INVERSE: 1.0}
+    if renormalize:
+        text = length(torch.addcmul(t, c[:, None], e))
+        audio = length(torch.addcmul(a, c[:, None], e, value=-1.0))
+        literal |= torch.minimum(text, audio) < LITERAL_LENGTH * longest
+        geometry[TEXT_INVERSE] = text.clamp_min(MIN_LENGTH).reciprocal()
+        geometry[AUDIO_INVERSE] = audio.clamp_min(MIN_LENGTH).reciprocal()
+    geometry[TILE_C] = c.masked_fill(literal, 0.0)
+    geometry[OFFSET] = torch.zeros_like(c).masked_fill(literal, HIDDEN)
+    return geometry
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["radius"])
-def prepare_rows(
-    T, A, radius,  # (N, width), (N,) or () or None
-    state, running,  # (22, N), and (10, N) of `merge_statistics`: started
-    N, width,
-    PER_ROW_RADIUS: tl.constexpr, MODE: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Geometry of the rows, from differences of the rows themselves: nothing cancels."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    for direction in tl.static_range(SIMILARITY + 1):
-        start = 0.0 if direction == SIMILARITY else HIDDEN
-        tl.store(running + 2 * direction * N + i, start + tl.zeros_like(i), mask=inside)
-        tl.store(running + (2 * direction + 1) * N + i, tl.zeros_like(i), mask=inside)
-    rows = state + STATE_GEOMETRY * N + i
-    ta = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    ee, et, ea, tt, aa = ta, ta, ta, ta, ta
-    for d0 in range(0, width, BLOCK_D):
-        t, a = load_pair(T, A, i, inside, d0, width, BLOCK_D)
-        e = a - t
-        ta += t * a
-        ee += e * e
-        et += e * t
-        ea += e * a
-        tt += t * t
-        aa += a * a
-    tl.store(rows + POSITIVE * N, tl.sum(ta, 1), mask=inside)
-    if radius is not None:
-        # Exact to rounding: an error of c is one of everything a literal row gives.
-        r = tl.sqrt_rn(tl.sum(ee, 1) + EPS * EPS)
-        c = tl.div_rn(load_radius(radius, i, inside, PER_ROW_RADIUS), r)
-        length = tl.sqrt(tl.maximum(tl.sum(tt, 1), tl.sum(aa, 1)))
-        literal = (tl.abs(c) > LITERAL_C) | (r < length * LITERAL_GAP)
-        inverse_t = tl.full([BLOCK_N], 1.0, tl.float32)
-        inverse_a = inverse_t
-        if RENORMALIZE:
-            tt, aa = tl.zeros_like(tt), tl.zeros_like(aa)
-            for d0 in range(0, width, BLOCK_D):
-                t, a = load_pair(T, A, i, inside, d0, width, BLOCK_D)
-                step = c[:, None] * (a - t)
-                tt += (t + step) * (t + step)
-                aa += (a - step) * (a - step)
-            length_t, length_a = tl.sqrt_rn(tl.sum(tt, 1)), tl.sqrt_rn(tl.sum(aa, 1))
-            literal = literal | (tl.minimum(length_t, length_a) < length * LITERAL_LENGTH)
-            inverse_t = tl.div_rn(1.0, tl.maximum(length_t, MIN_LENGTH))
-            inverse_a = tl.div_rn(1.0, tl.maximum(length_a, MIN_LENGTH))
-        tl.store(rows + GAP * N, r, mask=inside)
-        tl.store(rows + C * N, c, mask=inside)
-        tl.store(rows + STEP_TEXT * N, tl.sum(et, 1), mask=inside)
-        tl.store(rows + STEP_AUDIO * N, tl.sum(ea, 1), mask=inside)
-        if MODE != PLAIN:
-            tl.store(rows + TILE_C * N, tl.where(literal, 0.0, c), mask=inside)
-            tl.store(rows + OFFSET * N, tl.where(literal, HIDDEN, 0.0), mask=inside)
-            tl.store(rows + TEXT_INVERSE * N, inverse_t, mask=inside)
-            tl.store(rows + AUDIO_INVERSE * N, inverse_a, mask=inside)
+class RowTerms(NamedTuple):
+    """What belongs to the rows alone in the gradients; (2, N) are of the texts, and of the audios.
+
+    dT += other a + step (a - t) + own t, and dA with t and a exchanged (but for a - t).
+    """
+
+    scalars: list[Tensor]
+    """dk, db and (with a radius) dR of each row"""
+    other: Tensor
+    step: Tensor | None = None
+    own: Tensor | None = None
 
 
-@triton.jit
-def positive_products(state, i, inside, N, MODE: tl.constexpr):
-    """<t_i, a_i>, <t_sup_i, a_i> and <a_sup_i, t_i>; 0 where the mode has none."""
-    rows = state + STATE_GEOMETRY * N + i
-    s = tl.load(rows + POSITIVE * N, mask=inside, other=0.0)
-    x, y = tl.zeros_like(s), tl.zeros_like(s)
-    if MODE != PLAIN:
-        c = tl.load(rows + C * N, mask=inside, other=0.0)
-        inverse = tl.load(rows + TEXT_INVERSE * N, mask=inside, other=0.0)
-        x = (s + c * tl.load(rows + STEP_AUDIO * N, mask=inside, other=0.0)) * inverse
-        inverse = tl.load(rows + AUDIO_INVERSE * N, mask=inside, other=0.0)
-        y = (s - c * tl.load(rows + STEP_TEXT * N, mask=inside, other=0.0)) * inverse
-    return s, x, y
+class RowCall(DeviceCall):
+    """A call whose work on the rows alone is PyTorch's."""
 
+    @functools.cached_property
+    def k(self) -> Tensor:
+        return self.inputs.scale.float()
 
-@triton.jit
-def finish_direction(
-    running, state, DIRECTION: tl.constexpr, z, i, inside, N, INFONCE: tl.constexpr
-):  # fmt: skip
-    """The direction's loss of each row with positive logit z (base 2); fills `state`."""
-    m = tl.load(running + 2 * DIRECTION * N + i, mask=inside, other=0.0)
-    l = tl.load(running + (2 * DIRECTION + 1) * N + i, mask=inside, other=0.0)
-    if INFONCE:
-        top = tl.maximum(m, z)
-        others = l * tl.exp2(m - top)
-        total = others + tl.exp2(z - top)
-        # log(total / exp(z - top)): exactly 0 without negatives, if exp2 does not overflow.
-        y = others * tl.exp2(tl.minimum(top - z, 100.0, propagate_nan=tl.PropagateNan.ALL))
-        loss = tl.where(top - z > 100.0, (tl.log2(total) + (top - z)) / LOG2E, tl.log(1.0 + y))
-        tl.store(state + DIRECTION * N + i, top, mask=inside)
-        tl.store(state + (STATE_L + DIRECTION) * N + i, total, mask=inside)
-        tl.store(state + (STATE_OTHERS + DIRECTION) * N + i, others, mask=inside)
-    else:
-        loss = l + softplus(-z)
-    return loss
+    @functools.cached_property
+    def k2(self) -> Tensor:
+        return logit_scale_2(self.inputs.scale)
 
+    @functools.cached_property
+    def R(self) -> Tensor | None:
+        """(N,) float32"""
+        radius = self.inputs.radius
+        return None if radius is None else radius.float().expand(self.N)
 
-@triton.jit(
-    do_not_specialize=["N"], do_not_specialize_on_alignment=["scale", "bias", "radius", "weight"]
-)
-def finish_statistics(
-    running, state,
-    scale, bias, radius, weight,
-    out,  # (N,) float32: the rows' losses times row_scale
-    terms,  # (6, N) float32 or None: l_t2a, l_a2t, l_svr, l_cons, and whether the positive is
-            # beaten among the audios and among the texts
-    N, row_scale, alpha, beta,
-    PER_ROW_RADIUS: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The positives join the log-sum-exps of the negatives."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    k2 = logit_scale_2(scale)
-    b = logit_bias_2(bias, INFONCE)
-    s, x, y = positive_products(state, i, inside, N, MODE)
-    s, x, y = k2 * s + b, k2 * x + b, k2 * y + b
-    text = finish_direction(running, state, TEXT_ROWS, s, i, inside, N, INFONCE)
-    audio, support, constraint = tl.zeros_like(text), tl.zeros_like(text), tl.zeros_like(text)
-    if INFONCE:
-        audio = finish_direction(running, state, AUDIO_ROWS, s, i, inside, N, INFONCE)
-    if MODE != PLAIN:
-        support = finish_direction(running, state, SUPPORT_ROWS, x, i, inside, N, INFONCE)
-    if MODE == SHARED:
-        support += finish_direction(running, state, OTHER_ROWS, x, i, inside, N, INFONCE)
-    if MODE == MIRROR:
-        support += finish_direction(running, state, OTHER_ROWS, y, i, inside, N, INFONCE)
-    if radius is not None:
-        R = load_radius(radius, i, inside, PER_ROW_RADIUS)
-        r = tl.load(state + (STATE_GEOMETRY + GAP) * N + i, mask=inside, other=0.0)
-        constraint = tl.where(R > r, R - r, 0.0) + tl.where(R < 0.0, -R, 0.0)
-        constraint = tl.where(R == R, constraint, R)
-    loss = text + audio + beta * constraint
-    if MODE != PLAIN:
-        loss += alpha * support
-    if weight is not None:
-        loss *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + i, loss * row_scale, mask=inside)
-    if terms is not None:
-        tl.store(terms + i, text, mask=inside)
-        tl.store(terms + N + i, audio, mask=inside)
-        tl.store(terms + 2 * N + i, support, mask=inside)
-        tl.store(terms + 3 * N + i, constraint, mask=inside)
-        own = tl.load(state + (STATE_GEOMETRY + PANEL_POSITIVE) * N + i, mask=inside, other=0.0)
-        m_text = tl.load(running + 2 * TEXT_ROWS * N + i, mask=inside, other=0.0)
-        m_audio = tl.load(running + 2 * AUDIO_ROWS * N + i, mask=inside, other=0.0)
-        tl.store(terms + 4 * N + i, (m_text >= own).to(tl.float32), mask=inside)
-        tl.store(terms + 5 * N + i, (m_audio >= own).to(tl.float32), mask=inside)
+    @property
+    def geometry(self) -> Tensor:
+        return self.state[STATE_GEOMETRY:]
 
+    @property
+    def row_blocks(self) -> list[slice]:
+        rows = max(1, tile_sizes.ROW_ELEMENTS // self.width)
+        return [slice(start, start + rows) for start in range(0, self.N, rows)]
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["upstream", "weight"])
-def row_weights(
-    upstream, weight,  # (N,) or () or None, (N,) or None
-    state,
-    omega,  # (N,) float32: weight of the row's loss in the final scalar
-    bounds,  # (2, blocks) float32: largest |omega|, and largest weight for an omega of 1
-    N, row_scale, alpha,
-    PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """omega, and what bounds the gradient's weights."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    w = row_scale + tl.zeros([BLOCK_N], tl.float32)
-    if upstream is not None:
-        if PER_ROW:
-            w *= tl.load(upstream + i, mask=inside, other=0.0).to(tl.float32)
+    def pack_rows(self, X: Tensor, out: Tensor) -> None:
+        out[:, self.D :] = 0.0
+        if (
+            self.options.normalize
+        ):  # as F.normalize: where gaps are small, its roundings are the row
+            torch.div(X, length(X).clamp_min(MIN_NORM)[:, None], out=out[:, : self.D])
         else:
-            w *= tl.load(upstream).to(tl.float32)
-    if weight is not None:
-        w *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(omega + i, w, mask=inside)
-    gain = tl.full([BLOCK_N], 2.0, tl.float32)
-    if MODE != PLAIN:
-        rows = state + STATE_GEOMETRY * N + i
-        c = tl.load(rows + TILE_C * N, mask=inside, other=0.0)
-        inverse_t = tl.load(rows + TEXT_INVERSE * N, mask=inside, other=0.0)
-        inverse_a = tl.load(rows + AUDIO_INVERSE * N, mask=inside, other=0.0)
-        inverse = tl.maximum(inverse_t, inverse_a)
-        near = tl.load(rows + OFFSET * N, mask=inside, other=0.0) == 0.0
-        gain += tl.where(near, 2.0 * tl.abs(alpha) * (1.0 + 2.0 * tl.abs(c)) * inverse, 0.0)
-    at = bounds + tl.program_id(0)
-    tl.store(at, tl.max(tl.where(inside, tl.abs(w), 0.0), 0))
-    tl.store(at + tl.num_programs(0), tl.max(gain, 0))
+            out[:, : self.D] = X
 
+    def prepare_state(self) -> None:
+        self.running.zero_()
+        self.running[: 2 * SIMILARITY : 2] = HIDDEN
+        support, renormalize = self.mode != PLAIN, self.options.renormalize
+        for part in self.row_blocks:
+            t, a = self.T[part].float(), self.A[part].float()
+            R = None if self.R is None else self.R[part]
+            for name, values in geometry_of(t, a, R, support, renormalize).items():
+                self.geometry[name, part] = values
 
-@triton.jit(do_not_specialize=["N", "blocks"])
-def row_factors(
-    state, omega, bounds,
-    factors,  # (8, N) float32: m, then omega / (l unit), times alpha for the support vectors
-    unit,  # () float32, a power of 2: what the stored weights are multiples of
-    N, blocks, alpha,
-    MODE: tl.constexpr, INFONCE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What turns a logit into its weight. The unit keeps float16 weights inside their range."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    largest, gain = 0.0, 0.0
-    for n in range(0, blocks):
-        largest = tl.maximum(largest, tl.load(bounds + n))
-        gain = tl.maximum(gain, tl.load(bounds + blocks + n))
-    bound = largest * gain / LARGEST_WEIGHT
-    power = (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    one = tl.where((bound > 1e-30) & (bound < 1e30), power, 1.0)
-    tl.store(unit, one)
-    w = tl.load(omega + i, mask=inside, other=0.0) / one
-    for direction in tl.static_range(SIMILARITY):
-        used = MODE != PLAIN if direction == SUPPORT_ROWS else True
-        used = MODE == SHARED or MODE == MIRROR if direction == OTHER_ROWS else used
-        if used:
-            f = alpha * w if direction >= SUPPORT_ROWS else w
-            if INFONCE:
-                m = tl.load(state + direction * N + i, mask=inside, other=0.0)
-                f /= tl.load(state + (STATE_L + direction) * N + i, mask=inside, other=1.0)
-                tl.store(factors + direction * N + i, m, mask=inside)
-            tl.store(factors + (SIMILARITY + direction) * N + i, f, mask=inside)
+    # The positives.
+    @functools.cached_property
+    def positives(self) -> Tensor:
+        """(k, N): <t_i, a_i> twice, <t_sup_i, a_i>, and of OTHER_ROWS that or <a_sup_i, t_i>."""
+        rows = self.geometry
+        s = rows[POSITIVE]
+        if self.mode == PLAIN:
+            return s.expand(2, self.N)
+        x = (s + rows[C] * rows[STEP_AUDIO]) * rows[TEXT_INVERSE]
+        if self.mode == ONE_SIDED:
+            return torch.stack((s, s, x))
+        if self.mode == SHARED:
+            return torch.stack((s, s, x, x))
+        y = (s - rows[C] * rows[STEP_TEXT]) * rows[AUDIO_INVERSE]
+        return torch.stack((s, s, x, y))
+
+    def siglip_logits(self) -> Tensor:
+        """(k, N), in nats."""
+        assert self.bias is not None
+        return self.k * self.positives + self.bias.float()
+
+    def positive_slopes(self) -> Tensor:
+        """(k, N): gradient with respect to the positives' logits, omega (p - 1), times alpha for
+        support vectors."""
+        used = len(self.positives)
+        if self.infonce:
+            slopes = self.state[STATE_OTHERS:][:used] / self.state[STATE_L:][:used]
+        else:
+            slopes = self.siglip_logits().neg_().sigmoid_()
+            slopes[AUDIO_ROWS] = 0.0
+        slopes *= -self.omega
+        slopes[SUPPORT_ROWS:] *= self.options.alpha
+        return slopes
+
+    # After sweep 1.
+    def losses(self) -> Tensor:
+        """(k, N): the loss of each direction; fills `state`."""
+        used = len(self.positives)
+        m, l = self.log_sums[:, :used]
+        if not self.infonce:
+            losses = l - F.logsigmoid(self.siglip_logits())
+            losses[AUDIO_ROWS] = 0.0
+            return losses
+        z = self.k2 * self.positives
+        top = torch.maximum(m, z)
+        others = l * (m - top).exp2_()
+        total = others + (z - top).exp2_()
+        self.state[:used] = top
+        self.state[STATE_L:][:used] = total
+        self.state[STATE_OTHERS:][:used] = others
+        # log(total / exp2(z - top)): exactly 0 without negatives, if exp2 does not overflow.
+        above = top - z
+        large = (total.log2_() + above) * math.log(2.0)
+        near = others.mul_(above.clamp_max(100.0).exp2_()).log1p_()
+        return torch.where(above > 100.0, large, near)
+
+    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
+        losses = self.losses()
+        text, audio = losses[TEXT_ROWS], losses[AUDIO_ROWS]
+        loss, support, constraint = text + audio, None, None
+        if self.mode != PLAIN:
+            support = losses[SUPPORT_ROWS:].sum(dim=0)
+            loss.add_(support, alpha=self.options.alpha)
+        if self.R is not None:
+            constraint = F.relu(self.R - self.geometry[GAP]) + F.relu(-self.R)
+            loss.add_(constraint, alpha=self.options.beta)
+        if self.inputs.weight is not None:
+            loss *= self.inputs.weight
+        torch.mul(loss, self.row_scale, out=rows)
+        if terms is None:
+            return
+        beaten = self.log_sums[0, : AUDIO_ROWS + 1] >= self.geometry[PANEL_POSITIVE]
+        for n, values in enumerate((text, audio, support, constraint, *beaten)):
+            terms[n] = 0.0 if values is None else values
+
+    # Before sweep 2.
+    def weights_unit(self) -> Tensor:
+        """The power of 2 that weights are multiples of: float16 weights stay in their range."""
+        bound = 2.0 / LARGEST_WEIGHT * self.omega.abs().amax()
+        if self.mode != PLAIN:  # support vectors add to the weights for an omega of 1
+            rows = self.geometry
+            inverse = torch.maximum(rows[TEXT_INVERSE], rows[AUDIO_INVERSE])
+            support = (1.0 + 2.0 * rows[TILE_C].abs()) * inverse
+            literal = rows[OFFSET] != 0.0
+            bound *= 1.0 + abs(self.options.alpha) * support.masked_fill(literal, 0.0).amax()
+        power = bound.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        return torch.where((bound > 1e-30) & (bound < 1e30), power, 1.0)
+
+    def prepare_factors(self, upstream: Tensor | None) -> None:
+        self.omega.fill_(self.row_scale)
+        for weight in (upstream, self.inputs.weight):
+            if weight is not None:
+                self.omega *= weight
+        self.unit.copy_(self.weights_unit())
+        used = len(self.positives)
+        factors = self.factors[DIRECTIONS:][:used]
+        factors[:] = self.omega / self.unit
+        factors[SUPPORT_ROWS:] *= self.options.alpha
+        if self.infonce:
+            factors /= self.state[STATE_L:][:used]
+            self.factors[:used] = self.state[:used]
+        self.slopes = self.positive_slopes()
+
+    # After sweep 2.
+    def row_terms(self) -> RowTerms:
+        sums, k, unit = self.sums, self.k, self.unit
+        per_product = unit / self.k2
+        g = self.slopes[TEXT_ROWS] + self.slopes[AUDIO_ROWS]
+        dk = sums[BASE] * per_product + g * self.positives[TEXT_ROWS]
+        db = sums[BIAS] * unit + g
+        other = (k * g).expand(2, self.N)
+        if self.R is None:
+            return RowTerms([dk, db], other)
+        rows, weight = self.geometry, self.options.beta * self.omega
+        r = rows[GAP]
+        hinge = torch.where(self.R > r, weight, 0.0)
+        dR = hinge - torch.where(self.R < 0.0, weight, 0.0)
+        if self.mode == PLAIN:
+            along = hinge / r
+            return RowTerms([dk, db, dR], other, torch.stack((along, -along)))
+        c, inverse = rows[C], rows[TEXT_INVERSE : AUDIO_INVERSE + 1]
+        slopes = self.slopes[SUPPORT_ROWS:]
+        if self.mode != MIRROR:
+            slopes = torch.stack((slopes.sum(dim=0), torch.zeros_like(c)))
+        support = sums[SUPPORT_TEXT : SUPPORT_AUDIO + 1] * per_product
+        support += slopes * self.positives[SUPPORT_ROWS:]
+        dk += support.sum(dim=0)
+        db += slopes.sum(dim=0)
+        # Of a literal row, H and U are in RHO_LITERAL and dT, dA already (literal.py).
+        literal = rows[OFFSET] != 0.0
+        H = (k * inverse * slopes).masked_fill_(literal, 0.0)
+        moved = torch.stack((rows[STEP_AUDIO], -rows[STEP_TEXT]))  # <e, a> and <-e, t>
+        rho = k * inverse * sums[RHO_TEXT : RHO_AUDIO + 1] * per_product + H * moved
+        sigma = torch.zeros_like(H)
+        if self.options.renormalize:
+            sigma = (k * inverse * inverse * support).masked_fill_(literal, 0.0)
+            rho -= sigma * (c * moved.sum(dim=0) - moved.flip(0))
+        rho = (rho.sum(dim=0) + k * unit * sums[RHO_LITERAL]) / r
+        along = (c * rho + hinge) / r
+        U, tau, d = H.flip(0), sigma.flip(0), 1.0 - c  # of the other tower's support vectors
+        step = c * (c * tau - U - d * sigma) + along
+        step[1].neg_()
+        return RowTerms([dk, db, dR + rho], other + d * H + U - c * tau, step, c * U - d * sigma)
+
+    def finish_towers(
+        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        terms, factor = self.row_terms(), self.k * self.unit
+        for part in self.row_blocks:
+            t, a = self.T[part].float(), self.A[part].float()
+            e = t if terms.step is None else a - t
+            for n, (total, own, other) in enumerate(((dT, t, a), (dA, a, t))):
+                if total is None:
+                    continue
+                total = total[part].mul_(factor).addcmul_(other, terms.other[n, part, None])
+                if terms.step is not None:
+                    total.addcmul_(e, terms.step[n, part, None])
+                if terms.own is not None:
+                    total.addcmul_(own, terms.own[n, part, None])
+        for total, X, out in ((dT, self.inputs.text, text), (dA, self.inputs.audio, audio)):
+            if total is not None and out is not None:
+                self.finish_tower(total[:, : self.D], X, out)
+        return terms.scalars[-1], torch.stack(terms.scalars).sum(dim=1, dtype=torch.float64)
+
+    def finish_tower(self, total: Tensor, X: Tensor, out: Tensor) -> None:
+        """out (N, D) = total, of the rows X before they were normalised; cast once."""
+        if self.options.normalize:
+            for part in self.row_blocks:
+                out[part] = normalize_gradient(X[part].float(), total[part])
+        elif out.data_ptr() != total.data_ptr():
+            out.copy_(total)
