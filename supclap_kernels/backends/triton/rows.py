@@ -2,7 +2,7 @@
 
 The formulas are those of csrc/cpu/rows.h, in float32 and with the maxima m in base 2 (MATH.md, row
 terms). O(N D) work goes through blocks of rows, O(N) work takes all rows at once, as (k, N): the k
-directions of the softmax that the loss has, or the text support vectors and the audio ones.
+directions of the softmax that the loss has, or (2, N): the texts' side and the audios'.
 Nothing is read back from the device.
 """
 
@@ -42,19 +42,17 @@ from ..state import (
     RHO_TEXT,
     SIMILARITY,
     STATE_GEOMETRY,
-    STATE_L,
-    STATE_OTHERS,
     STEP_AUDIO,
     STEP_TEXT,
     SUPPORT_AUDIO,
     SUPPORT_ROWS,
     SUPPORT_TEXT,
     TEXT_INVERSE,
-    TEXT_ROWS,
     TILE_C,
     C,
 )
 
+LN2 = math.log(2.0)
 LARGEST_WEIGHT = 2.0**14
 """Of a weight in its unit: float16 ends at 2^16."""
 
@@ -71,41 +69,40 @@ def length(x: Tensor) -> Tensor:
 
 def geometry_of(
     t: Tensor, a: Tensor, R: Tensor | None, support: bool, renormalize: bool
-) -> dict[int, Tensor | float]:
+) -> dict[int, Tensor]:
     """The geometry of some rows (n, width), from differences of the rows themselves: nothing
     cancels. `support`: with that of the support vectors."""
-    geometry: dict[int, Tensor | float] = {POSITIVE: dot(t, a)}
     if R is None:
-        return geometry
+        return {POSITIVE: dot(t, a)}
     e = a - t
     r = (dot(e, e) + EPS**2).sqrt()
-    geometry[GAP] = r
+    geometry = {POSITIVE: dot(t, a), GAP: r}
     if not support:
         return geometry
     c = R / r
     longest = torch.maximum(length(t), length(a))
     literal = (c.abs() > LITERAL_C) | (r < LITERAL_GAP * longest)
-    geometry |= {C: c, STEP_TEXT: dot(e, t), STEP_AUDIO: dot(e, a)}
-    geometry |= {TEXT_INVERSE: 1.0, AUDIO_INVERSE: 1.0}
+    text = audio = torch.ones_like(c)
     if renormalize:
         text = length(torch.addcmul(t, c[:, None], e))
         audio = length(torch.addcmul(a, c[:, None], e, value=-1.0))
         literal |= torch.minimum(text, audio) < LITERAL_LENGTH * longest
-        geometry[TEXT_INVERSE] = text.clamp_min(MIN_LENGTH).reciprocal()
-        geometry[AUDIO_INVERSE] = audio.clamp_min(MIN_LENGTH).reciprocal()
-    geometry[TILE_C] = c.masked_fill(literal, 0.0)
-    geometry[OFFSET] = torch.zeros_like(c).masked_fill(literal, HIDDEN)
-    return geometry
+        text, audio = (x.clamp_min(MIN_LENGTH).reciprocal() for x in (text, audio))
+    return geometry | {
+        C: c,
+        TILE_C: c.masked_fill(literal, 0.0),
+        OFFSET: torch.zeros_like(c).masked_fill_(literal, HIDDEN),
+        TEXT_INVERSE: text,
+        AUDIO_INVERSE: audio,
+        STEP_TEXT: dot(e, t),
+        STEP_AUDIO: dot(e, a),
+    }
 
 
 class RowTerms(NamedTuple):
-    """What belongs to the rows alone in the gradients; (2, N) are of the texts, and of the audios.
+    """Coefficients (2, N) of the rows themselves in the gradients, of the texts and the audios:
+    dT += other a + step (a - t) + own t, and dA with t and a exchanged."""
 
-    dT += other a + step (a - t) + own t, and dA with t and a exchanged (but for a - t).
-    """
-
-    scalars: list[Tensor]
-    """dk, db and (with a radius) dR of each row"""
     other: Tensor
     step: Tensor | None = None
     own: Tensor | None = None
@@ -156,66 +153,62 @@ class RowCall(DeviceCall):
             for name, values in geometry_of(t, a, R, support, renormalize).items():
                 self.geometry[name, part] = values
 
-    # The positives.
+    @functools.cached_property
+    def moved(self) -> Tensor:
+        """(2, N): <e, a> and <-e, t>, which the motion of the support vectors adds to <t, a>."""
+        return torch.stack((self.geometry[STEP_AUDIO], -self.geometry[STEP_TEXT]))
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """(2, N): 1 / length of the support vectors; 0 for literal rows (literal.py)."""
+        literal = self.geometry[OFFSET] != 0.0
+        return self.geometry[TEXT_INVERSE : AUDIO_INVERSE + 1].masked_fill(literal, 0.0)
+
     @functools.cached_property
     def positives(self) -> Tensor:
-        """(k, N): <t_i, a_i> twice, <t_sup_i, a_i>, and of OTHER_ROWS that or <a_sup_i, t_i>."""
-        rows = self.geometry
-        s = rows[POSITIVE]
+        """(k, N): inner products. <t_i, a_i> for texts and audios, <t_sup_i, a_i>, and for OTHER_ROWS
+        that (shared) or <a_sup_i, t_i> (mirror)."""
+        s = self.geometry[POSITIVE].expand(2, self.N)
         if self.mode == PLAIN:
-            return s.expand(2, self.N)
-        x = (s + rows[C] * rows[STEP_AUDIO]) * rows[TEXT_INVERSE]
-        if self.mode == ONE_SIDED:
-            return torch.stack((s, s, x))
-        if self.mode == SHARED:
-            return torch.stack((s, s, x, x))
-        y = (s - rows[C] * rows[STEP_TEXT]) * rows[AUDIO_INVERSE]
-        return torch.stack((s, s, x, y))
+            return s
+        inverse = self.geometry[TEXT_INVERSE : AUDIO_INVERSE + 1]
+        x, y = torch.addcmul(s, self.geometry[C], self.moved) * inverse
+        support = {ONE_SIDED: (x,), SHARED: (x, x), MIRROR: (x, y)}
+        return torch.stack((*s, *support[self.mode]))
 
     def siglip_logits(self) -> Tensor:
-        """(k, N), in nats."""
+        """(k, N): of the positives, in nats."""
         assert self.bias is not None
         return self.k * self.positives + self.bias.float()
 
-    def positive_slopes(self) -> Tensor:
-        """(k, N): gradient with respect to the positives' logits, omega (p - 1), times alpha for
-        support vectors."""
-        used = len(self.positives)
-        if self.infonce:
-            slopes = self.state[STATE_OTHERS:][:used] / self.state[STATE_L:][:used]
-        else:
-            slopes = self.siglip_logits().neg_().sigmoid_()
-            slopes[AUDIO_ROWS] = 0.0
-        slopes *= -self.omega
-        slopes[SUPPORT_ROWS:] *= self.options.alpha
-        return slopes
+    @property
+    def softmax(self) -> Tensor:
+        """(3, k, N): m, l and l without the positive, in `state`."""
+        rows = self.state[:STATE_GEOMETRY].view(3, DIRECTIONS, self.N)
+        return rows[:, : len(self.positives)]
 
     # After sweep 1.
     def losses(self) -> Tensor:
-        """(k, N): the loss of each direction; fills `state`."""
-        used = len(self.positives)
-        m, l = self.log_sums[:, :used]
+        """(k, N): of each direction; fills `softmax`."""
+        m, l = self.log_sums[:, : len(self.positives)]
         if not self.infonce:
             losses = l - F.logsigmoid(self.siglip_logits())
             losses[AUDIO_ROWS] = 0.0
             return losses
+        top, total, others = self.softmax
         z = self.k2 * self.positives
-        top = torch.maximum(m, z)
-        others = l * (m - top).exp2_()
-        total = others + (z - top).exp2_()
-        self.state[:used] = top
-        self.state[STATE_L:][:used] = total
-        self.state[STATE_OTHERS:][:used] = others
-        # log(total / exp2(z - top)): exactly 0 without negatives, if exp2 does not overflow.
+        torch.maximum(m, z, out=top)
+        torch.mul(l, (m - top).exp2_(), out=others)
+        torch.add(others, (z - top).exp2_(), out=total)
+        # log(total / exp2(z - top)): exactly 0 without negatives, and exp2 does not overflow.
         above = top - z
-        large = (total.log2_() + above) * math.log(2.0)
-        near = others.mul_(above.clamp_max(100.0).exp2_()).log1p_()
-        return torch.where(above > 100.0, large, near)
+        power = above.clamp_max(100.0)
+        losses = (others * power.exp2()).log1p_()
+        return losses.add_(above - power, alpha=LN2)
 
     def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
         losses = self.losses()
-        text, audio = losses[TEXT_ROWS], losses[AUDIO_ROWS]
-        loss, support, constraint = text + audio, None, None
+        loss, support, constraint = losses[:SUPPORT_ROWS].sum(dim=0), None, None
         if self.mode != PLAIN:
             support = losses[SUPPORT_ROWS:].sum(dim=0)
             loss.add_(support, alpha=self.options.alpha)
@@ -227,83 +220,86 @@ class RowCall(DeviceCall):
         torch.mul(loss, self.row_scale, out=rows)
         if terms is None:
             return
-        beaten = self.log_sums[0, : AUDIO_ROWS + 1] >= self.geometry[PANEL_POSITIVE]
-        for n, values in enumerate((text, audio, support, constraint, *beaten)):
+        beaten = self.log_sums[0, :SUPPORT_ROWS] >= self.geometry[PANEL_POSITIVE]
+        for n, values in enumerate((*losses[:SUPPORT_ROWS], support, constraint, *beaten)):
             terms[n] = 0.0 if values is None else values
 
     # Before sweep 2.
     def weights_unit(self) -> Tensor:
         """The power of 2 that weights are multiples of: float16 weights stay in their range."""
-        bound = 2.0 / LARGEST_WEIGHT * self.omega.abs().amax()
-        if self.mode != PLAIN:  # support vectors add to the weights for an omega of 1
-            rows = self.geometry
-            inverse = torch.maximum(rows[TEXT_INVERSE], rows[AUDIO_INVERSE])
-            support = (1.0 + 2.0 * rows[TILE_C].abs()) * inverse
-            literal = rows[OFFSET] != 0.0
-            bound *= 1.0 + abs(self.options.alpha) * support.masked_fill(literal, 0.0).amax()
-        power = bound.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
-        return torch.where((bound > 1e-30) & (bound < 1e30), power, 1.0)
+        bound = self.omega.abs().amax() * (2.0 / LARGEST_WEIGHT)
+        if self.mode != PLAIN:
+            support = (1.0 + 2.0 * self.geometry[TILE_C].abs()) * self.inverse
+            bound *= 1.0 + abs(self.options.alpha) * support.amax()
+        bits = bound.clamp_(1e-30, 1e30).view(torch.int32)
+        return bits.bitwise_and_(0x7F800000).view(torch.float32)
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
+        """Also fills `slopes` (k, N): gradient with respect to the positives' logits, omega (p - 1),
+        times alpha for the support vectors."""
         self.omega.fill_(self.row_scale)
         for weight in (upstream, self.inputs.weight):
             if weight is not None:
                 self.omega *= weight
         self.unit.copy_(self.weights_unit())
         used = len(self.positives)
-        factors = self.factors[DIRECTIONS:][:used]
-        factors[:] = self.omega / self.unit
-        factors[SUPPORT_ROWS:] *= self.options.alpha
+        weights = self.omega.repeat(used, 1)
+        weights[SUPPORT_ROWS:] *= self.options.alpha
         if self.infonce:
-            factors /= self.state[STATE_L:][:used]
-            self.factors[:used] = self.state[:used]
-        self.slopes = self.positive_slopes()
+            top, total, others = self.softmax
+            weights /= total
+            self.slopes = -others * weights
+            self.factors[:used] = top
+        else:
+            self.slopes = -weights * self.siglip_logits().neg_().sigmoid_()
+            self.slopes[AUDIO_ROWS] = 0.0
+        torch.div(weights, self.unit, out=self.factors[DIRECTIONS:][:used])
 
     # After sweep 2.
-    def row_terms(self) -> RowTerms:
-        sums, k, unit = self.sums, self.k, self.unit
-        per_product = unit / self.k2
-        g = self.slopes[TEXT_ROWS] + self.slopes[AUDIO_ROWS]
-        dk = sums[BASE] * per_product + g * self.positives[TEXT_ROWS]
-        db = sums[BIAS] * unit + g
-        other = (k * g).expand(2, self.N)
+    def scalars(self) -> list[Tensor]:
+        """dk and db, float64."""
+        totals = self.sums.sum(dim=1, dtype=torch.float64) * self.unit
+        products = totals[BASE] + totals[SUPPORT_TEXT] + totals[SUPPORT_AUDIO]
+        positives = torch.stack((self.slopes * self.positives, self.slopes))
+        dk, db = positives.sum(dim=(1, 2), dtype=torch.float64)
+        return [dk + products / self.k2, db + totals[BIAS]]
+
+    def row_terms(self) -> tuple[RowTerms, Tensor]:
+        """Also dR of each row; 0 without a radius."""
+        slopes = self.k * self.slopes
+        other = slopes[:SUPPORT_ROWS].sum(dim=0).expand(2, self.N)
         if self.R is None:
-            return RowTerms([dk, db], other)
-        rows, weight = self.geometry, self.options.beta * self.omega
-        r = rows[GAP]
-        hinge = torch.where(self.R > r, weight, 0.0)
-        dR = hinge - torch.where(self.R < 0.0, weight, 0.0)
+            return RowTerms(other), torch.zeros_like(self.omega)
+        r, weight = self.geometry[GAP], self.options.beta * self.omega
+        hinge = weight * (self.R > r)
+        dR = hinge - weight * (self.R < 0.0)
         if self.mode == PLAIN:
-            along = hinge / r
-            return RowTerms([dk, db, dR], other, torch.stack((along, -along)))
-        c, inverse = rows[C], rows[TEXT_INVERSE : AUDIO_INVERSE + 1]
-        slopes = self.slopes[SUPPORT_ROWS:]
+            return RowTerms(other, (hinge / r).expand(2, self.N)), dR
+        c, sums = self.geometry[C], self.sums * (LN2 * self.unit)  # k / k2 = log(2)
+        # (2, N): H of the text support vectors, U of the audio ones; flip exchanges them.
+        slopes = slopes[SUPPORT_ROWS:]
         if self.mode != MIRROR:
             slopes = torch.stack((slopes.sum(dim=0), torch.zeros_like(c)))
-        support = sums[SUPPORT_TEXT : SUPPORT_AUDIO + 1] * per_product
-        support += slopes * self.positives[SUPPORT_ROWS:]
-        dk += support.sum(dim=0)
-        db += slopes.sum(dim=0)
-        # Of a literal row, H and U are in RHO_LITERAL and dT, dA already (literal.py).
-        literal = rows[OFFSET] != 0.0
-        H = (k * inverse * slopes).masked_fill_(literal, 0.0)
-        moved = torch.stack((rows[STEP_AUDIO], -rows[STEP_TEXT]))  # <e, a> and <-e, t>
-        rho = k * inverse * sums[RHO_TEXT : RHO_AUDIO + 1] * per_product + H * moved
-        sigma = torch.zeros_like(H)
+        H = slopes * self.inverse
+        rho = self.inverse * sums[RHO_TEXT : RHO_AUDIO + 1] + H * self.moved
+        V = c * H.flip(0)
+        own, bend = V, 0.0
         if self.options.renormalize:
-            sigma = (k * inverse * inverse * support).masked_fill_(literal, 0.0)
-            rho -= sigma * (c * moved.sum(dim=0) - moved.flip(0))
-        rho = (rho.sum(dim=0) + k * unit * sums[RHO_LITERAL]) / r
+            support = (
+                sums[SUPPORT_TEXT : SUPPORT_AUDIO + 1] + slopes * self.positives[SUPPORT_ROWS:]
+            )
+            sigma = self.inverse.square() * support
+            rho -= sigma * (c * self.moved.sum(dim=0) - self.moved.flip(0))
+            V += c * sigma
+            own, bend = V - sigma, c.square() * sigma.sum(dim=0)
+        rho = (rho.sum(dim=0) + self.k2 * sums[RHO_LITERAL]) / r
         along = (c * rho + hinge) / r
-        U, tau, d = H.flip(0), sigma.flip(0), 1.0 - c  # of the other tower's support vectors
-        step = c * (c * tau - U - d * sigma) + along
-        step[1].neg_()
-        return RowTerms([dk, db, dR + rho], other + d * H + U - c * tau, step, c * U - d * sigma)
+        return RowTerms(other + H.sum(dim=0) - V.flip(0), along + bend - V, own), dR + rho
 
     def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        terms, factor = self.row_terms(), self.k * self.unit
+        (terms, dR), factor = self.row_terms(), self.k * self.unit
         for part in self.row_blocks:
             t, a = self.T[part].float(), self.A[part].float()
             e = t if terms.step is None else a - t
@@ -312,13 +308,13 @@ class RowCall(DeviceCall):
                     continue
                 total = total[part].mul_(factor).addcmul_(other, terms.other[n, part, None])
                 if terms.step is not None:
-                    total.addcmul_(e, terms.step[n, part, None])
+                    total.addcmul_(e, terms.step[n, part, None], value=1.0 - 2.0 * n)
                 if terms.own is not None:
                     total.addcmul_(own, terms.own[n, part, None])
         for total, X, out in ((dT, self.inputs.text, text), (dA, self.inputs.audio, audio)):
             if total is not None and out is not None:
                 self.finish_tower(total[:, : self.D], X, out)
-        return terms.scalars[-1], torch.stack(terms.scalars).sum(dim=1, dtype=torch.float64)
+        return dR, torch.stack((*self.scalars(), dR.sum(dtype=torch.float64)))
 
     def finish_tower(self, total: Tensor, X: Tensor, out: Tensor) -> None:
         """out (N, D) = total, of the rows X before they were normalised; cast once."""
