@@ -148,6 +148,13 @@ class DeviceCall:
         """Working memory of the literal rows' gradients."""
         raise NotImplementedError
 
+    @staticmethod
+    def row_bytes(
+        N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
+    ) -> tuple[int, int]:
+        """Working memory of the rows' own terms: held during sweep 2, and needed after it."""
+        return 0, 4 * 3 * N
+
     def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
         kind = (self.grams, self.infonce, self.dtype)
         return self.slots_for(ni, nj, self.fused, weights, *kind)
@@ -322,7 +329,7 @@ class DeviceCall:
 def logit_scale_2(scale: Tensor) -> Tensor:
     """k log2(e); not 0, since sums of slope times logit are divided by it."""
     k2 = scale.float() * math.log2(math.e)
-    return torch.where(k2 == 0.0, 1e-30, k2)
+    return k2.masked_fill(k2 == 0.0, 1e-30)
 
 
 def similarity_of(planes: Tensor, scale: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ...gradients import (
     MIN_NORM,
     normalize_gradient,
 )
-from ...options import MIRROR, ONE_SIDED, PLAIN, SHARED
+from ...options import MIRROR, ONE_SIDED, PLAIN, SHARED, Options
 from ...reference import EPS
 from .. import tile_sizes
 from ..device_call import DeviceCall, logit_scale_2
@@ -67,18 +67,17 @@ def length(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 
-def geometry_of(
-    t: Tensor, a: Tensor, R: Tensor | None, support: bool, renormalize: bool
-) -> dict[int, Tensor]:
-    """The geometry of some rows (n, width), from differences of the rows themselves: nothing
-    cancels. `support`: with that of the support vectors."""
-    if R is None:
-        return {POSITIVE: dot(t, a)}
+def gap(ee: Tensor) -> Tensor:
+    """r from |a - t|^2."""
+    return (ee + EPS**2).sqrt()
+
+
+def support_geometry(t: Tensor, a: Tensor, R: Tensor, renormalize: bool) -> Tensor:
+    """(PANEL_POSITIVE, n): the geometry of some rows (n, width), from differences of the rows
+    themselves: nothing cancels."""
     e = a - t
-    r = (dot(e, e) + EPS**2).sqrt()
-    geometry = {POSITIVE: dot(t, a), GAP: r}
-    if not support:
-        return geometry
+    ee, et = dot(e, e), dot(e, t)
+    r = gap(ee)
     c = R / r
     longest = torch.maximum(length(t), length(a))
     literal = (c.abs() > LITERAL_C) | (r < LITERAL_GAP * longest)
@@ -88,15 +87,18 @@ def geometry_of(
         audio = length(torch.addcmul(a, c[:, None], e, value=-1.0))
         literal |= torch.minimum(text, audio) < LITERAL_LENGTH * longest
         text, audio = (x.clamp_min(MIN_LENGTH).reciprocal() for x in (text, audio))
-    return geometry | {
+    geometry = {
+        GAP: r,
         C: c,
         TILE_C: c.masked_fill(literal, 0.0),
         OFFSET: torch.zeros_like(c).masked_fill_(literal, HIDDEN),
         TEXT_INVERSE: text,
         AUDIO_INVERSE: audio,
-        STEP_TEXT: dot(e, t),
-        STEP_AUDIO: dot(e, a),
+        POSITIVE: dot(t, a),
+        STEP_TEXT: et,
+        STEP_AUDIO: et + ee,
     }
+    return torch.stack([geometry[n] for n in range(PANEL_POSITIVE)])
 
 
 class RowTerms(NamedTuple):
@@ -110,6 +112,17 @@ class RowTerms(NamedTuple):
 
 class RowCall(DeviceCall):
     """A call whose work on the rows alone is PyTorch's."""
+
+    @staticmethod
+    def row_bytes(
+        N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
+    ) -> tuple[int, int]:
+        svr, width = options.support(has_radius), tile_sizes.operand_width(D)
+        rows = min(N, max(1, tile_sizes.ROW_ELEMENTS // width))
+        adding = rows * width * (has_radius + 2 * (dtype.itemsize < 4))
+        normalizing = rows * D * 3 * options.normalize
+        held, temporary = (12, 8) if svr else (2, 3)
+        return 4 * held * N, 4 * (temporary * N + max(adding, normalizing))
 
     @functools.cached_property
     def k(self) -> Tensor:
@@ -136,9 +149,7 @@ class RowCall(DeviceCall):
 
     def pack_rows(self, X: Tensor, out: Tensor) -> None:
         out[:, self.D :] = 0.0
-        if (
-            self.options.normalize
-        ):  # as F.normalize: where gaps are small, its roundings are the row
+        if self.options.normalize:  # as F.normalize: small gaps are made of its roundings
             torch.div(X, length(X).clamp_min(MIN_NORM)[:, None], out=out[:, : self.D])
         else:
             out[:, : self.D] = X
@@ -146,12 +157,15 @@ class RowCall(DeviceCall):
     def prepare_state(self) -> None:
         self.running.zero_()
         self.running[: 2 * SIMILARITY : 2] = HIDDEN
-        support, renormalize = self.mode != PLAIN, self.options.renormalize
         for part in self.row_blocks:
-            t, a = self.T[part].float(), self.A[part].float()
-            R = None if self.R is None else self.R[part]
-            for name, values in geometry_of(t, a, R, support, renormalize).items():
-                self.geometry[name, part] = values
+            t, a, rows = self.T[part].float(), self.A[part].float(), self.geometry[:, part]
+            if self.mode != PLAIN and self.R is not None:
+                renormalize = self.options.renormalize
+                rows[:PANEL_POSITIVE] = support_geometry(t, a, self.R[part], renormalize)
+                continue
+            rows[POSITIVE] = dot(t, a)
+            if self.R is not None:
+                rows[GAP] = gap((a - t).square_().sum(dim=1))
 
     @functools.cached_property
     def moved(self) -> Tensor:
@@ -166,8 +180,8 @@ class RowCall(DeviceCall):
 
     @functools.cached_property
     def positives(self) -> Tensor:
-        """(k, N): inner products. <t_i, a_i> for texts and audios, <t_sup_i, a_i>, and for OTHER_ROWS
-        that (shared) or <a_sup_i, t_i> (mirror)."""
+        """(k, N): inner products. <t_i, a_i> twice, <t_sup_i, a_i>, and of OTHER_ROWS that (shared)
+        or <a_sup_i, t_i> (mirror)."""
         s = self.geometry[POSITIVE].expand(2, self.N)
         if self.mode == PLAIN:
             return s
@@ -213,7 +227,7 @@ class RowCall(DeviceCall):
             support = losses[SUPPORT_ROWS:].sum(dim=0)
             loss.add_(support, alpha=self.options.alpha)
         if self.R is not None:
-            constraint = F.relu(self.R - self.geometry[GAP]) + F.relu(-self.R)
+            constraint = (self.R - self.geometry[GAP]).clamp_min_(0.0) - self.R.clamp_max(0.0)
             loss.add_(constraint, alpha=self.options.beta)
         if self.inputs.weight is not None:
             loss *= self.inputs.weight
@@ -229,13 +243,13 @@ class RowCall(DeviceCall):
         """The power of 2 that weights are multiples of: float16 weights stay in their range."""
         bound = self.omega.abs().amax() * (2.0 / LARGEST_WEIGHT)
         if self.mode != PLAIN:
-            support = (1.0 + 2.0 * self.geometry[TILE_C].abs()) * self.inverse
-            bound *= 1.0 + abs(self.options.alpha) * support.amax()
+            support = (self.geometry[TILE_C].abs() + 0.5) * self.inverse
+            bound *= 1.0 + 2.0 * abs(self.options.alpha) * support.amax()
         bits = bound.clamp_(1e-30, 1e30).view(torch.int32)
         return bits.bitwise_and_(0x7F800000).view(torch.float32)
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
-        """Also fills `slopes` (k, N): gradient with respect to the positives' logits, omega (p - 1),
+        """Also `slopes` (k, N): gradient with respect to the positives' logits, omega (p - 1), and
         times alpha for the support vectors."""
         self.omega.fill_(self.row_scale)
         for weight in (upstream, self.inputs.weight):
@@ -299,7 +313,15 @@ class RowCall(DeviceCall):
     def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        (terms, dR), factor = self.row_terms(), self.k * self.unit
+        terms, dR = self.row_terms()
+        self.add_row_terms(dT, dA, terms)
+        for total, X, out in ((dT, self.inputs.text, text), (dA, self.inputs.audio, audio)):
+            if total is not None and out is not None:
+                self.finish_tower(total[:, : self.D], X, out)
+        return dR, torch.stack((*self.scalars(), dR.sum(dtype=torch.float64)))
+
+    def add_row_terms(self, dT: Tensor | None, dA: Tensor | None, terms: RowTerms) -> None:
+        factor = self.k * self.unit
         for part in self.row_blocks:
             t, a = self.T[part].float(), self.A[part].float()
             e = t if terms.step is None else a - t
@@ -311,10 +333,6 @@ class RowCall(DeviceCall):
                     total.addcmul_(e, terms.step[n, part, None], value=1.0 - 2.0 * n)
                 if terms.own is not None:
                     total.addcmul_(own, terms.own[n, part, None])
-        for total, X, out in ((dT, self.inputs.text, text), (dA, self.inputs.audio, audio)):
-            if total is not None and out is not None:
-                self.finish_tower(total[:, : self.D], X, out)
-        return dR, torch.stack((*self.scalars(), dR.sum(dtype=torch.float64)))
 
     def finish_tower(self, total: Tensor, X: Tensor, out: Tensor) -> None:
         """out (N, D) = total, of the rows X before they were normalised; cast once."""
