@@ -159,9 +159,11 @@ class TritonCall(RowCall):
         self.literal.statistics(self.running)
 
     def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
-        self.literal.gradients(
-            self.factors, self.slopes, self.unit, self.sums, dT, dA, self.options.renormalize
-        )  # fmt: skip
+        slopes = self.support_slopes / self.unit
+        if self.split:  # pairs between two groups of rows: none of them is a positive
+            slopes.zero_()
+        renormalize = self.options.renormalize
+        self.literal.gradients(self.factors, slopes, self.sums, dT, dA, renormalize)
 
 
 PANEL, TILE = DeviceBackend(TritonCall, fused=False), DeviceBackend(TritonCall, fused=True)

@@ -258,15 +258,15 @@ def literal_row(
     return g + positive[:, None] * y, unit, y - x
 
 
-@triton.jit(do_not_specialize=["N", "split", "first", "capacity", "max_splits"])
+@triton.jit(do_not_specialize=["N", "first", "capacity", "max_splits"])
 def finish_literal(
     X, Y, state, index, count,
-    slopes, unit,  # (., N) float32, () float32: `positive_slopes`, and what dX, dY are multiples of
+    slopes,  # (2, N) float32: towards the positives' logits, of the sides, in the weights' unit
     part,  # of `literal_gradient`
     sums,  # (7, N): RHO_LITERAL
     dX, dY,  # (N, width) float32 or None
-    N, width, split, first, capacity, max_splits,
-    DIRECTION: tl.constexpr, MODE: tl.constexpr, RENORMALIZE: tl.constexpr,
+    N, width, first, capacity, max_splits,
+    DIRECTION: tl.constexpr, RENORMALIZE: tl.constexpr,
     LITERAL: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of s: dX_i += (1 - c) ds_i, dY_i += c ds_i + H_ii s_i, and rho. With
@@ -278,10 +278,7 @@ def finish_literal(
     if (slot < 0) | (slot >= blocks):
         return
     c, inverse = literal_row_scalars(state, i, in_i, N, DIRECTION)
-    positive = tl.load(slopes + DIRECTION * N + i, mask=in_i, other=0.0)
-    if MODE == SHARED:
-        positive += tl.load(slopes + OTHER_ROWS * N + i, mask=in_i, other=0.0)
-    positive = tl.where(split == 0, positive / tl.load(unit), 0.0)
+    positive = tl.load(slopes + (DIRECTION - SUPPORT_ROWS) * N + i, mask=in_i, other=0.0)
     along = tl.zeros([LITERAL], tl.float32)
     if RENORMALIZE:
         for d0 in range(0, width, CHUNK):

@@ -245,11 +245,11 @@ class RowCall(DeviceCall):
         if self.mode != PLAIN:
             support = (self.geometry[TILE_C].abs() + 0.5) * self.inverse
             bound *= 1.0 + 2.0 * abs(self.options.alpha) * support.amax()
-        bits = bound.clamp_(1e-30, 1e30).view(torch.int32)
-        return bits.bitwise_and_(0x7F800000).view(torch.float32)
+        power = bound.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        return torch.where((bound > 1e-30) & (bound < 1e30), power, 1.0)
 
     def prepare_factors(self, upstream: Tensor | None) -> None:
-        """Also `slopes` (k, N): gradient with respect to the positives' logits, omega (p - 1), and
+        """Also `slopes` (k, N), the gradient with respect to the positives' logits: omega (p - 1),
         times alpha for the support vectors."""
         self.omega.fill_(self.row_scale)
         for weight in (upstream, self.inputs.weight):
@@ -270,6 +270,14 @@ class RowCall(DeviceCall):
         torch.div(weights, self.unit, out=self.factors[DIRECTIONS:][:used])
 
     # After sweep 2.
+    @functools.cached_property
+    def support_slopes(self) -> Tensor:
+        """(2, N): `slopes` of the text support vectors, and of the audio ones (0 but in mirror)."""
+        slopes = self.slopes[SUPPORT_ROWS:]
+        if self.mode == MIRROR:
+            return slopes
+        return torch.stack((slopes.sum(dim=0), torch.zeros_like(self.omega)))
+
     def scalars(self) -> list[Tensor]:
         """dk and db, float64."""
         totals = self.sums.sum(dim=1, dtype=torch.float64) * self.unit
@@ -280,8 +288,7 @@ class RowCall(DeviceCall):
 
     def row_terms(self) -> tuple[RowTerms, Tensor]:
         """Also dR of each row; 0 without a radius."""
-        slopes = self.k * self.slopes
-        other = slopes[:SUPPORT_ROWS].sum(dim=0).expand(2, self.N)
+        other = (self.k * self.slopes[:SUPPORT_ROWS].sum(dim=0)).expand(2, self.N)
         if self.R is None:
             return RowTerms(other), torch.zeros_like(self.omega)
         r, weight = self.geometry[GAP], self.options.beta * self.omega
@@ -291,24 +298,21 @@ class RowCall(DeviceCall):
             return RowTerms(other, (hinge / r).expand(2, self.N)), dR
         c, sums = self.geometry[C], self.sums * (LN2 * self.unit)  # k / k2 = log(2)
         # (2, N): H of the text support vectors, U of the audio ones; flip exchanges them.
-        slopes = slopes[SUPPORT_ROWS:]
-        if self.mode != MIRROR:
-            slopes = torch.stack((slopes.sum(dim=0), torch.zeros_like(c)))
+        slopes = self.k * self.support_slopes
         H = slopes * self.inverse
         rho = self.inverse * sums[RHO_TEXT : RHO_AUDIO + 1] + H * self.moved
         V = c * H.flip(0)
-        own, bend = V, 0.0
+        own, step = V, -V
         if self.options.renormalize:
-            support = (
-                sums[SUPPORT_TEXT : SUPPORT_AUDIO + 1] + slopes * self.positives[SUPPORT_ROWS:]
-            )
+            support = slopes * self.positives[SUPPORT_ROWS:]
+            support += sums[SUPPORT_TEXT : SUPPORT_AUDIO + 1]
             sigma = self.inverse.square() * support
             rho -= sigma * (c * self.moved.sum(dim=0) - self.moved.flip(0))
             V += c * sigma
-            own, bend = V - sigma, c.square() * sigma.sum(dim=0)
+            own, step = V - sigma, c.square() * sigma.sum(dim=0) - V
         rho = (rho.sum(dim=0) + self.k2 * sums[RHO_LITERAL]) / r
-        along = (c * rho + hinge) / r
-        return RowTerms(other + H.sum(dim=0) - V.flip(0), along + bend - V, own), dR + rho
+        step += (c * rho + hinge) / r
+        return RowTerms(other + H.sum(dim=0) - V.flip(0), step, own), dR + rho
 
     def finish_towers(
         self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
