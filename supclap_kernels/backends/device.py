@@ -7,8 +7,8 @@ Both write the weights of a tile pair to a panel, which the library multiplies w
 No value is read back: k, b, ids, weights and which rows are literal stay on the device.
 Deterministic: partial results go to slots of their own and are added in order. The same code runs
 on CPU tensors where a host stands in for the device: Triton's interpreter (TRITON_INTERPRET=1; it
-rounds correctly only in float32, so there outputs are float32 and PyTorch casts them), and
-tests/shim for csrc/cuda.
+rounds correctly only in float32, so there weights are stored in float32), and tests/shim for
+csrc/cuda.
 """
 
 import math
@@ -75,8 +75,9 @@ class DeviceBackend(Backend):
         literal = self.engine.literal_bytes(N, width)
         first = self.scratch_bytes(layout, dtype, not kept, True, single)
         second = self.scratch_bytes(layout, dtype, not kept, single, True)
-        after = max(literal * svr, outputs * (not single) + 4 * 3 * N)
-        gradients = 4 * (1 + 8 + ROW_SUMS) * N + total + max(second, after)
+        rows, finishing = self.engine.row_bytes(N, D, dtype, has_radius, options)
+        after = max(literal * svr, outputs * (not single) + finishing)
+        gradients = 4 * (1 + 8 + ROW_SUMS) * N + rows + total + max(second, after)
         forward_peak = held + 4 * PLANES * N + (gradients if single else first)
         backward_peak = held + gradients
         if single:

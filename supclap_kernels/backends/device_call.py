@@ -128,7 +128,7 @@ class DeviceCall:
 
     @staticmethod
     def weights_dtype(dtype: torch.dtype) -> torch.dtype:
-        """Of stored weights and written gradients, for the embeddings' dtype."""
+        """Of stored weights, for the embeddings' dtype."""
         raise NotImplementedError
 
     @staticmethod
@@ -147,6 +147,13 @@ class DeviceCall:
     def literal_bytes(N: int, width: int) -> int:
         """Working memory of the literal rows' gradients."""
         raise NotImplementedError
+
+    @staticmethod
+    def row_bytes(
+        N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
+    ) -> tuple[int, int]:
+        """Working memory of the rows' own terms: held during sweep 2, and needed after it."""
+        return 0, 4 * 3 * N
 
     def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
         kind = (self.grams, self.infonce, self.dtype)
@@ -201,10 +208,9 @@ class DeviceCall:
         as_given = X.is_contiguous() and self.width == self.D and X.data_ptr() % 16 == 0
         if as_given and not self.options.normalize:
             return X
-        dtype = self.stored if self.options.normalize else self.dtype
-        out = torch.empty(self.N, self.width, dtype=dtype, device=self.device)
+        out = torch.empty(self.N, self.width, dtype=self.dtype, device=self.device)
         self.pack_rows(X, out)
-        return out.to(self.dtype)
+        return out
 
     def normalized(self) -> tuple[Tensor, Tensor]:
         return self.T[:, : self.D], self.A[:, : self.D]
@@ -315,14 +321,18 @@ class DeviceCall:
         """Where a tower's gradient goes: `out`, if given, or the accumulator where it fits."""
         if total is None or out is not None:
             return out
-        dtype = self.stored
-        if dtype == torch.float32 and self.width == self.D:
+        if self.dtype == torch.float32 and self.width == self.D:
             return total
-        return torch.empty(self.N, self.D, dtype=dtype, device=self.device)
+        return torch.empty(self.N, self.D, dtype=self.dtype, device=self.device)
+
+
+def logit_scale_2(scale: Tensor) -> Tensor:
+    """k log2(e); not 0, since sums of slope times logit are divided by it."""
+    k2 = scale.float() * math.log2(math.e)
+    return k2.masked_fill(k2 == 0.0, 1e-30)
 
 
 def similarity_of(planes: Tensor, scale: Tensor) -> Tensor:
     """(2,) float64: sum and count of <t, a>, from those (2, N) of logits in base 2."""
     total, count = planes.sum(dim=1, dtype=torch.float64)
-    k2 = scale.float() * math.log2(math.e)
-    return torch.stack((total / torch.where(k2 == 0.0, 1e-30, k2), count))
+    return torch.stack((total / logit_scale_2(scale), count))

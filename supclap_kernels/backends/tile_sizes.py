@@ -45,10 +45,10 @@ class Blocks(NamedTuple):
 PANEL_STATISTICS = Blocks(32, 128, warps=8)
 PANEL_WEIGHTS = Blocks(16, 128, warps=4)
 """Epilogues of the panel engine: 128-bit loads and stores along a row of 128, and no spills."""
-ROW_BLOCK, ROW_COLUMNS = 8, 64
-"""Rows of a program in the O(N D) kernels, and columns at a time."""
-VECTOR = 256
-"""Rows of a program in the O(N) kernels."""
+ROW_ELEMENTS = 2**22
+"""Elements of a block of rows in the O(N D) work: at most four temporaries of 16 MiB are alive at a
+time, and to read or write one takes a GPU about as long as a launch, so smaller blocks would be
+slower."""
 MERGE_SLOTS, MERGE_ROWS = 16, 32
 """Partial results of a row that a program which merges them reads at once, and its rows."""
 LITERAL_ROWS, LITERAL_COLUMNS, LITERAL_DEPTH, LITERAL_CHUNK = 16, 32, 32, 128

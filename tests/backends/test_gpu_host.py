@@ -27,6 +27,9 @@ CASES = {
     "narrow": {"D": 100},
     "kept": {"workspace": 2**28},
     "one tile": {"N": 120},
+    "bfloat16": {"dtype": torch.bfloat16, "normalize": True, "renormalize": True},
+    "short rows": {"N": 2000, "D": 3},
+    "short normalized rows": {"D": 100, "normalize": True},
 }
 
 
@@ -55,10 +58,10 @@ def measured(case: Case, backend) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_estimate_within_a_tenth(name, backend, no_launches):
     options = {"workspace": 2**17, **CASES[name]}
-    fields = {n: options.pop(n) for n in ("N", "D", "radius") if n in options}
+    fields = {n: options.pop(n) for n in ("N", "D", "radius", "dtype") if n in options}
     case = Case(**{"N": 700, "D": 512, **fields}, options=options)
     found = measured(case, backend)
-    sizes = (case.N, case.D, torch.float32, case.radius != "none")
+    sizes = (case.N, case.D, case.dtype, case.radius != "none")
     guess = backend.memory(*sizes, Options(**case.options))
     assert 0.9 <= guess / found <= 1.1, f"{case}: estimated {guess}, measured {found} bytes"
 

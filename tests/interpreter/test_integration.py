@@ -3,6 +3,8 @@
 Run in a process with TRITON_INTERPRET=1 (tests/backends/test_triton.py starts it).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_integration import (  # noqa: F401 - tests
@@ -19,6 +21,7 @@ from gpu_integration import (  # noqa: F401 - tests
     test_stats_are_those_of_the_specification,
     test_vectors_of_any_stride,
 )
+from gpu_suite import accepted
 from integration_cases import fused, same
 
 import supclap_kernels as sk
@@ -36,6 +39,13 @@ def test_bit_equal_when_run_again_and_when_panels_are_kept(options):
     # Tiles of one side, kept or not; larger tiles add in another order.
     assert sk.memory_estimate(300, 16, backend="panel", workspace=0) > 0
     assert not same(runs[0], runs[3])
+
+
+def test_positives_far_below_the_negatives(backend):
+    """Each audio is another text: exp2 of the difference of such logits would overflow."""
+    case = Case(N=40, D=16, scale=600.0)
+    inputs = make_inputs(case)
+    accepted(case, replace(inputs, audio=inputs.text.roll(1, dims=0)), backend)
 
 
 def test_which_backend_is_chosen():

@@ -9,18 +9,15 @@ from torch import Tensor
 
 from .. import tile_sizes
 from ..device import DeviceBackend
-from ..device_call import DeviceCall, Scratch
+from ..device_call import Scratch
 from ..panel import Tile
 from ..state import PLANES, TILE_SUMS
-from .finish import finish_gradients
 from .literal_rows import LiteralRows
 from .merge import merge_statistics, merge_sums
 from .panel import panel_statistics, panel_weights
-from .rows import finish_statistics, pack_rows, prepare_rows, row_factors, row_weights
+from .rows import RowCall
 from .sweeps import tile_backward, tile_forward
 from .tile import INTERPRETED
-
-ROW_GRID = {"BLOCK_N": tile_sizes.ROW_BLOCK, "BLOCK_D": tile_sizes.ROW_COLUMNS, "num_warps": 4}
 
 
 def architecture(device: torch.device) -> int:
@@ -61,8 +58,8 @@ def slots_of(ni: int, nj: int, block: tile_sizes.Blocks) -> tuple[int, int]:
     return triton.cdiv(nj, block.j) * block.parts, triton.cdiv(ni, block.i)
 
 
-class TritonCall(DeviceCall):
-    """A call that launches Triton kernels."""
+class TritonCall(RowCall):
+    """A call that launches Triton kernels for the work on pairs of rows."""
 
     @staticmethod
     def weights_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,8 +82,6 @@ class TritonCall(DeviceCall):
         return 4 * (min(blocks, tile_sizes.LITERAL_PARTS) * tile_sizes.LITERAL_ROWS * width + 2 * N)
 
     def prepare_launches(self) -> None:
-        self.row_grid = (triton.cdiv(self.N, tile_sizes.ROW_BLOCK),)
-        self.vector_grid = (triton.cdiv(self.N, tile_sizes.VECTOR),)
         self.literal_rows_found: LiteralRows | None = None
 
     @functools.cached_property
@@ -100,21 +95,6 @@ class TritonCall(DeviceCall):
     def fixed(self) -> tuple[Tensor | None, ...]:
         """What every kernel of a sweep is given."""
         return (self.state, self.inputs.ids, self.inputs.scale, self.bias)
-
-    def pack_rows(self, X: Tensor, out: Tensor) -> None:
-        length = None
-        if self.options.normalize:
-            length = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32)
-        pack_rows[self.row_grid](
-            X, *X.stride(), length, out, self.N, self.D, self.width, **ROW_GRID
-        )
-
-    def prepare_state(self) -> None:
-        prepare_rows[self.row_grid](
-            self.T, self.A, self.inputs.radius, self.state, self.running, self.N, self.width,
-            PER_ROW_RADIUS=self.per_row_radius, MODE=self.mode,
-            RENORMALIZE=self.options.renormalize, **ROW_GRID,
-        )  # fmt: skip
 
     def blocks(self, weights: bool) -> tile_sizes.Blocks:
         kind = (self.grams, self.infonce, self.dtype)
@@ -179,47 +159,11 @@ class TritonCall(DeviceCall):
         self.literal.statistics(self.running)
 
     def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
-        self.literal.gradients(
-            self.factors, self.omega, self.unit, self.sums, dT, dA,
-            self.options.alpha, self.options.renormalize,
-        )  # fmt: skip
-
-    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
-        finish_statistics[self.vector_grid](
-            self.running, self.state, *self.fixed[2:], self.inputs.radius, self.inputs.weight,
-            rows, terms, self.N, self.row_scale, self.options.alpha, self.options.beta,
-            PER_ROW_RADIUS=self.per_row_radius, MODE=self.mode, INFONCE=self.infonce,
-            BLOCK_N=tile_sizes.VECTOR,
-        )  # fmt: skip
-
-    def prepare_factors(self, upstream: Tensor | None) -> None:
-        alpha = self.options.alpha
-        (count,) = self.vector_grid
-        bounds = self.new_empty(2, count)
-        common: dict[str, Any] = {"MODE": self.mode, "BLOCK_N": tile_sizes.VECTOR}
-        row_weights[self.vector_grid](
-            upstream, self.inputs.weight, self.state, self.omega, bounds, self.N, self.row_scale,
-            alpha, PER_ROW=upstream is not None and upstream.ndim == 1, **common,
-        )  # fmt: skip
-        row_factors[self.vector_grid](
-            self.state, self.omega, bounds, self.factors, self.unit, self.N, count, alpha,
-            INFONCE=self.infonce, **common,
-        )  # fmt: skip
-
-    def finish_towers(
-        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        given, options = self.inputs, self.options
-        rows = self.new_empty(3, self.N)
-        finish_gradients[self.row_grid](
-            self.T, self.A, given.text, *given.text.stride(), given.audio,
-            *given.audio.stride(), self.state, self.sums, self.omega, self.unit,
-            *self.fixed[2:], given.radius, dT, dA, text, audio, rows,
-            self.N, self.D, self.width, options.alpha, options.beta,
-            PER_ROW_RADIUS=self.per_row_radius, MODE=self.mode, INFONCE=self.infonce,
-            RENORMALIZE=options.renormalize, NORMALIZE=options.normalize, **ROW_GRID,
-        )  # fmt: skip
-        return rows[2].clone(), rows.sum(dim=1, dtype=torch.float64)
+        slopes = self.support_slopes / self.unit
+        if self.split:  # pairs between two groups of rows: none of them is a positive
+            slopes.zero_()
+        renormalize = self.options.renormalize
+        self.literal.gradients(self.factors, slopes, self.sums, dT, dA, renormalize)
 
 
 PANEL, TILE = DeviceBackend(TritonCall, fused=False), DeviceBackend(TritonCall, fused=True)

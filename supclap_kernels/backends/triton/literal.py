@@ -10,8 +10,6 @@ compared rows are split among them.
 import triton
 import triton.language as tl
 
-from .finish import positive_slope
-from .rows import positive_products
 from .tile import (
     AUDIO_INVERSE,
     BIAS,
@@ -260,15 +258,16 @@ def literal_row(
     return g + positive[:, None] * y, unit, y - x
 
 
-@triton.jit(do_not_specialize=["N", "split", "first", "capacity", "max_splits"])
+@triton.jit(do_not_specialize=["N", "first", "capacity", "max_splits"])
 def finish_literal(
-    X, Y, state, scale, bias, index, count, omega, unit,
+    X, Y, state, index, count,
+    slopes,  # (2, N) float32: towards the positives' logits, of the sides, in the weights' unit
     part,  # of `literal_gradient`
     sums,  # (7, N): RHO_LITERAL
     dX, dY,  # (N, width) float32 or None
-    N, width, split, first, capacity, max_splits, alpha,
-    DIRECTION: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
-    RENORMALIZE: tl.constexpr, LITERAL: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
+    N, width, first, capacity, max_splits,
+    DIRECTION: tl.constexpr, RENORMALIZE: tl.constexpr,
+    LITERAL: tl.constexpr, BLOCK_J: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of s: dX_i += (1 - c) ds_i, dY_i += c ds_i + H_ii s_i, and rho. With
     RENORMALIZE ds is first made tangent to the sphere, as a vector: what rounding put along s is
@@ -279,15 +278,7 @@ def finish_literal(
     if (slot < 0) | (slot >= blocks):
         return
     c, inverse = literal_row_scalars(state, i, in_i, N, DIRECTION)
-    k2 = logit_scale_2(scale)
-    b = logit_bias_2(bias, INFONCE)
-    _s, x_own, y_own = positive_products(state, i, in_i, N, MODE)
-    z = k2 * (x_own if DIRECTION == SUPPORT_ROWS else y_own) + b
-    slope_own = positive_slope(state, DIRECTION, z, i, in_i, N, INFONCE)
-    if MODE == SHARED:
-        slope_own += positive_slope(state, OTHER_ROWS, z, i, in_i, N, INFONCE)
-    positive = slope_own * (alpha * tl.load(omega + i, mask=in_i, other=0.0) / tl.load(unit))
-    positive = tl.where(split == 0, positive, 0.0)
+    positive = tl.load(slopes + (DIRECTION - SUPPORT_ROWS) * N + i, mask=in_i, other=0.0)
     along = tl.zeros([LITERAL], tl.float32)
     if RENORMALIZE:
         for d0 in range(0, width, CHUNK):
@@ -299,22 +290,9 @@ def finish_literal(
     rho = tl.zeros([LITERAL], tl.float32)
     for d0 in range(0, width, CHUNK):
         g, s, e = literal_row(
-            X,
-            Y,
-            part,
-            c,
-            inverse,
-            positive,
-            slot,
-            blocks,
-            splits,
-            i,
-            in_i,
-            d0,
-            width,
-            LITERAL,
-            CHUNK,
-        )
+            X, Y, part, c, inverse, positive, slot, blocks, splits, i, in_i, d0, width,
+            LITERAL, CHUNK,
+        )  # fmt: skip
         ds = (g - along[:, None] * s) * inverse[:, None]
         rho += tl.sum(ds * e, 1)
         d = d0 + tl.arange(0, CHUNK)

@@ -94,36 +94,34 @@ class LiteralRows:
     def gradients(
         self,
         factors: Tensor,
-        omega: Tensor,
-        unit: Tensor,
+        slopes: Tensor,
         sums: Tensor,
         dT: Tensor | None,
         dA: Tensor | None,
-        alpha: float,
         renormalize: bool,
     ) -> None:
         """Add what the literal rows' products give to dT, dA (N, width; None: frozen) and `sums`.
+        `slopes` (2, N) are those towards the positives' logits of the sides.
 
         The gradients of the support vectors themselves take LITERAL_PARTS x LITERAL rows at a time.
         """
         self.rows(factors, sums=sums)
         capacity = min(self.blocks, tile_sizes.LITERAL_PARTS)
         part = self.state.new_empty(capacity * LITERAL, self.width)
-        constants: dict[str, Any] = {
-            "MODE": self.mode, "INFONCE": self.infonce, "LITERAL": LITERAL, "BLOCK_J": BLOCK_J,
-            "num_warps": 4,
-        }  # fmt: skip
+        constants: dict[str, Any] = {"LITERAL": LITERAL, "BLOCK_J": BLOCK_J, "num_warps": 4}
         for direction, X, Y in self.sides:
             dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
             for first in range(0, self.N, capacity * LITERAL):
-                share = (self.N, self.width, self.split, first, capacity, self.max_splits)
+                share = (first, capacity, self.max_splits)
                 kernels.literal_gradient[capacity, self.chunks](
-                    X, Y, *self.fixed, self.index, self.count, factors, part, *share,
-                    DIRECTION=direction, BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,
+                    X, Y, *self.fixed, self.index, self.count, factors, part,
+                    self.N, self.width, self.split, *share,
+                    DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
+                    BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,
                 )  # fmt: skip
                 kernels.finish_literal[(capacity,)](
-                    X, Y, self.state, *self.fixed[2:], self.index, self.count, omega, unit, part,
-                    sums, dX, dY, *share, alpha,
+                    X, Y, self.state, self.index, self.count, slopes, part, sums, dX, dY,
+                    self.N, self.width, *share,
                     DIRECTION=direction, RENORMALIZE=renormalize, CHUNK=ROW_CHUNK, **constants,
                 )  # fmt: skip
             if dY is not None:

@@ -1,297 +1,347 @@
-"""Triton kernels of O(N D) work: the rows' geometry before the sweeps, the loss after the first.
+"""Work on the rows alone, before, between and after the sweeps, as PyTorch's own operations.
 
-`state` (22, N) float32 is what csrc/params.h calls CpuProblem::state and rows, with the
-maxima m in base 2. One program owns BLOCK_N rows; embeddings come as operands (`pack_rows`).
+The formulas are those of csrc/cpu/rows.h, in float32 and with the maxima m in base 2 (MATH.md, row
+terms). O(N D) work goes through blocks of rows, O(N) work takes all rows at once, as (k, N): the k
+directions of the softmax that the loss has, or (2, N): the texts' side and the audios'.
+Nothing is read back from the device.
 """
 
-import triton
-import triton.language as tl
+import functools
+import math
+from typing import NamedTuple
 
-from ... import gradients, reference
-from .tile import (
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...gradients import (
+    LITERAL_C,
+    LITERAL_GAP,
+    LITERAL_LENGTH,
+    MIN_LENGTH,
+    MIN_NORM,
+    normalize_gradient,
+)
+from ...options import MIRROR, ONE_SIDED, PLAIN, SHARED, Options
+from ...reference import EPS
+from .. import tile_sizes
+from ..device_call import DeviceCall, logit_scale_2
+from ..state import (
     AUDIO_INVERSE,
     AUDIO_ROWS,
+    BASE,
+    BIAS,
+    DIRECTIONS,
     GAP,
     HIDDEN,
-    LOG2E,
-    MIRROR,
     OFFSET,
-    OTHER_ROWS,
     PANEL_POSITIVE,
-    PLAIN,
     POSITIVE,
-    SHARED,
+    RHO_AUDIO,
+    RHO_LITERAL,
+    RHO_TEXT,
     SIMILARITY,
     STATE_GEOMETRY,
-    STATE_L,
-    STATE_OTHERS,
     STEP_AUDIO,
     STEP_TEXT,
+    SUPPORT_AUDIO,
     SUPPORT_ROWS,
+    SUPPORT_TEXT,
     TEXT_INVERSE,
-    TEXT_ROWS,
     TILE_C,
     C,
-    logit_bias_2,
-    logit_scale_2,
-    softplus,
 )
 
-EPS = tl.constexpr(reference.EPS)
-LITERAL_C, LITERAL_GAP = tl.constexpr(gradients.LITERAL_C), tl.constexpr(gradients.LITERAL_GAP)
-LITERAL_LENGTH = tl.constexpr(gradients.LITERAL_LENGTH)
-MIN_LENGTH, MIN_NORM = tl.constexpr(gradients.MIN_LENGTH), tl.constexpr(gradients.MIN_NORM)
-LARGEST_WEIGHT = tl.constexpr(2.0**14)
+LN2 = math.log(2.0)
+LARGEST_WEIGHT = 2.0**14
 """Of a weight in its unit: float16 ends at 2^16."""
 
 
-@triton.jit(do_not_specialize=["N"])
-def pack_rows(
-    X, stride_n, stride_d,
-    length,  # (N,) float32 or None: what each row is divided by
-    out, N, D, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out (N, width): the rows X (N, D), of any strides, contiguous and zero beyond D."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i[:, None] < N
-    row = i.to(tl.int64)[:, None]
-    if length is not None:
-        of = tl.load(length + i, mask=i < N, other=1.0)
-        of = tl.maximum(of, MIN_NORM, propagate_nan=tl.PropagateNan.ALL)
-    for d0 in range(0, width, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-        x = tl.load(X + row * stride_n + d * stride_d, mask=inside & (d < D), other=0.0)
-        if length is not None:  # as F.normalize: where gaps are small, its roundings are the row
-            x = tl.div_rn(x.to(tl.float32), of[:, None])
-        tl.store(out + row * width + d, x.to(out.dtype.element_ty), mask=inside)
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> of each row."""
+    return (x * y).sum(dim=1)
 
 
-@triton.jit
-def load_pair(T, A, i, inside, d0, width, BLOCK_D: tl.constexpr):
-    """t and a (BLOCK_N, BLOCK_D) of the rows i, columns from d0, float32."""
-    at = i.to(tl.int64)[:, None] * width + (d0 + tl.arange(0, BLOCK_D))[None, :]
-    t = tl.load(T + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    return t, tl.load(A + at, mask=inside[:, None], other=0.0).to(tl.float32)
+def length(x: Tensor) -> Tensor:
+    """|x_i| of each row, float32."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
 
 
-@triton.jit
-def load_radius(radius, i, inside, PER_ROW: tl.constexpr):
-    if PER_ROW:
-        return tl.load(radius + i, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return tl.load(radius).to(tl.float32) + tl.zeros_like(i).to(tl.float32)
+def gap(ee: Tensor) -> Tensor:
+    """r from |a - t|^2."""
+    return (ee + EPS**2).sqrt()
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["radius"])
-def prepare_rows(
-    T, A, radius,  # (N, width), (N,) or () or None
-    state, running,  # (22, N), and (10, N) of `merge_statistics`: started
-    N, width,
-    PER_ROW_RADIUS: tl.constexpr, MODE: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Geometry of the rows, from differences of the rows themselves: nothing cancels."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    for direction in tl.static_range(SIMILARITY + 1):
-        start = 0.0 if direction == SIMILARITY else HIDDEN
-        tl.store(running + 2 * direction * N + i, start + tl.zeros_like(i), mask=inside)
-        tl.store(running + (2 * direction + 1) * N + i, tl.zeros_like(i), mask=inside)
-    rows = state + STATE_GEOMETRY * N + i
-    ta = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    ee, et, ea, tt, aa = ta, ta, ta, ta, ta
-    for d0 in range(0, width, BLOCK_D):
-        t, a = load_pair(T, A, i, inside, d0, width, BLOCK_D)
-        e = a - t
-        ta += t * a
-        ee += e * e
-        et += e * t
-        ea += e * a
-        tt += t * t
-        aa += a * a
-    tl.store(rows + POSITIVE * N, tl.sum(ta, 1), mask=inside)
-    if radius is not None:
-        # Exact to rounding: an error of c is one of everything a literal row gives.
-        r = tl.sqrt_rn(tl.sum(ee, 1) + EPS * EPS)
-        c = tl.div_rn(load_radius(radius, i, inside, PER_ROW_RADIUS), r)
-        length = tl.sqrt(tl.maximum(tl.sum(tt, 1), tl.sum(aa, 1)))
-        literal = (tl.abs(c) > LITERAL_C) | (r < length * LITERAL_GAP)
-        inverse_t = tl.full([BLOCK_N], 1.0, tl.float32)
-        inverse_a = inverse_t
-        if RENORMALIZE:
-            tt, aa = tl.zeros_like(tt), tl.zeros_like(aa)
-            for d0 in range(0, width, BLOCK_D):
-                t, a = load_pair(T, A, i, inside, d0, width, BLOCK_D)
-                step = c[:, None] * (a - t)
-                tt += (t + step) * (t + step)
-                aa += (a - step) * (a - step)
-            length_t, length_a = tl.sqrt_rn(tl.sum(tt, 1)), tl.sqrt_rn(tl.sum(aa, 1))
-            literal = literal | (tl.minimum(length_t, length_a) < length * LITERAL_LENGTH)
-            inverse_t = tl.div_rn(1.0, tl.maximum(length_t, MIN_LENGTH))
-            inverse_a = tl.div_rn(1.0, tl.maximum(length_a, MIN_LENGTH))
-        tl.store(rows + GAP * N, r, mask=inside)
-        tl.store(rows + C * N, c, mask=inside)
-        tl.store(rows + STEP_TEXT * N, tl.sum(et, 1), mask=inside)
-        tl.store(rows + STEP_AUDIO * N, tl.sum(ea, 1), mask=inside)
-        if MODE != PLAIN:
-            tl.store(rows + TILE_C * N, tl.where(literal, 0.0, c), mask=inside)
-            tl.store(rows + OFFSET * N, tl.where(literal, HIDDEN, 0.0), mask=inside)
-            tl.store(rows + TEXT_INVERSE * N, inverse_t, mask=inside)
-            tl.store(rows + AUDIO_INVERSE * N, inverse_a, mask=inside)
+def support_geometry(t: Tensor, a: Tensor, R: Tensor, renormalize: bool) -> Tensor:
+    """(PANEL_POSITIVE, n): the geometry of some rows (n, width), from differences of the rows
+    themselves: nothing cancels."""
+    e = a - t
+    ee, et = dot(e, e), dot(e, t)
+    r = gap(ee)
+    c = R / r
+    longest = torch.maximum(length(t), length(a))
+    literal = (c.abs() > LITERAL_C) | (r < LITERAL_GAP * longest)
+    text = audio = torch.ones_like(c)
+    if renormalize:
+        text = length(torch.addcmul(t, c[:, None], e))
+        audio = length(torch.addcmul(a, c[:, None], e, value=-1.0))
+        literal |= torch.minimum(text, audio) < LITERAL_LENGTH * longest
+        text, audio = (x.clamp_min(MIN_LENGTH).reciprocal() for x in (text, audio))
+    geometry = {
+        GAP: r,
+        C: c,
+        TILE_C: c.masked_fill(literal, 0.0),
+        OFFSET: torch.zeros_like(c).masked_fill_(literal, HIDDEN),
+        TEXT_INVERSE: text,
+        AUDIO_INVERSE: audio,
+        POSITIVE: dot(t, a),
+        STEP_TEXT: et,
+        STEP_AUDIO: et + ee,
+    }
+    return torch.stack([geometry[n] for n in range(PANEL_POSITIVE)])
 
 
-@triton.jit
-def positive_products(state, i, inside, N, MODE: tl.constexpr):
-    """<t_i, a_i>, <t_sup_i, a_i> and <a_sup_i, t_i>; 0 where the mode has none."""
-    rows = state + STATE_GEOMETRY * N + i
-    s = tl.load(rows + POSITIVE * N, mask=inside, other=0.0)
-    x, y = tl.zeros_like(s), tl.zeros_like(s)
-    if MODE != PLAIN:
-        c = tl.load(rows + C * N, mask=inside, other=0.0)
-        inverse = tl.load(rows + TEXT_INVERSE * N, mask=inside, other=0.0)
-        x = (s + c * tl.load(rows + STEP_AUDIO * N, mask=inside, other=0.0)) * inverse
-        inverse = tl.load(rows + AUDIO_INVERSE * N, mask=inside, other=0.0)
-        y = (s - c * tl.load(rows + STEP_TEXT * N, mask=inside, other=0.0)) * inverse
-    return s, x, y
+class RowTerms(NamedTuple):
+    """Coefficients (2, N) of the rows themselves in the gradients, of the texts and the audios:
+    dT += other a + step (a - t) + own t, and dA with t and a exchanged."""
+
+    other: Tensor
+    step: Tensor | None = None
+    own: Tensor | None = None
 
 
-@triton.jit
-def finish_direction(
-    running, state, DIRECTION: tl.constexpr, z, i, inside, N, INFONCE: tl.constexpr
-):  # fmt: skip
-    """The direction's loss of each row with positive logit z (base 2); fills `state`."""
-    m = tl.load(running + 2 * DIRECTION * N + i, mask=inside, other=0.0)
-    l = tl.load(running + (2 * DIRECTION + 1) * N + i, mask=inside, other=0.0)
-    if INFONCE:
-        top = tl.maximum(m, z)
-        others = l * tl.exp2(m - top)
-        total = others + tl.exp2(z - top)
-        # log(total / exp(z - top)): exactly 0 without negatives, if exp2 does not overflow.
-        y = others * tl.exp2(tl.minimum(top - z, 100.0, propagate_nan=tl.PropagateNan.ALL))
-        loss = tl.where(top - z > 100.0, (tl.log2(total) + (top - z)) / LOG2E, tl.log(1.0 + y))
-        tl.store(state + DIRECTION * N + i, top, mask=inside)
-        tl.store(state + (STATE_L + DIRECTION) * N + i, total, mask=inside)
-        tl.store(state + (STATE_OTHERS + DIRECTION) * N + i, others, mask=inside)
-    else:
-        loss = l + softplus(-z)
-    return loss
+class RowCall(DeviceCall):
+    """A call whose work on the rows alone is PyTorch's."""
 
+    @staticmethod
+    def row_bytes(
+        N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
+    ) -> tuple[int, int]:
+        svr, width = options.support(has_radius), tile_sizes.operand_width(D)
+        rows = min(N, max(1, tile_sizes.ROW_ELEMENTS // width))
+        adding = rows * width * (has_radius + 2 * (dtype.itemsize < 4))
+        normalizing = rows * D * 3 * options.normalize
+        held, temporary = (12, 8) if svr else (2, 3)
+        return 4 * held * N, 4 * (temporary * N + max(adding, normalizing))
 
-@triton.jit(
-    do_not_specialize=["N"], do_not_specialize_on_alignment=["scale", "bias", "radius", "weight"]
-)
-def finish_statistics(
-    running, state,
-    scale, bias, radius, weight,
-    out,  # (N,) float32: the rows' losses times row_scale
-    terms,  # (6, N) float32 or None: l_t2a, l_a2t, l_svr, l_cons, and whether the positive is
-            # beaten among the audios and among the texts
-    N, row_scale, alpha, beta,
-    PER_ROW_RADIUS: tl.constexpr, MODE: tl.constexpr, INFONCE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The positives join the log-sum-exps of the negatives."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    k2 = logit_scale_2(scale)
-    b = logit_bias_2(bias, INFONCE)
-    s, x, y = positive_products(state, i, inside, N, MODE)
-    s, x, y = k2 * s + b, k2 * x + b, k2 * y + b
-    text = finish_direction(running, state, TEXT_ROWS, s, i, inside, N, INFONCE)
-    audio, support, constraint = tl.zeros_like(text), tl.zeros_like(text), tl.zeros_like(text)
-    if INFONCE:
-        audio = finish_direction(running, state, AUDIO_ROWS, s, i, inside, N, INFONCE)
-    if MODE != PLAIN:
-        support = finish_direction(running, state, SUPPORT_ROWS, x, i, inside, N, INFONCE)
-    if MODE == SHARED:
-        support += finish_direction(running, state, OTHER_ROWS, x, i, inside, N, INFONCE)
-    if MODE == MIRROR:
-        support += finish_direction(running, state, OTHER_ROWS, y, i, inside, N, INFONCE)
-    if radius is not None:
-        R = load_radius(radius, i, inside, PER_ROW_RADIUS)
-        r = tl.load(state + (STATE_GEOMETRY + GAP) * N + i, mask=inside, other=0.0)
-        constraint = tl.where(R > r, R - r, 0.0) + tl.where(R < 0.0, -R, 0.0)
-        constraint = tl.where(R == R, constraint, R)
-    loss = text + audio + beta * constraint
-    if MODE != PLAIN:
-        loss += alpha * support
-    if weight is not None:
-        loss *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + i, loss * row_scale, mask=inside)
-    if terms is not None:
-        tl.store(terms + i, text, mask=inside)
-        tl.store(terms + N + i, audio, mask=inside)
-        tl.store(terms + 2 * N + i, support, mask=inside)
-        tl.store(terms + 3 * N + i, constraint, mask=inside)
-        own = tl.load(state + (STATE_GEOMETRY + PANEL_POSITIVE) * N + i, mask=inside, other=0.0)
-        m_text = tl.load(running + 2 * TEXT_ROWS * N + i, mask=inside, other=0.0)
-        m_audio = tl.load(running + 2 * AUDIO_ROWS * N + i, mask=inside, other=0.0)
-        tl.store(terms + 4 * N + i, (m_text >= own).to(tl.float32), mask=inside)
-        tl.store(terms + 5 * N + i, (m_audio >= own).to(tl.float32), mask=inside)
+    @functools.cached_property
+    def k(self) -> Tensor:
+        return self.inputs.scale.float()
 
+    @functools.cached_property
+    def k2(self) -> Tensor:
+        return logit_scale_2(self.inputs.scale)
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["upstream", "weight"])
-def row_weights(
-    upstream, weight,  # (N,) or () or None, (N,) or None
-    state,
-    omega,  # (N,) float32: weight of the row's loss in the final scalar
-    bounds,  # (2, blocks) float32: largest |omega|, and largest weight for an omega of 1
-    N, row_scale, alpha,
-    PER_ROW: tl.constexpr, MODE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """omega, and what bounds the gradient's weights."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    w = row_scale + tl.zeros([BLOCK_N], tl.float32)
-    if upstream is not None:
-        if PER_ROW:
-            w *= tl.load(upstream + i, mask=inside, other=0.0).to(tl.float32)
+    @functools.cached_property
+    def R(self) -> Tensor | None:
+        """(N,) float32"""
+        radius = self.inputs.radius
+        return None if radius is None else radius.float().expand(self.N)
+
+    @property
+    def geometry(self) -> Tensor:
+        return self.state[STATE_GEOMETRY:]
+
+    @property
+    def row_blocks(self) -> list[slice]:
+        rows = max(1, tile_sizes.ROW_ELEMENTS // self.width)
+        return [slice(start, start + rows) for start in range(0, self.N, rows)]
+
+    def pack_rows(self, X: Tensor, out: Tensor) -> None:
+        out[:, self.D :] = 0.0
+        if self.options.normalize:  # as F.normalize: small gaps are made of its roundings
+            torch.div(X, length(X).clamp_min(MIN_NORM)[:, None], out=out[:, : self.D])
         else:
-            w *= tl.load(upstream).to(tl.float32)
-    if weight is not None:
-        w *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(omega + i, w, mask=inside)
-    gain = tl.full([BLOCK_N], 2.0, tl.float32)
-    if MODE != PLAIN:
-        rows = state + STATE_GEOMETRY * N + i
-        c = tl.load(rows + TILE_C * N, mask=inside, other=0.0)
-        inverse_t = tl.load(rows + TEXT_INVERSE * N, mask=inside, other=0.0)
-        inverse_a = tl.load(rows + AUDIO_INVERSE * N, mask=inside, other=0.0)
-        inverse = tl.maximum(inverse_t, inverse_a)
-        near = tl.load(rows + OFFSET * N, mask=inside, other=0.0) == 0.0
-        gain += tl.where(near, 2.0 * tl.abs(alpha) * (1.0 + 2.0 * tl.abs(c)) * inverse, 0.0)
-    at = bounds + tl.program_id(0)
-    tl.store(at, tl.max(tl.where(inside, tl.abs(w), 0.0), 0))
-    tl.store(at + tl.num_programs(0), tl.max(gain, 0))
+            out[:, : self.D] = X
 
+    def prepare_state(self) -> None:
+        self.running.zero_()
+        self.running[: 2 * SIMILARITY : 2] = HIDDEN
+        for part in self.row_blocks:
+            t, a, rows = self.T[part].float(), self.A[part].float(), self.geometry[:, part]
+            if self.mode != PLAIN and self.R is not None:
+                renormalize = self.options.renormalize
+                rows[:PANEL_POSITIVE] = support_geometry(t, a, self.R[part], renormalize)
+                continue
+            rows[POSITIVE] = dot(t, a)
+            if self.R is not None:
+                rows[GAP] = gap((a - t).square_().sum(dim=1))
 
-@triton.jit(do_not_specialize=["N", "blocks"])
-def row_factors(
-    state, omega, bounds,
-    factors,  # (8, N) float32: m, then omega / (l unit), times alpha for the support vectors
-    unit,  # () float32, a power of 2: what the stored weights are multiples of
-    N, blocks, alpha,
-    MODE: tl.constexpr, INFONCE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What turns a logit into its weight. The unit keeps float16 weights inside their range."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = i < N
-    largest, gain = 0.0, 0.0
-    for n in range(0, blocks):
-        largest = tl.maximum(largest, tl.load(bounds + n))
-        gain = tl.maximum(gain, tl.load(bounds + blocks + n))
-    bound = largest * gain / LARGEST_WEIGHT
-    power = (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    one = tl.where((bound > 1e-30) & (bound < 1e30), power, 1.0)
-    tl.store(unit, one)
-    w = tl.load(omega + i, mask=inside, other=0.0) / one
-    for direction in tl.static_range(SIMILARITY):
-        used = MODE != PLAIN if direction == SUPPORT_ROWS else True
-        used = MODE == SHARED or MODE == MIRROR if direction == OTHER_ROWS else used
-        if used:
-            f = alpha * w if direction >= SUPPORT_ROWS else w
-            if INFONCE:
-                m = tl.load(state + direction * N + i, mask=inside, other=0.0)
-                f /= tl.load(state + (STATE_L + direction) * N + i, mask=inside, other=1.0)
-                tl.store(factors + direction * N + i, m, mask=inside)
-            tl.store(factors + (SIMILARITY + direction) * N + i, f, mask=inside)
+    @functools.cached_property
+    def moved(self) -> Tensor:
+        """(2, N): <e, a> and <-e, t>, which the motion of the support vectors adds to <t, a>."""
+        return torch.stack((self.geometry[STEP_AUDIO], -self.geometry[STEP_TEXT]))
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """(2, N): 1 / length of the support vectors; 0 for literal rows (literal.py)."""
+        literal = self.geometry[OFFSET] != 0.0
+        return self.geometry[TEXT_INVERSE : AUDIO_INVERSE + 1].masked_fill(literal, 0.0)
+
+    @functools.cached_property
+    def positives(self) -> Tensor:
+        """(k, N): inner products. <t_i, a_i> twice, <t_sup_i, a_i>, and of OTHER_ROWS that (shared)
+        or <a_sup_i, t_i> (mirror)."""
+        s = self.geometry[POSITIVE].expand(2, self.N)
+        if self.mode == PLAIN:
+            return s
+        inverse = self.geometry[TEXT_INVERSE : AUDIO_INVERSE + 1]
+        x, y = torch.addcmul(s, self.geometry[C], self.moved) * inverse
+        support = {ONE_SIDED: (x,), SHARED: (x, x), MIRROR: (x, y)}
+        return torch.stack((*s, *support[self.mode]))
+
+    def siglip_logits(self) -> Tensor:
+        """(k, N): of the positives, in nats."""
+        assert self.bias is not None
+        return self.k * self.positives + self.bias.float()
+
+    @property
+    def softmax(self) -> Tensor:
+        """(3, k, N): m, l and l without the positive, in `state`."""
+        rows = self.state[:STATE_GEOMETRY].view(3, DIRECTIONS, self.N)
+        return rows[:, : len(self.positives)]
+
+    # After sweep 1.
+    def losses(self) -> Tensor:
+        """(k, N): of each direction; fills `softmax`."""
+        m, l = self.log_sums[:, : len(self.positives)]
+        if not self.infonce:
+            losses = l - F.logsigmoid(self.siglip_logits())
+            losses[AUDIO_ROWS] = 0.0
+            return losses
+        top, total, others = self.softmax
+        z = self.k2 * self.positives
+        torch.maximum(m, z, out=top)
+        torch.mul(l, (m - top).exp2_(), out=others)
+        torch.add(others, (z - top).exp2_(), out=total)
+        # log(total / exp2(z - top)): exactly 0 without negatives, and exp2 does not overflow.
+        above = top - z
+        power = above.clamp_max(100.0)
+        losses = (others * power.exp2()).log1p_()
+        return losses.add_(above - power, alpha=LN2)
+
+    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
+        losses = self.losses()
+        loss, support, constraint = losses[:SUPPORT_ROWS].sum(dim=0), None, None
+        if self.mode != PLAIN:
+            support = losses[SUPPORT_ROWS:].sum(dim=0)
+            loss.add_(support, alpha=self.options.alpha)
+        if self.R is not None:
+            constraint = (self.R - self.geometry[GAP]).clamp_min_(0.0) - self.R.clamp_max(0.0)
+            loss.add_(constraint, alpha=self.options.beta)
+        if self.inputs.weight is not None:
+            loss *= self.inputs.weight
+        torch.mul(loss, self.row_scale, out=rows)
+        if terms is None:
+            return
+        beaten = self.log_sums[0, :SUPPORT_ROWS] >= self.geometry[PANEL_POSITIVE]
+        for n, values in enumerate((*losses[:SUPPORT_ROWS], support, constraint, *beaten)):
+            terms[n] = 0.0 if values is None else values
+
+    # Before sweep 2.
+    def weights_unit(self) -> Tensor:
+        """The power of 2 that weights are multiples of: float16 weights stay in their range."""
+        bound = self.omega.abs().amax() * (2.0 / LARGEST_WEIGHT)
+        if self.mode != PLAIN:
+            support = (self.geometry[TILE_C].abs() + 0.5) * self.inverse
+            bound *= 1.0 + 2.0 * abs(self.options.alpha) * support.amax()
+        power = bound.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        return torch.where((bound > 1e-30) & (bound < 1e30), power, 1.0)
+
+    def prepare_factors(self, upstream: Tensor | None) -> None:
+        """Also `slopes` (k, N), the gradient with respect to the positives' logits: omega (p - 1),
+        times alpha for the support vectors."""
+        self.omega.fill_(self.row_scale)
+        for weight in (upstream, self.inputs.weight):
+            if weight is not None:
+                self.omega *= weight
+        self.unit.copy_(self.weights_unit())
+        used = len(self.positives)
+        weights = self.omega.repeat(used, 1)
+        weights[SUPPORT_ROWS:] *= self.options.alpha
+        if self.infonce:
+            top, total, others = self.softmax
+            weights /= total
+            self.slopes = -others * weights
+            self.factors[:used] = top
+        else:
+            self.slopes = -weights * self.siglip_logits().neg_().sigmoid_()
+            self.slopes[AUDIO_ROWS] = 0.0
+        torch.div(weights, self.unit, out=self.factors[DIRECTIONS:][:used])
+
+    # After sweep 2.
+    @functools.cached_property
+    def support_slopes(self) -> Tensor:
+        """(2, N): `slopes` of the text support vectors, and of the audio ones (0 but in mirror)."""
+        slopes = self.slopes[SUPPORT_ROWS:]
+        if self.mode == MIRROR:
+            return slopes
+        return torch.stack((slopes.sum(dim=0), torch.zeros_like(self.omega)))
+
+    def scalars(self) -> list[Tensor]:
+        """dk and db, float64."""
+        totals = self.sums.sum(dim=1, dtype=torch.float64) * self.unit
+        products = totals[BASE] + totals[SUPPORT_TEXT] + totals[SUPPORT_AUDIO]
+        positives = torch.stack((self.slopes * self.positives, self.slopes))
+        dk, db = positives.sum(dim=(1, 2), dtype=torch.float64)
+        return [dk + products / self.k2, db + totals[BIAS]]
+
+    def row_terms(self) -> tuple[RowTerms, Tensor]:
+        """Also dR of each row; 0 without a radius."""
+        other = (self.k * self.slopes[:SUPPORT_ROWS].sum(dim=0)).expand(2, self.N)
+        if self.R is None:
+            return RowTerms(other), torch.zeros_like(self.omega)
+        r, weight = self.geometry[GAP], self.options.beta * self.omega
+        hinge = weight * (self.R > r)
+        dR = hinge - weight * (self.R < 0.0)
+        if self.mode == PLAIN:
+            return RowTerms(other, (hinge / r).expand(2, self.N)), dR
+        c, sums = self.geometry[C], self.sums * (LN2 * self.unit)  # k / k2 = log(2)
+        # (2, N): H of the text support vectors, U of the audio ones; flip exchanges them.
+        slopes = self.k * self.support_slopes
+        H = slopes * self.inverse
+        rho = self.inverse * sums[RHO_TEXT : RHO_AUDIO + 1] + H * self.moved
+        V = c * H.flip(0)
+        own, step = V, -V
+        if self.options.renormalize:
+            support = slopes * self.positives[SUPPORT_ROWS:]
+            support += sums[SUPPORT_TEXT : SUPPORT_AUDIO + 1]
+            sigma = self.inverse.square() * support
+            rho -= sigma * (c * self.moved.sum(dim=0) - self.moved.flip(0))
+            V += c * sigma
+            own, step = V - sigma, c.square() * sigma.sum(dim=0) - V
+        rho = (rho.sum(dim=0) + self.k2 * sums[RHO_LITERAL]) / r
+        step += (c * rho + hinge) / r
+        return RowTerms(other + H.sum(dim=0) - V.flip(0), step, own), dR + rho
+
+    def finish_towers(
+        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        terms, dR = self.row_terms()
+        self.add_row_terms(dT, dA, terms)
+        for total, X, out in ((dT, self.inputs.text, text), (dA, self.inputs.audio, audio)):
+            if total is not None and out is not None:
+                self.finish_tower(total[:, : self.D], X, out)
+        return dR, torch.stack((*self.scalars(), dR.sum(dtype=torch.float64)))
+
+    def add_row_terms(self, dT: Tensor | None, dA: Tensor | None, terms: RowTerms) -> None:
+        factor = self.k * self.unit
+        for part in self.row_blocks:
+            t, a = self.T[part].float(), self.A[part].float()
+            e = t if terms.step is None else a - t
+            for n, (total, own, other) in enumerate(((dT, t, a), (dA, a, t))):
+                if total is None:
+                    continue
+                total = total[part].mul_(factor).addcmul_(other, terms.other[n, part, None])
+                if terms.step is not None:
+                    total.addcmul_(e, terms.step[n, part, None], value=1.0 - 2.0 * n)
+                if terms.own is not None:
+                    total.addcmul_(own, terms.own[n, part, None])
+
+    def finish_tower(self, total: Tensor, X: Tensor, out: Tensor) -> None:
+        """out (N, D) = total, of the rows X before they were normalised; cast once."""
+        if self.options.normalize:
+            for part in self.row_blocks:
+                out[part] = normalize_gradient(X[part].float(), total[part])
+        elif out.data_ptr() != total.data_ptr():
+            out.copy_(total)
