@@ -263,7 +263,9 @@ def memory_estimate(
     call = (torch.device(device), dtype, D, settings.mode(radius), settings.infonce)
     way = route(N, routes(backend, *call)).way
     if way != "reference":
-        return implementation(way).memory(N, D, dtype, radius, settings)
+        from .backends.footprint import peak_bytes
+
+        return peak_bytes(implementation(way), N, D, dtype, radius, settings)
     # Eager autograd: about four matrices for each direction (product, logits, hidden pairs,
     # softmax), and their gradients.
     directions = 2 + radius * (1 + (settings.bilateral != "none"))

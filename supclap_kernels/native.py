@@ -63,6 +63,19 @@ def cuda() -> Any:
     return _on_host if on_host() else module().cuda
 
 
+class Unlaunched:
+    """A compiled module whose functions do nothing but those that only calculate."""
+
+    CALCULATE = ("CpuProblem", "CudaProblem", "plan_single", "single_limit")
+
+    def __init__(self, launchers: Any) -> None:
+        self.launchers = launchers
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.launchers, name)
+        return value if name in self.CALCULATE or not callable(value) else lambda *_: None
+
+
 @functools.cache
 def has_device() -> bool:
     """Whether there is a CUDA device; asked once."""

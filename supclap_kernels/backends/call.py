@@ -121,11 +121,6 @@ class Backend:
         """Length of the buffer that forward leaves for backward; N may be symbolic."""
         raise NotImplementedError
 
-    def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-        """Bytes at the peak of forward and backward, beyond the inputs and the returned
-        gradients."""
-        raise NotImplementedError
-
     def forward(
         self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

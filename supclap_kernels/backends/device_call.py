@@ -5,7 +5,6 @@ csrc/cuda (cuda/sweeps.py).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,52 +28,19 @@ from .streams import in_flight
 
 
 class Scratch(NamedTuple):
-    """Working memory of one tile in flight (or its shapes); None for what a sweep does without."""
+    """Working memory of one tile in flight; None for what a sweep does without."""
 
-    panel: Any
-    weights: Any
-    part_i: Any
-    part_j: Any
-    sums_i: Any
-    sums_j: Any
-
-
-def lanes_of(layout: Layout, fused: bool) -> int:
-    """Two tiles are in flight where there are several and the library's products can hide the
-    epilogues; the tile kernels leave nothing to hide."""
-    return 1 + (layout.off_diagonal and not fused)
-
-
-def scratch_shapes(
-    layout: Layout,
-    slots: Callable[[int, int], tuple[int, int]],
-    fused: bool,
-    panel: bool,
-    statistics: bool,
-    weights: bool,
-) -> Scratch:
-    """The shapes of the largest tile's working memory."""
-    side = min(layout.side, layout.tiling.padded(layout.N))
-    i, j = slots(side, side)
-    size = (layout.scratch_elements,)
-    return Scratch(
-        size if panel and not fused else None,
-        size if weights else None,
-        (PLANES, i, side) if statistics else None,
-        (PLANES, j, side) if statistics else None,
-        (TILE_SUMS, i, side) if weights else None,
-        (TILE_SUMS, j, side) if weights else None,
-    )
+    panel: Tensor | None
+    weights: Tensor | None
+    part_i: Tensor | None
+    part_j: Tensor | None
+    sums_i: Tensor | None
+    sums_j: Tensor | None
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     """Vectors as the kernels read them; an expanded upstream gradient is one number N times."""
     return None if x is None else x.contiguous()
-
-
-def scratch_dtypes(weights: torch.dtype) -> Scratch:
-    single = torch.float32
-    return Scratch(single, weights, single, single, single, single)
 
 
 class DeviceCall:
@@ -108,7 +74,9 @@ class DeviceCall:
         self.row_scale = 1.0 / N if options.reduction == "mean" else 1.0
         self.per_row_radius = inputs.radius is not None and inputs.radius.ndim == 1
         self.grams = options.grams(has_radius)
-        self.layout = Layout.choose(N, self.grams, tiling, options.workspace, split)
+        self.layout = Layout.choose(
+            N, self.grams, tiling, options.workspace, split, inputs.audio.is_meta
+        )
         # Which directions and sums a tile adds to: bit d for its rows, and for its columns.
         svr, two = self.mode != PLAIN, self.mode in (SHARED, MIRROR)
         self.directions = 0b0011 | svr * 0b0100 | two * 0b1000
@@ -131,33 +99,9 @@ class DeviceCall:
         """Of stored weights, for the embeddings' dtype."""
         raise NotImplementedError
 
-    @staticmethod
-    def slots_for(
-        ni: int, nj: int, fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype
-    ) -> tuple[int, int]:
+    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
         """Of the partial results of a tile's rows, and of its columns."""
         raise NotImplementedError
-
-    @staticmethod
-    def rounds_rows(dtype: torch.dtype, fused: bool) -> bool:
-        """Whether a pass needs the rows once more, rounded."""
-        return False
-
-    @staticmethod
-    def literal_bytes(N: int, width: int) -> int:
-        """Working memory of the literal rows' gradients."""
-        raise NotImplementedError
-
-    @staticmethod
-    def row_bytes(
-        N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
-    ) -> tuple[int, int]:
-        """Working memory of the rows' own terms: held during sweep 2, and needed after it."""
-        return 0, 4 * 3 * N
-
-    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
-        kind = (self.grams, self.infonce, self.dtype)
-        return self.slots_for(ni, nj, self.fused, weights, *kind)
 
     def pack_rows(self, X: Tensor, out: Tensor) -> None:
         """out (N, width) = the rows X (N, D), normalised if asked, zero beyond D."""
@@ -217,19 +161,23 @@ class DeviceCall:
 
     # One tile.
     def lanes(self, panel: bool, statistics: bool, weights: bool) -> list[Scratch]:
-        """Scratch of a sweep."""
-        slots = lambda ni, nj: self.slots(ni, nj, weights)  # noqa: E731
-        shapes = scratch_shapes(self.layout, slots, self.fused, panel, statistics, weights)
-        dtypes = scratch_dtypes(self.stored)
-        return [
-            Scratch(
-                *(
-                    None if shape is None else self.new_empty(*shape, dtype=dtype)
-                    for shape, dtype in zip(shapes, dtypes, strict=True)
-                )
+        """Scratch of a sweep, for the largest tile. Two tiles are in flight where there are several
+        and the library's products can hide the epilogues; the tile kernels leave nothing to hide.
+        """
+        side = min(self.layout.side, self.layout.tiling.padded(self.N))
+        slots, size = self.slots(side, side, weights), self.layout.scratch_elements
+
+        def scratch() -> Scratch:
+            parts = [self.new_empty(PLANES, n, side) if statistics else None for n in slots]
+            sums = [self.new_empty(TILE_SUMS, n, side) if weights else None for n in slots]
+            return Scratch(
+                self.new_empty(size) if panel and not self.fused else None,
+                self.new_empty(size, dtype=self.stored) if weights else None,
+                *parts,
+                *sums,
             )
-            for _ in range(lanes_of(self.layout, self.fused))
-        ]
+
+        return [scratch() for _ in range(1 + (self.layout.off_diagonal and not self.fused))]
 
     def logits(
         self, tile: Tile, kept: Tensor | None, scratch: Scratch, multiply: bool
@@ -256,7 +204,7 @@ class DeviceCall:
 
         scratch = (kept is None, True, False)
         lanes = self.lanes(*scratch)
-        in_flight(self.device, self.layout.tiles(), lanes, free, self.merge_tile)
+        in_flight(self.device, self.layout.visits(), lanes, free, self.merge_tile)
         if self.mode != PLAIN:
             self.literal_statistics()
 
@@ -277,7 +225,7 @@ class DeviceCall:
             add_products(dT, dA, tile, blocks(tile, self.grams, scratch.weights), self.products)
 
         scratch = (kept is None, with_statistics, True)
-        in_flight(self.device, self.layout.tiles(), self.lanes(*scratch), free, ordered)
+        in_flight(self.device, self.layout.visits(), self.lanes(*scratch), free, ordered)
         if self.mode != PLAIN:
             if with_statistics:
                 self.literal_statistics()

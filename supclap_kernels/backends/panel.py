@@ -13,6 +13,7 @@ Cost in N x N x D products: 1 + 1/2 + (mirror) 1/2 for the logits of a sweep, 2 
 for the gradient.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -68,7 +69,8 @@ class Tiling(NamedTuple):
 class Layout(NamedTuple):
     """How the N x N problem is cut, and what is kept. `grams` is how many of Q and K exist.
 
-    `split` > 0: only pairs of a row before it with one from it on (distributed.py).
+    `split` > 0: only pairs of a row before it with one from it on (distributed.py). `sampled`: two
+    tile pairs stand for all, to see how much memory they need (footprint.py).
     """
 
     N: int
@@ -76,16 +78,19 @@ class Layout(NamedTuple):
     side: int
     tiling: Tiling
     split: int = 0
+    sampled: bool = False
 
     @classmethod
-    def choose(cls, N: int, grams: int, tiling: Tiling, workspace: int, split: int = 0) -> "Layout":
+    def choose(
+        cls, N: int, grams: int, tiling: Tiling, workspace: int, split: int, sampled: bool
+    ) -> "Layout":
         """Even tiles, as large as the backend likes them and the workspace holds them."""
         fits = math.isqrt(workspace // ((2 + grams) * tiling.scratch))
         side = min(tiling.largest, max(tiling.smallest, fits // tiling.smallest * tiling.smallest))
         longest = max(split, N - split)
         even = -(-longest // -(-longest // side))
         step = max(16, tiling.pad)
-        return cls(N, grams, min(side, -(-even // step) * step), tiling, split)
+        return cls(N, grams, min(side, -(-even // step) * step), tiling, split, sampled)
 
     @property
     def off_diagonal(self) -> bool:
@@ -103,6 +108,10 @@ class Layout(NamedTuple):
         """All panels together."""
         *_, last = self.tiles()
         return last.offset + last.size * (1 + (not last.diagonal) + self.grams)
+
+    def visits(self) -> Iterator[Tile]:
+        """The tile pairs that a sweep visits."""
+        return itertools.islice(self.tiles(), 2 if self.sampled else None)
 
     def tiles(self) -> Iterator[Tile]:
         offset, end = 0, self.split or self.N
@@ -204,7 +213,7 @@ def sweep_statistics(
     scratch: Tensor | None,
 ) -> None:
     """Sweep 1: fills `kept` with every tile's logits; or, where it is None, works in `scratch`."""
-    for tile in layout.tiles():
+    for tile in layout.visits():
         panel = panel_of(tile, kept, scratch)
         multiply_tile(tile, layout.grams, panel, products)
         epilogue.hide_pairs(tile, panel)
@@ -222,7 +231,7 @@ def sweep_gradients(
     with_statistics: bool = False,
 ) -> None:
     """Sweep 2. Kept logits are only read, so it may run again; `with_statistics` adds sweep 1."""
-    for tile in layout.tiles():
+    for tile in layout.visits():
         panel = panel_of(tile, kept, scratch)
         if kept is None:
             multiply_tile(tile, layout.grams, panel, products)

@@ -4,7 +4,7 @@ Both kinds own the stacked operand: TEXT and AUDIO name its halves.
 """
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +52,10 @@ class Bfloat16Products:
 
     GROUP = 16
 
-    def __init__(self, T: Tensor, A: Tensor, split: int = 0) -> None:
+    def __init__(self, T: Tensor, A: Tensor, module: Any, split: int = 0) -> None:
         self.N, self.D = T.shape
         self.starts = (0, split) if split else (0,)  # tiles begin at multiples of GROUP from here
-        self.module, self.threads = native.module(), torch.get_num_threads()
+        self.module, self.threads = module, torch.get_num_threads()
         # Rows in pairs of elements: an odd D gets a column of zeros.
         odd = self.D % 2
         self.sides = tuple((F.pad(X, (0, 1)) if odd else X).contiguous() for X in (T, A))
@@ -118,6 +118,7 @@ class DeviceProducts:
     """Products in the embeddings' own dtype, on the tensor cores, with float32 results.
 
     CPU tensors (in Triton's interpreter) are raised to float32, and weights rounded to the dtype.
+    Meta tensors are not multiplied: the library's own memory is not counted.
     """
 
     def __init__(self, T: Tensor, A: Tensor) -> None:
@@ -126,6 +127,8 @@ class DeviceProducts:
         self.on_cpu = T.device.type == "cpu"
 
     def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
+        if out.is_meta:
+            return
         X, Y = rows(self.sides[x], I), rows(self.sides[y], J).t()
         if self.wide:
             torch.mm(X, Y, out=out)  # [I, D] @ [D, J]
@@ -135,6 +138,8 @@ class DeviceProducts:
             torch.mm(X, Y, out_dtype=torch.float32, out=out)
 
     def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
+        if out.is_meta:
+            return
         Y = rows(self.sides[y], J)
         if self.wide:
             out.addmm_(W, Y)  # [., J] @ [J, D]

@@ -11,6 +11,7 @@ import supclap_kernels as sk
 from supclap_kernels import dispatch, native
 from supclap_kernels.backends import available
 from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.footprint import peak_bytes
 from supclap_kernels.options import MIRROR, PLAIN, WAYS, Options
 from supclap_kernels.testing import Case, make_inputs
 
@@ -62,7 +63,7 @@ def test_estimate_within_a_tenth(name, backend, no_launches):
     case = Case(**{"N": 700, "D": 512, **fields}, options=options)
     found = measured(case, backend)
     sizes = (case.N, case.D, case.dtype, case.radius != "none")
-    guess = backend.memory(*sizes, Options(**case.options))
+    guess = peak_bytes(backend, *sizes, Options(**case.options))
     assert 0.9 <= guess / found <= 1.1, f"{case}: estimated {guess}, measured {found} bytes"
 
 
@@ -101,7 +102,7 @@ def test_rows_for_tf32_are_rounded_not_cut():
 def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
     monkeypatch.setattr(gpu, "precision", lambda dtype: "tf32")
     case = Case(N=700, D=512, options={"workspace": 2**17})
-    guess = backend.memory(700, 512, torch.float32, True, Options(**case.options))
+    guess = peak_bytes(backend, 700, 512, torch.float32, True, Options(**case.options))
     assert 0.9 <= guess / measured(case, backend) <= 1.1
 
 

@@ -16,7 +16,7 @@ from ...gradients import normalize_gradient
 from ...options import Options
 from ...reference import accumulator_dtype
 from ..call import Backend, Call, Inputs, Towers, saved_elements
-from ..panel import PLACEHOLDER, Layout, Tile, Tiling, sweep_gradients, sweep_statistics
+from ..panel import Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from ..products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 from ..state import DIRECTIONS, GAP, OFFSET, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
 from ..statistics import negatives_between
@@ -39,7 +39,10 @@ class CpuCall:
     def __init__(
         self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
     ) -> None:
-        self.native = native.module()
+        self.device = inputs.audio.device
+        self.native: Any = native.module()
+        if inputs.audio.is_meta:
+            self.native = native.Unlaunched(self.native)
         self.inputs, self.options, self.split = inputs, options, split
         self.dtype = dtype = accumulator_dtype(inputs.audio.dtype)
         self.rounded = inputs.audio.dtype == torch.bfloat16 and rounds_to_bfloat16()
@@ -49,12 +52,14 @@ class CpuCall:
         self.svr = options.support(has_radius)
         self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
         self.grams = options.grams(has_radius)
-        self.layout = Layout.choose(N, self.grams, TILING[dtype], options.workspace, split)
+        self.layout = Layout.choose(
+            N, self.grams, TILING[dtype], options.workspace, split, inputs.audio.is_meta
+        )
         self.products = self.choose_products()
         # All that is (., N): the statistics and the rows' geometry, which backward gets from
         # forward; factors and omega; running and sums.
         new = torch.zeros if options.gradient_in_forward else torch.empty  # sweep 2 reads it first
-        self.state = new(STATE_ROWS, N, dtype=dtype, device="cpu") if state is None else state
+        self.state = new(STATE_ROWS, N, dtype=dtype, device=self.device) if state is None else state
         self.factors = self.new_empty(2 * DIRECTIONS + 1, N)
         self.wide = self.new_empty(2 * DIRECTIONS + ROW_SUMS, N, dtype=torch.float64)
         self.R, self.w = self.vector(inputs.radius), self.vector(inputs.weight)
@@ -105,7 +110,7 @@ class CpuCall:
         rows = self.inputs.text, self.inputs.audio
         if self.options.normalize:
             rows = self.T.to(torch.bfloat16), self.A.to(torch.bfloat16)
-        return Bfloat16Products(*rows, self.split)
+        return Bfloat16Products(*rows, self.native, self.split)
 
     def literal_rows(self) -> LiteralRows:
         assert self.R is not None
@@ -140,7 +145,7 @@ class CpuCall:
 
     # The stages.
     def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def scratch(self) -> Tensor:
         return self.new_empty(self.layout.scratch_elements)
@@ -172,7 +177,11 @@ class CpuCall:
     def accumulators(self, needs: tuple[bool, ...], out: Towers = (None, None)) -> Towers:
         """The gradients' own place."""
         dA, dT = out
-        shape: dict[str, Any] = {"size": (self.N, self.D), "dtype": self.dtype, "device": "cpu"}
+        shape: dict[str, Any] = {
+            "size": (self.N, self.D),
+            "dtype": self.dtype,
+            "device": self.device,
+        }
         if needs[0] and dA is None:
             dA = torch.zeros(**shape)
         if needs[1] and dT is None:
@@ -222,34 +231,6 @@ class CpuBackend(Backend):
     ) -> Any:
         wide = accumulator_dtype(dtype)
         return saved_elements(N, D, has_radius, options, wide.itemsize, keep, TILING[wide])
-
-    def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-        accumulator = accumulator_dtype(dtype)
-        size, narrow, wide = accumulator.itemsize, dtype.itemsize, 8
-        cast, matrix = dtype != accumulator, N * D
-        rounded = dtype == torch.bfloat16 and rounds_to_bfloat16()
-        layout = Layout.choose(N, options.grams(has_radius), TILING[accumulator], options.workspace)
-        saved = self.saved_elements(N, D, dtype, has_radius, options, True) * size
-        state, factors = STATE_ROWS * N * size, (2 * DIRECTIONS + 2) * N * size
-        rows = state + factors + (2 * DIRECTIONS + ROW_SUMS) * N * wide
-        scratch = layout.scratch_elements * size
-        kept = not options.gradient_in_forward and saved > PLACEHOLDER * size
-        operands = 2 * matrix * size if cast or options.normalize else 0
-        pack, tile = 2 * matrix * narrow, layout.side**2 * narrow  # both sides; one tile's weights
-        if rounded and options.normalize:
-            operands += 2 * matrix * narrow
-        tangent = 3 * matrix * size if options.normalize else 0  # of normalize_gradient
-        returned, wide_gradients = 2 * matrix * narrow, 2 * matrix * size
-        if options.gradient_in_forward:
-            packs = (2 * pack + tile) * rounded
-            forward_peak = saved + rows + operands + packs + max(scratch, tangent)
-            backward_peak = state + saved + wide_gradients + N * size + returned * cast
-        else:
-            forward_peak = saved + rows + operands + scratch * (not kept) + pack * rounded
-            packs = (pack + pack * (not kept) + tile) * rounded
-            working = max(scratch, tangent, returned * cast)
-            backward_peak = saved + rows + operands + packs + wide_gradients + working
-        return max(forward_peak, backward_peak) - returned
 
 
 CPU = CpuBackend()

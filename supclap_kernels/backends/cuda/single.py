@@ -125,20 +125,6 @@ class Single(Backend):
             give_sums(arguments, saved, needs)
         return finish(arguments, needs)
 
-    def memory(self, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options) -> int:
-        module, width = native.cuda(), width_of(D, dtype)
-        p = module.CudaProblem()
-        p.N, p.D, p.width, p.dtype, p.infonce = N, D, width, DTYPES[dtype], options.infonce
-        p.mode, p.normalize = options.mode(has_radius), options.normalize
-        p.text_n = p.audio_n = width
-        p.text_d = p.audio_d = 1
-        scratch = int(module.plan_single(p, True, self.side).scratch)
-        state, sums = 4 * STATE_ROWS * N, 4 * sums_elements(N, width)
-        returned, rows = 2 * N * D * dtype.itemsize, 4 * 3 * N
-        if options.reduction == "none":  # the loss alone, and in backward everything again
-            return 2 * state + sums + 4 * N + max(scratch, returned + rows) - returned
-        return state + sums + max(scratch, returned + rows) - returned
-
 
 def give_sums(arguments: CudaArguments, buffer: Tensor, needs: tuple[bool, ...]) -> None:
     """The parts of the buffer of `sums_elements`, by their addresses."""

@@ -21,6 +21,8 @@ class CudaArguments:
 
     def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
         self.inputs, self.native = inputs, native.cuda()
+        if inputs.audio.is_meta:
+            self.native = native.Unlaunched(self.native)
         self.alive: list[Tensor] = []
         audio, text, radius, scale, bias, ids, weight = inputs
         N, D = audio.shape
@@ -54,16 +56,9 @@ class CudaCall(DeviceCall):
     def weights_dtype(dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    @staticmethod
-    def slots_for(
-        ni: int, nj: int, fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype
-    ) -> tuple[int, int]:
-        rows, columns = native.cuda().PANEL_BLOCK
+    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
+        rows, columns = self.native.PANEL_BLOCK
         return -(-nj // columns), -(-ni // rows)
-
-    @staticmethod
-    def literal_bytes(N: int, width: int) -> int:
-        return 4 * N
 
     def prepare_launches(self) -> None:
         self.arguments = CudaArguments(self.inputs, self.options, self.mode, self.width)

@@ -17,7 +17,7 @@ from .merge import merge_statistics, merge_sums
 from .panel import panel_statistics, panel_weights
 from .rows import RowCall
 from .sweeps import tile_backward, tile_forward
-from .tile import INTERPRETED
+from .tile import INTERPRETED, launch
 
 
 def architecture(device: torch.device) -> int:
@@ -65,21 +65,6 @@ class TritonCall(RowCall):
     def weights_dtype(dtype: torch.dtype) -> torch.dtype:
         """The interpreter rounds correctly only in float32."""
         return torch.float32 if INTERPRETED.value else dtype
-
-    @staticmethod
-    def slots_for(
-        ni: int, nj: int, fused: bool, weights: bool, grams: int, infonce: bool, dtype: torch.dtype
-    ) -> tuple[int, int]:
-        return slots_of(ni, nj, kernel_blocks(fused, weights, grams, infonce, dtype))
-
-    @staticmethod
-    def rounds_rows(dtype: torch.dtype, fused: bool) -> bool:
-        return fused and precision(dtype) == "tf32"
-
-    @staticmethod
-    def literal_bytes(N: int, width: int) -> int:
-        blocks = triton.cdiv(N, tile_sizes.LITERAL_ROWS)
-        return 4 * (min(blocks, tile_sizes.LITERAL_PARTS) * tile_sizes.LITERAL_ROWS * width + 2 * N)
 
     def prepare_launches(self) -> None:
         self.literal_rows_found: LiteralRows | None = None
@@ -129,7 +114,7 @@ class TritonCall(RowCall):
         else:
             kernel = panel_weights if weights else panel_statistics
             source, place = (panel,), (*place, tile.ld, tile.size)
-        kernel[grid](*source, *self.fixed, *parts, self.N, *place, **constants)
+        launch(kernel, grid, *source, *self.fixed, *parts, self.N, *place, **constants)
 
     def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
         i, j = self.slots(tile.ni, tile.nj, scratch.weights is not None)
@@ -141,12 +126,19 @@ class TritonCall(RowCall):
             shape = {"SLOTS": tile_sizes.MERGE_SLOTS, "BLOCK": tile_sizes.MERGE_ROWS}
             if part is not None:
                 used = self.directions | (self.options.stats and not column) * 0b10000
-                merge_statistics[blocks, PLANES // 2](
-                    part, self.running, *place, used, INFONCE=self.infonce, **shape
+                launch(
+                    merge_statistics,
+                    (blocks, PLANES // 2),
+                    part,
+                    self.running,
+                    *place,
+                    used,
+                    INFONCE=self.infonce,
+                    **shape,
                 )
             used = self.sums_of_columns | (not column) * 0b11
             if sums is not None and used:
-                merge_sums[blocks, TILE_SUMS](sums, self.sums, *place, used, **shape)
+                launch(merge_sums, (blocks, TILE_SUMS), sums, self.sums, *place, used, **shape)
 
     @property
     def literal(self) -> LiteralRows:

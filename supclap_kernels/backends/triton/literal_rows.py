@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import tile_sizes
 from . import literal as kernels
-from .tile import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS
+from .tile import MIRROR, OTHER_ROWS, SHARED, SUPPORT_ROWS, launch
 
 LITERAL, BLOCK_J, CHUNK = (
     tile_sizes.LITERAL_ROWS,
@@ -42,7 +42,16 @@ class LiteralRows:
             self.sides.append((OTHER_ROWS.value, A, T))
         self.index = torch.empty(N, dtype=torch.int32, device=T.device)
         self.count = torch.empty((), dtype=torch.int32, device=T.device)
-        kernels.list_literal[(1,)](self.state, self.index, self.count, N, BLOCK=1024, num_warps=4)
+        launch(
+            kernels.list_literal,
+            (1,),
+            self.state,
+            self.index,
+            self.count,
+            N,
+            BLOCK=1024,
+            num_warps=4,
+        )
         self.blocks = triton.cdiv(N, LITERAL)
         self.max_splits = triton.cdiv(N, tile_sizes.LITERAL_SPLIT)
         self.chunks = triton.cdiv(width, CHUNK)
@@ -55,13 +64,15 @@ class LiteralRows:
         part = self.state.new_empty(2, self.blocks * LITERAL)
         share = (self.N, self.blocks, self.max_splits)
         for direction, X, Y in self.sides:
-            kernels.literal_rows[(self.blocks,)](
+            launch(
+                kernels.literal_rows, (self.blocks,),
                 X, Y, *self.fixed, self.index, self.count, factors, part,
                 self.N, self.width, self.split, self.blocks, self.max_splits,
                 DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
                 LITERAL=LITERAL, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2,
             )  # fmt: skip
-            kernels.merge_literal_rows[(self.blocks,)](
+            launch(
+                kernels.merge_literal_rows, (self.blocks,),
                 part, self.index, self.count, running, sums, *share,
                 DIRECTION=direction, INFONCE=self.infonce, LITERAL=LITERAL, BLOCK_J=BLOCK_J,
                 num_warps=1,
@@ -77,7 +88,8 @@ class LiteralRows:
         dY: Tensor | None,
     ) -> None:
         grid = (triton.cdiv(self.N, BLOCK_J), 1 if factors is None else self.chunks)
-        kernels.literal_columns[grid](
+        launch(
+            kernels.literal_columns, grid,
             X, Y, *self.fixed, self.index, self.count, factors, running, dY,
             self.N, self.width, self.split,
             DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
@@ -113,13 +125,15 @@ class LiteralRows:
             dX, dY = (dT, dA) if direction == SUPPORT_ROWS.value else (dA, dT)
             for first in range(0, self.N, capacity * LITERAL):
                 share = (first, capacity, self.max_splits)
-                kernels.literal_gradient[capacity, self.chunks](
+                launch(
+                    kernels.literal_gradient, (capacity, self.chunks),
                     X, Y, *self.fixed, self.index, self.count, factors, part,
                     self.N, self.width, self.split, *share,
                     DIRECTION=direction, MODE=self.mode, INFONCE=self.infonce,
                     BLOCK_D=BLOCK_D, CHUNK=CHUNK, num_stages=2, **constants,
                 )  # fmt: skip
-                kernels.finish_literal[(capacity,)](
+                launch(
+                    kernels.finish_literal, (capacity,),
                     X, Y, self.state, self.index, self.count, slopes, part, sums, dX, dY,
                     self.N, self.width, *share,
                     DIRECTION=direction, RENORMALIZE=renormalize, CHUNK=ROW_CHUNK, **constants,

@@ -22,7 +22,7 @@ from ...gradients import (
     MIN_NORM,
     normalize_gradient,
 )
-from ...options import MIRROR, ONE_SIDED, PLAIN, SHARED, Options
+from ...options import MIRROR, ONE_SIDED, PLAIN, SHARED
 from ...reference import EPS
 from .. import tile_sizes
 from ..device_call import DeviceCall, logit_scale_2
@@ -112,17 +112,6 @@ class RowTerms(NamedTuple):
 
 class RowCall(DeviceCall):
     """A call whose work on the rows alone is PyTorch's."""
-
-    @staticmethod
-    def row_bytes(
-        N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
-    ) -> tuple[int, int]:
-        svr, width = options.support(has_radius), tile_sizes.operand_width(D)
-        rows = min(N, max(1, tile_sizes.ROW_ELEMENTS // width))
-        adding = rows * width * (has_radius + 2 * (dtype.itemsize < 4))
-        normalizing = rows * D * 3 * options.normalize
-        held, temporary = (12, 8) if svr else (2, 3)
-        return 4 * held * N, 4 * (temporary * N + max(adding, normalizing))
 
     @functools.cached_property
     def k(self) -> Tensor:

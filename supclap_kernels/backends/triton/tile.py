@@ -40,6 +40,12 @@ PLAIN, ONE_SIDED = tl.constexpr(options.PLAIN), tl.constexpr(options.ONE_SIDED)
 SHARED, MIRROR = tl.constexpr(options.SHARED), tl.constexpr(options.MIRROR)
 
 
+def launch(kernel, grid, *arguments, **constants):
+    """kernel[grid](...), but for meta tensors (footprint.py): nothing."""
+    if not arguments[0].is_meta:
+        kernel[grid](*arguments, **constants)
+
+
 @triton.jit
 def vector(X, row, index, mask, N, AXIS: tl.constexpr, outside=0.0):
     """X[row, index] of X (., N), as a column (AXIS 1) or a row (AXIS 0) beside a tile."""
