@@ -1,11 +1,11 @@
 """One pass of the GPU backends (device.py): the tensors on the device, and the order of the work.
 
-What launches kernels is a subclass of `Call`: for Triton's (triton/call.py), and for those of
-csrc/cuda (cuda/sweeps.py).
+What launches the kernels is a subclass of `DeviceCall`: for Triton's (triton/call.py), and for
+those of csrc/cuda (cuda/sweeps.py).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,53 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-class DeviceCall:
-    """One pass (backend.Call)."""
+class Kernels(Protocol):
+    """What a family of kernels does with a call: RowCall and TritonCall of triton/, CudaCall of
+    cuda/sweeps.py."""
+
+    @staticmethod
+    def weights_dtype(dtype: torch.dtype) -> torch.dtype:
+        """Of stored weights, for the embeddings' dtype."""
+
+    def prepare_launches(self) -> None:
+        """Before anything is launched."""
+
+    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
+        """Of the partial results of a tile's rows, and of its columns."""
+
+    def pack_rows(self, X: Tensor, out: Tensor) -> None:
+        """out (N, width) = the rows X (N, D), normalised if asked, zero beyond D."""
+
+    def prepare_state(self) -> None:
+        """Fills `state` with the geometry of the rows, and starts `running`."""
+
+    def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
+        """Statistics of one tile, weights, or both, as the scratch has room for."""
+
+    def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
+        """Adds the tile's partial results to the running ones."""
+
+    def literal_statistics(self) -> None:
+        """Puts the literal rows' statistics into `running`."""
+
+    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
+        """The rows' losses (N,) and (6, N) terms, from `running`; fills `state`."""
+
+    def prepare_factors(self, upstream: Tensor | None) -> None:
+        """Fills `omega`, `factors` and `unit`."""
+
+    def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
+        """Adds what the literal rows' products give to dT, dA (N, width) and `sums`."""
+
+    def finish_towers(
+        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """text, audio (N, D) from dT, dA (N, width) and `sums`. Returns dR of each row (N,), and
+        the sums (3,) of dk, db and dR over rows."""
+
+
+class DeviceCall(Kernels):
+    """Implements call.Call for tensors on a GPU; subclasses launch the Kernels."""
 
     unit: Any = None
 
@@ -89,56 +134,6 @@ class DeviceCall:
         if state is None:
             self.running = self.new_empty(PLANES, N)
             self.prepare_state()
-
-    # What a subclass launches.
-    def prepare_launches(self) -> None:
-        """Before anything is launched."""
-
-    @staticmethod
-    def weights_dtype(dtype: torch.dtype) -> torch.dtype:
-        """Of stored weights, for the embeddings' dtype."""
-        raise NotImplementedError
-
-    def slots(self, ni: int, nj: int, weights: bool) -> tuple[int, int]:
-        """Of the partial results of a tile's rows, and of its columns."""
-        raise NotImplementedError
-
-    def pack_rows(self, X: Tensor, out: Tensor) -> None:
-        """out (N, width) = the rows X (N, D), normalised if asked, zero beyond D."""
-        raise NotImplementedError
-
-    def prepare_state(self) -> None:
-        """Fills `state` with the geometry of the rows, and starts `running`."""
-        raise NotImplementedError
-
-    def launch_tile(self, tile: Tile, panel: Tensor | None, scratch: Scratch) -> None:
-        """Statistics of one tile, weights, or both, as the scratch has room for."""
-        raise NotImplementedError
-
-    def merge_tile(self, tile: Tile, scratch: Scratch) -> None:
-        """Add the tile's partial results to the running ones."""
-        raise NotImplementedError
-
-    def literal_statistics(self) -> None:
-        raise NotImplementedError
-
-    def finish_rows(self, rows: Tensor, terms: Tensor | None) -> None:
-        """The rows' losses (N,) and (6, N) terms, from `running`; fills `state`."""
-        raise NotImplementedError
-
-    def prepare_factors(self, upstream: Tensor | None) -> None:
-        """Fills `omega`, `factors` and `unit`."""
-        raise NotImplementedError
-
-    def literal_gradients(self, dT: Tensor | None, dA: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def finish_towers(
-        self, dT: Tensor | None, dA: Tensor | None, text: Tensor | None, audio: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """text, audio (N, D) from dT, dA (N, width) and `sums`. Returns dR of each row (N,), and
-        the sums (3,) of dk, db and dR over rows."""
-        raise NotImplementedError
 
     def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

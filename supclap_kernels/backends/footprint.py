@@ -24,11 +24,6 @@ class Footprint(TorchDispatchMode):
         self.alive = self.peak = 0
         self.counted = {x.untyped_storage()._cdata for x in inputs}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would import its compiler, which takes a second, to keep it away from here."""
-        return False
-
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: Any = (), named: Any = None
     ) -> Any:
