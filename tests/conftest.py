@@ -12,6 +12,15 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 collect_ignore += [] if os.environ.get("SUPCLAP_SHIM") else ["shim"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="all cases, not only the core of each set")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        os.environ["SUPCLAP_TESTS"] = "all"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))

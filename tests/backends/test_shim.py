@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from covering import ALL
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -23,7 +24,7 @@ def run(*arguments: str) -> str:
 
 def test_every_option():
     passed = int(run().split()[-4])
-    assert passed > 600
+    assert passed > (600 if ALL else 250)
 
 
 SANITIZED = "literal or vectors or twice or one_pair or stats_are or rounds"
@@ -32,8 +33,9 @@ SANITIZED = "literal or vectors or twice or one_pair or stats_are or rounds"
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_sanitized(sanitizer):
-    assert int(run("--sanitize", sanitizer, "--filter", SANITIZED).split()[-4]) > 50
+    passed = int(run("--sanitize", sanitizer, "--filter", SANITIZED).split()[-4])
+    assert passed > (50 if ALL else 40)
 
 
 def test_every_barrier_is_needed():
-    assert int(run("--mutants").split()[-4]) > 40
+    assert int(run("--mutants").split()[-4]) > (40 if ALL else 20)

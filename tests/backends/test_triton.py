@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from covering import core
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = ("panel", "not panel")
@@ -63,10 +64,12 @@ arch, only, kernel = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 print(json.dumps([aot.SHARED_LIMIT[arch], list(aot.report(arch, kernel, only=only))]))
 """
 # Everything for Hopper; elsewhere bfloat16, and the tile kernels, whose blocks depend on it.
-REPORTS = [(90, "", ""), *((a, *w) for a in (80, 100) for w in (("bfloat16", ""), ("32", "tile_")))]
+REPORTS = [*((a, *w) for a in (80, 100) for w in (("bfloat16", ""), ("32", "tile_"))), (90, "", "")]
 
 
-@pytest.mark.parametrize("arch, only, kernel", REPORTS, ids=lambda x: f"sm_{x}" if x else x)
+@pytest.mark.parametrize(
+    "arch, only, kernel", core(REPORTS, every=5), ids=lambda x: f"sm_{x}" if x else x
+)
 def test_kernels_compile_well(arch, only, kernel, native_triton):
     from supclap_kernels.backends.tile_sizes import SPILLS
 

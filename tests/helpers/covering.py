@@ -1,8 +1,19 @@
-"""Few combinations of options in which every pair of values of two options occurs."""
+"""Few combinations of options in which every pair of values of two options occurs, and a core of
+them for every day."""
 
 import itertools
+import os
 import random
-from typing import Any
+from typing import Any, TypeVar
+
+ALL = os.environ.get("SUPCLAP_TESTS") == "all"
+"""`pytest --all` sets the variable, so that the processes that tests start know it, too."""
+Item = TypeVar("Item")
+
+
+def core(cases: list[Item], every: int = 4) -> list[Item]:
+    """Every so many of the cases, from the first on; all of them with `pytest --all`."""
+    return cases if ALL else cases[::every]
 
 
 def pairs_of(row: dict[str, Any]) -> set[tuple[Any, ...]]:

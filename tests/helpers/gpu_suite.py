@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from covering import covering
+from covering import core, covering
 from torch import Tensor
 
 from supclap_kernels import fused_svr_loss
@@ -122,7 +122,7 @@ def suite(*backends: str, least: int = 30) -> list[Any]:
                     fields["gap"] = max(fields["gap"], 0.02)
                 case = Case(**fields, options=options)
                 cases.append(pytest.param(backend, case, row["small"], id=f"{backend} {case}"))
-    return cases
+    return core(cases)
 
 
 def accepted(case: Case, inputs: Inputs, backend: str) -> None:

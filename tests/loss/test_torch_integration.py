@@ -1,5 +1,6 @@
 """What PyTorch asks of an operator: opcheck and torch.compile."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from covering import covering
+from covering import core, covering
 from integration_cases import OPTION_SETS, SMALL, every_option_set, leaves_of, same, step_of
 from torch import Tensor
 
@@ -151,7 +152,7 @@ EVERY = {
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("n", range(12))
+@pytest.mark.parametrize("n", core(list(range(12))))
 def test_compile_every_option(n):
     """Pairs of all options and of what a call is given."""
     rows = covering(
@@ -171,8 +172,10 @@ def test_compile_every_option(n):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
-@pytest.mark.parametrize("objective", ["infonce", "siglip"])
+@pytest.mark.parametrize(
+    "objective, bilateral",
+    core(list(itertools.product(("infonce", "siglip"), ("mirror", "none", "shared"))), every=3),
+)
 def test_compile_with_the_default_compiler(tmp_path, monkeypatch, objective, bilateral):
     """Inductor, where the graph around the operator is compiled too; nothing cached before."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import core
 
 from supclap_kernels import fused_svr_loss, native
 from supclap_kernels.backends import tile_sizes
@@ -98,7 +99,7 @@ def test_nothing_is_missed_as_it_is(case, monkeypatch):
     assert not missed_by(case, monkeypatch)
 
 
-@pytest.mark.parametrize("site", sites())
+@pytest.mark.parametrize("site", core(sites()))
 @pytest.mark.usefixtures("removed")
 def test_barrier_is_missed(site, monkeypatch):
     native.cuda().remove_barrier(site, empty_log())
