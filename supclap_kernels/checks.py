@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.call import Inputs
+from .backends.call import Tensors
 from .options import Options, as_python_number, check_choices
 from .reference import accumulator_dtype
 from .watch import watch
@@ -45,7 +45,7 @@ def checked_inputs(
     ids: Tensor | None,
     weight: Tensor | None,
     objective: str,
-) -> Inputs:
+) -> Tensors:
     """The tensors as the operators take them, or the error that says what does not fit."""
     check_embeddings(audio, text)
     N = audio.shape[0]
@@ -62,7 +62,7 @@ def checked_inputs(
         check_values(
             audio=audio, text=text, radius=R, logit_scale=scale, logit_bias=bias, weight=weight
         )
-    return Inputs(audio, text, R, scale, bias, ids, weight)
+    return Tensors(audio, text, R, scale, bias, ids, weight)
 
 
 def group_size(group: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from . import native
 from .backends import available
-from .backends.call import Backend, Inputs, Route
+from .backends.call import Backend, Route, Tensors
 from .backends.cuda import route as cuda_route
 from .options import PLAIN, Options, check_choices
 
@@ -138,7 +138,7 @@ def device_index(device: torch.device) -> int:
     return native.current_device() if device.index is None else device.index
 
 
-def routes_of(inputs: Inputs, options: Options, staged: bool = False) -> tuple[Route, ...]:
+def routes_of(inputs: Tensors, options: Options, staged: bool = False) -> tuple[Route, ...]:
     audio = inputs.audio
     D = audio.shape[1]
     if not isinstance(D, int):  # a compiler's symbol; only what fits on a chip depends on it
@@ -177,17 +177,17 @@ def implementation(way: str) -> Backend:
     return sweeps.HOPPER if kind == "hopper" else sweeps.PANEL
 
 
-def backend_for(inputs: Inputs, options: Options) -> Backend:
+def backend_for(inputs: Tensors, options: Options) -> Backend:
     """What computes the operators for these tensors."""
     return implementation(route(len(inputs.audio), routes_of(inputs, options)).way)
 
 
-def staged_backend(inputs: Inputs, options: Options) -> Backend:
+def staged_backend(inputs: Tensors, options: Options) -> Backend:
     """What computes a pass over a process group, stage by stage."""
     return implementation(routes_of(inputs, options, staged=True)[-1].way)
 
 
-def saved_elements(inputs: Inputs, options: Options, keep: bool) -> Any:
+def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:
     """Length of the buffer that forward leaves for backward. N may be symbolic: no branch depends
     on it, so that torch.compile compiles once for every N."""
     N, D = inputs.audio.shape

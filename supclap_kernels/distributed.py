@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import statistics
-from .backends.call import Call, Inputs, in_own_dtypes
+from .backends.call import Call, Tensors, in_own_dtypes
 from .backends.state import STATE_GEOMETRY
 from .collectives import Mail, agree, describe, mean_over_ranks
 from .ops import for_autograd, without_autograd
@@ -94,7 +94,7 @@ Memory = dict[tuple[str, int, int], Tensor]
 class Pass:
     """Forward or backward of a plan on this rank. What travels has its rows first."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, memory: Memory | None = None) -> None:
+    def __init__(self, plan: Plan, inputs: Tensors, memory: Memory | None = None) -> None:
         self.plan, self.inputs, self.memory = plan, inputs, memory or {}
         self.backend = dispatch.staged_backend(inputs, plan.options)
         # Sums: what N divides is not known to a visit.
@@ -301,7 +301,7 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.plan = arguments
-        outputs = without_autograd(tensors[0], group_forward, ctx.plan, Inputs(*tensors))
+        outputs = without_autograd(tensors[0], group_forward, ctx.plan, Tensors(*tensors))
         loss, stats, memory = outputs
         ctx.names = list(memory)
         ctx.save_for_backward(*tensors, *memory.values())
@@ -310,29 +310,29 @@ class GroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Inputs._fields)
+        count = len(Tensors._fields)
         tensors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        inputs, memory = Inputs(*tensors), dict(zip(ctx.names, kept, strict=True))
+        inputs, memory = Tensors(*tensors), dict(zip(ctx.names, kept, strict=True))
         gradients = without_autograd(upstream, group_backward, ctx.plan, inputs, memory, upstream)
         no_gradient = (None,) * 3  # of ids, weight, plan
         needs = ctx.needs_input_grad[:5]
         return *for_autograd(gradients, needs, upstream, inputs), *no_gradient
 
 
-def group_forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Memory]:
+def group_forward(plan: Plan, inputs: Tensors) -> tuple[Tensor, Tensor, Memory]:
     work = Pass(plan, inputs)
     return *work.forward(), work.memory
 
 
 def group_backward(
-    plan: Plan, inputs: Inputs, memory: Memory, upstream: Tensor
+    plan: Plan, inputs: Tensors, memory: Memory, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
     gradients = Pass(plan, inputs, memory).backward(upstream)
     return in_own_dtypes(inputs, plan.needs, *gradients)
 
 
 def group_loss(
-    inputs: Inputs, options: Options, group: Any, exchange: str
+    inputs: Tensors, options: Options, group: Any, exchange: str
 ) -> tuple[Tensor, Tensor]:
     """The loss over a process group of several ranks, after all of them agreed on the call."""
     recording = torch.is_grad_enabled()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .backends.call import Inputs
+from .backends.call import Tensors
 from .backends.state import STATE_ROWS
 from .options import Options
 from .reference import accumulator_dtype
@@ -59,7 +59,7 @@ def _forward(
     audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
     ids: Tensor | None, weight: Tensor | None, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Inputs(audio, text, radius, scale, bias, ids, weight)
+    inputs = Tensors(audio, text, radius, scale, bias, ids, weight)
     settings = Options(*options)
     backend = dispatch.backend_for(inputs, settings)
     outputs = without_autograd(audio, backend.forward, inputs, settings, tuple(needs))
@@ -73,7 +73,7 @@ def _backward(
     ids: Tensor | None, weight: Tensor | None,
     state: Tensor, saved: Tensor, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Inputs(audio, text, radius, scale, bias, ids, weight)
+    inputs = Tensors(audio, text, radius, scale, bias, ids, weight)
     settings = Options(*options)
     backend = dispatch.backend_for(inputs, settings)
     call = (inputs, settings, tuple(needs), upstream, state, saved)
@@ -94,7 +94,7 @@ def _fake_forward(
     audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
     ids: Tensor | None, weight: Tensor | None, needs: Sequence[bool], *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Inputs(audio, text, radius, scale, bias, ids, weight)
+    inputs = Tensors(audio, text, radius, scale, bias, ids, weight)
     settings = Options(*options)
     dtype, N = accumulator_dtype(audio.dtype), audio.shape[0]
     return (
@@ -118,7 +118,7 @@ def _fake_backward(
     )
 
 
-def watched(inputs: Inputs) -> bool:
+def watched(inputs: Tensors) -> bool:
     """Whether something looks at operators (a compiler, a tracer, a mode, a tensor of another
     kind): then the call must be one."""
     if torch.compiler.is_compiling():
@@ -143,7 +143,7 @@ class SVRFunction(torch.autograd.Function):
             outputs = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
         else:
             outputs = without_autograd(
-                tensors[0], backend.forward, Inputs(*tensors), options, needs
+                tensors[0], backend.forward, Tensors(*tensors), options, needs
             )
         loss, stats, state, saved = outputs
         ctx.save_for_backward(*tensors, state, saved)
@@ -156,7 +156,7 @@ class SVRFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Read once: activation checkpointing unpacks the saved tensors a single time.
         *tensors, state, saved = ctx.saved_tensors
-        inputs, needs, options = Inputs(*tensors), ctx.needs, ctx.options
+        inputs, needs, options = Tensors(*tensors), ctx.needs, ctx.options
         if ctx.backend is None or watched(inputs):
             arguments = (upstream, *tensors, state, saved, needs, *options)
             gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
@@ -171,7 +171,7 @@ def for_autograd(
     gradients: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
     upstream: Tensor,
-    inputs: Inputs,
+    inputs: Tensors,
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are needed, else None; with create_graph an error that waits."""
     needed = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
@@ -198,7 +198,7 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def refuse_tangents(inputs: Inputs) -> None:
+def refuse_tangents(inputs: Tensors) -> None:
     """Forward-mode differentiation would lose the tangents without a word."""
     for x in inputs[:5]:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
@@ -208,7 +208,7 @@ def refuse_tangents(inputs: Inputs) -> None:
             )
 
 
-def svr_loss(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor | None]:
+def svr_loss(inputs: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
     """The loss and the values of SVRStats (empty or None unless `options.stats`), with autograd."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         refuse_tangents(inputs)

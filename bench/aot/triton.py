@@ -96,7 +96,7 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
     """Every kernel of every call (whose label contains `only`), once."""
     import triton
 
-    from supclap_kernels.backends.call import Inputs
+    from supclap_kernels.backends.call import Tensors
     from supclap_kernels.backends.triton import call as triton_call
     from supclap_kernels.options import Options
     from supclap_kernels.testing import Case, make_inputs
@@ -122,7 +122,7 @@ def launches(arch: int, only: str = "", N: int = 200) -> list[Launch]:
                 continue
             case = Case(**{"N": N, "D": 128, **fields}, options=chosen)
             *tensors, upstream = vars(make_inputs(case)).values()
-            inputs = Inputs(*tensors)
+            inputs = Tensors(*tensors)
             options = Options(**chosen, workspace=0)  # several tiles
             for backend in (triton_call.PANEL, triton_call.TILE):
                 _, _, state, saved = backend.forward(inputs, options, needs)

@@ -10,7 +10,7 @@ from . import statistics
 from .panel import PLACEHOLDER, Layout, Tiling, kept_elements, kept_panels
 
 
-class Inputs(NamedTuple):
+class Tensors(NamedTuple):
     """The tensors of one call, detached, on one device."""
 
     audio: Tensor
@@ -36,7 +36,7 @@ class Call(Protocol):
     pairs; the rows' own terms are another call's (distributed.py).
     """
 
-    inputs: Inputs
+    inputs: Tensors
     layout: Layout
     fused: bool
     """logits are never in memory, so none can be kept"""
@@ -110,7 +110,7 @@ class Backend:
     """What dispatch chooses: one way to compute the loss."""
 
     def call(
-        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+        self, inputs: Tensors, options: Options, state: Tensor | None = None, split: int = 0
     ) -> Call:
         """`state`: of an earlier call with these rows."""
         raise NotImplementedError
@@ -122,7 +122,7 @@ class Backend:
         raise NotImplementedError
 
     def forward(
-        self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
+        self, inputs: Tensors, options: Options, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """loss (or rows of it), the values of SVRStats (or None), state, and `saved`.
 
@@ -157,7 +157,7 @@ class Backend:
 
     def backward(
         self,
-        inputs: Inputs,
+        inputs: Tensors,
         options: Options,
         needs: tuple[bool, ...],
         upstream: Tensor,
@@ -196,7 +196,7 @@ def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tens
 
 
 def scaled_gradients(
-    inputs: Inputs, saved: Tensor, upstream: Tensor
+    inputs: Tensors, saved: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """SigLIP's gradients, kept for an upstream gradient of 1, times `upstream`."""
     dA, dT, dR, scalars = (part * upstream for part in split_gradients(saved, *inputs.audio.shape))
@@ -206,7 +206,7 @@ def scaled_gradients(
 
 
 def in_own_dtypes(
-    inputs: Inputs,
+    inputs: Tensors,
     needs: tuple[bool, ...],
     dA: Tensor | None,
     dT: Tensor | None,

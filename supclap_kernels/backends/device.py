@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..options import Options
 from . import tile_sizes
-from .call import Backend, Call, Inputs, saved_elements
+from .call import Backend, Call, Tensors, saved_elements
 from .device_call import DeviceCall
 from .panel import PLACEHOLDER, Tiling
 
@@ -43,7 +43,7 @@ class DeviceBackend(Backend):
         return tiling(self.engine.weights_dtype(dtype).itemsize, self.fused)
 
     def call(
-        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+        self, inputs: Tensors, options: Options, state: Tensor | None = None, split: int = 0
     ) -> Call:
         rules = self.tiling(inputs.audio.dtype)
         return self.engine(inputs, options, rules, self.fused, state, split)

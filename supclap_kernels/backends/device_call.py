@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..options import MIRROR, PLAIN, SHARED, Options
 from . import tile_sizes
-from .call import Inputs, Towers
+from .call import Tensors, Towers
 from .panel import (
     Layout,
     Tile,
@@ -95,7 +95,7 @@ class DeviceCall(Kernels):
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: Tensors,
         options: Options,
         tiling: Tiling,
         fused: bool,

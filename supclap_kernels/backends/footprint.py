@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..options import Options
 from ..reference import accumulator_dtype
-from .call import Backend, Inputs
+from .call import Backend, Tensors
 
 
 class Footprint(TorchDispatchMode):
@@ -56,7 +56,7 @@ def peak_bytes(
     shape = (N,) if options.reduction == "none" else ()
     upstream = torch.empty(shape, dtype=wide, device="meta")
     scale = torch.ones((), dtype=wide, device="cpu")  # a CPU reads it
-    inputs = Inputs(audio, text, radius, scale, None, None, None)
+    inputs = Tensors(audio, text, radius, scale, None, None, None)
     needs = (True, True, has_radius, True, False)
     with Footprint(*(x for x in (audio, text, radius, upstream) if x is not None)) as footprint:
         state, saved = backend.forward(inputs, options, needs)[2:]

@@ -243,7 +243,7 @@ def test_more_than_2_to_the_31_elements():
     free, _ = torch.cuda.mem_get_info()
     if free < 24 * 2**30:
         pytest.skip("needs 24 GiB")
-    from supclap_kernels.backends.call import Inputs
+    from supclap_kernels.backends.call import Tensors
     from supclap_kernels.backends.cuda.sweeps import PANEL
     from supclap_kernels.backends.state import POSITIVE, STATE_GEOMETRY
     from supclap_kernels.backends.triton.call import TILE
@@ -253,7 +253,7 @@ def test_more_than_2_to_the_31_elements():
     audio = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     text = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     radius, scale = torch.tensor(0.1, device="cuda"), torch.tensor(0.01, device="cuda")
-    inputs = Inputs(audio, text, radius, scale, None, None, None)
+    inputs = Tensors(audio, text, radius, scale, None, None, None)
     options = Options(bilateral="none")
     wanted = (audio[-64:].double() * text[-64:].double()).sum(dim=1)
     for backend in (TILE, PANEL):

@@ -10,7 +10,7 @@ from allocations import traced
 import supclap_kernels as sk
 from supclap_kernels import dispatch, native
 from supclap_kernels.backends import available
-from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.footprint import peak_bytes
 from supclap_kernels.options import MIRROR, PLAIN, WAYS, Options
 from supclap_kernels.testing import Case, make_inputs
@@ -42,7 +42,7 @@ def no_launches(monkeypatch):
 def measured(case: Case, backend) -> int:
     """Bytes at the peak of forward and backward beyond inputs and returned gradients."""
     given, options = make_inputs(case), Options(**case.options)
-    inputs = Inputs(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
+    inputs = Tensors(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
                         given.ids, given.weight)  # fmt: skip
     needs = (True, True, given.radius is not None, True, False)
 

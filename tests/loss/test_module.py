@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import supclap_kernels as sk
 from supclap_kernels import ops
-from supclap_kernels.backends.call import Inputs as OpInputs
+from supclap_kernels.backends.call import Tensors
 from supclap_kernels.options import Options
 from supclap_kernels.testing import (
     Case,
@@ -213,7 +213,7 @@ def test_module_is_the_function():
 def test_the_operators_take_plain_inputs():
     """Without stats there are none; the operator, which cannot say so, returns an empty tensor."""
     inputs = make_inputs(Case())
-    tensors = OpInputs(inputs.audio, inputs.text, None, inputs.logit_scale, None, None, None)
+    tensors = Tensors(inputs.audio, inputs.text, None, inputs.logit_scale, None, None, None)
     loss, stats = ops.svr_loss(tensors, Options())
     assert loss.shape == () and stats is None
     watched, empty, *_ = torch.ops.supclap_kernels.svr_loss(*tensors, [False] * 5, *Options())

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import supclap_kernels as sk
 from supclap_kernels import ops
-from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.call import Tensors
 
 
 def rows(N: int = 11) -> tuple[Tensor, Tensor]:
@@ -107,8 +107,10 @@ class Marked(Tensor):
 
 def test_tensors_of_another_kind_take_the_operators():
     audio, text = (x.detach() for x in rows())
-    assert not ops.watched(Inputs(audio, nn.Parameter(text), None, audio.sum(), None, None, None))
-    assert ops.watched(Inputs(audio.as_subclass(Marked), text, None, audio.sum(), None, None, None))
+    assert not ops.watched(Tensors(audio, nn.Parameter(text), None, audio.sum(), None, None, None))
+    assert ops.watched(
+        Tensors(audio.as_subclass(Marked), text, None, audio.sum(), None, None, None)
+    )
     found = loss(audio.as_subclass(Marked), text)
     assert torch.equal(torch.as_tensor(found).as_subclass(Tensor), loss(audio, text))
 

@@ -21,7 +21,7 @@ from integration_cases import fused, same
 
 import supclap_kernels as sk
 from supclap_kernels import dispatch, native
-from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.cuda import single, sweeps
 from supclap_kernels.backends.footprint import peak_bytes
 from supclap_kernels.options import Options
@@ -141,7 +141,7 @@ def test_memory_estimate_within_a_tenth(options, backend, monkeypatch, device):
             monkeypatch.setattr(native.cuda(), name, lambda *_: None)
     case = Case(N=500, D=256, options={"workspace": 2**17, **options})
     given, chosen = make_inputs(case), Options(**case.options)
-    inputs = Inputs(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
+    inputs = Tensors(given.audio, given.text, given.radius, given.logit_scale, given.logit_bias,
                     given.ids, given.weight)  # fmt: skip
     needs = (True, True, True, True, False)
 

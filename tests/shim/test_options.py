@@ -18,7 +18,7 @@ from gpu_suite import (
 )
 
 from supclap_kernels.backends import tile_sizes
-from supclap_kernels.backends.call import Inputs
+from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.cuda.sweeps import PANEL
 from supclap_kernels.backends.state import POSITIVE, STATE_GEOMETRY
 from supclap_kernels.options import Options
@@ -59,7 +59,7 @@ def test_loss_of_sums_literal_above_their_reference():
     """A sum 2^30 times what its m stands for, and a positive 2^-99 times: finite, and right."""
     unit = torch.eye(4, 8)
     options = Options(bilateral="none", reduction="none")
-    inputs = Inputs(unit, unit, None, torch.tensor(1.0), None, None, None)
+    inputs = Tensors(unit, unit, None, torch.tensor(1.0), None, None, None)
     call = PANEL.call(inputs, options)
     call.state[STATE_GEOMETRY + POSITIVE] = torch.tensor([-59.0, -61.0, -99.0, -120.0]) * math.log(
         2

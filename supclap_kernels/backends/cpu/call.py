@@ -15,7 +15,7 @@ from ... import native
 from ...gradients import normalize_gradient
 from ...options import Options
 from ...reference import accumulator_dtype
-from ..call import Backend, Call, Inputs, Towers, saved_elements
+from ..call import Backend, Call, Tensors, Towers, saved_elements
 from ..panel import Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from ..products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
 from ..state import DIRECTIONS, GAP, OFFSET, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
@@ -37,7 +37,7 @@ class CpuCall:
     fused = False
 
     def __init__(
-        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+        self, inputs: Tensors, options: Options, state: Tensor | None = None, split: int = 0
     ) -> None:
         self.device = inputs.audio.device
         self.native: Any = native.module()
@@ -222,7 +222,7 @@ class CpuCall:
 
 class CpuBackend(Backend):
     def call(
-        self, inputs: Inputs, options: Options, state: Tensor | None = None, split: int = 0
+        self, inputs: Tensors, options: Options, state: Tensor | None = None, split: int = 0
     ) -> Call:
         return CpuCall(inputs, options, state, split)
 

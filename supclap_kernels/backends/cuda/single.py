@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import native
 from ...options import Options
 from .. import statistics
-from ..call import Backend, Inputs
+from ..call import Backend, Tensors
 from ..device_call import similarity_of
 from ..panel import PLACEHOLDER
 from ..state import ROW_SUMS, STATE_ROWS
@@ -59,7 +59,7 @@ class Single(Backend):
             return PLACEHOLDER
         return sums_elements(N, width_of(D, dtype))
 
-    def arguments(self, inputs: Inputs, options: Options) -> CudaArguments:
+    def arguments(self, inputs: Tensors, options: Options) -> CudaArguments:
         D, dtype = inputs.audio.shape[1], inputs.audio.dtype
         mode = options.mode(inputs.radius is not None)
         return CudaArguments(inputs, options, mode, width_of(D, dtype))
@@ -76,7 +76,7 @@ class Single(Backend):
         return scratch
 
     def forward(
-        self, inputs: Inputs, options: Options, needs: tuple[bool, ...]
+        self, inputs: Tensors, options: Options, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         arguments = self.arguments(inputs, options)
         per_row = options.reduction == "none"
@@ -102,7 +102,7 @@ class Single(Backend):
 
     def backward(
         self,
-        inputs: Inputs,
+        inputs: Tensors,
         options: Options,
         needs: tuple[bool, ...],
         upstream: Tensor,

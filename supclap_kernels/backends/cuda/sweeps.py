@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import native
 from ...options import Options
-from ..call import Inputs
+from ..call import Tensors
 from ..device import DeviceBackend
 from ..device_call import DeviceCall, Scratch
 from ..panel import Tile
@@ -19,7 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class CudaArguments:
     """A call as csrc/cuda/problem.h describes it: `problem`, and the tensors it came with."""
 
-    def __init__(self, inputs: Inputs, options: Options, mode: int, width: int) -> None:
+    def __init__(self, inputs: Tensors, options: Options, mode: int, width: int) -> None:
         self.inputs, self.native = inputs, native.cuda()
         if inputs.audio.is_meta:
             self.native = native.Unlaunched(self.native)
