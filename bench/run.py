@@ -77,20 +77,20 @@ def estimate_mib(peer: str, case: Case) -> float | None:
 def measure_group(group: str, rounds: int = 10, memory: bool = True) -> list[Row]:
     """Check every peer against the specification, time them in turns, measure their memory."""
     torch.compiler.reset()
-    samplers = {}
+    steps = {}
     for peer, case in GROUPS[group]:
         if PEERS[peer].state(case.mode) == "ok":
             loss = PEERS[peer].build(case.mode)
             gate.check(peer, loss, case)
-            step = Step(loss, leaves_of(make_inputs(case)))
-            samplers[peer, case] = timer.wall_sampler(step.both)
+            steps[peer, case] = Step(loss, leaves_of(make_inputs(case)))
+    samplers = {entry: timer.wall_sampler(step.both) for entry, step in steps.items()}
     gc.collect()
     gc.disable()
     try:
         times_ms = timer.interleave(samplers, rounds)
     finally:
         gc.enable()
-    samplers.clear()
+    del steps, samplers
     rows = []
     for (peer, case), samples_ms in times_ms.items():
         q1, median, q3 = statistics.quantiles(samples_ms, n=4, method="inclusive")
