@@ -27,7 +27,7 @@ DTYPES = {"IfL": 0, "Bfloat16": 1, "Float16": 2}
 
 def logs() -> list[Path]:
     """Of the build for this Python."""
-    found = sorted(ROOT.glob(f"build/native-*{sys.implementation.cache_tag}/csrc/cuda/**/*.o.log"))
+    found = sorted(ROOT.glob(f"build/native-*{sys.implementation.cache_tag}/csrc/cuda/*/*.o.log"))
     if not found:
         raise FileNotFoundError("no build log: run `python setup.py build_ext --inplace`")
     return found
