@@ -310,9 +310,10 @@ class GroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Tensors._fields)
-        tensors, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        inputs, memory = Tensors(*tensors), dict(zip(ctx.names, kept, strict=True))
+        # Read once: activation checkpointing unpacks the saved tensors a single time.
+        saved, count = ctx.saved_tensors, len(Tensors._fields)
+        inputs = Tensors(*saved[:count])
+        memory = dict(zip(ctx.names, saved[count:], strict=True))
         gradients = without_autograd(upstream, group_backward, ctx.plan, inputs, memory, upstream)
         no_gradient = (None,) * 3  # of ids, weight, plan
         needs = ctx.needs_input_grad[:5]
