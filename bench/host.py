@@ -26,26 +26,14 @@ H200 = 132, 227 * 1024
 ROUNDS, STEPS = 21, 100
 
 
-class NoDevice:
-    """The CUDA module, less what would need a device."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+class NoDevice(native.Unlaunched):
+    """The CUDA module without launches, and with the numbers of a device."""
 
     def plan_single(self, *arguments: Any) -> Any:
-        return self.module.plan_single(*arguments, *H200)
+        return self.launchers.plan_single(*arguments, *H200)
 
     def single_limit(self, *arguments: Any) -> Any:
-        return self.module.single_limit(*arguments, *H200)
-
-    def single(self, *arguments: Any) -> None:
-        pass
-
-    def finish_gradients(self, *arguments: Any) -> None:
-        pass
+        return self.launchers.single_limit(*arguments, *H200)
 
 
 def without_device() -> None:

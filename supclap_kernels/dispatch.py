@@ -69,17 +69,13 @@ def choose_automatically(device: torch.device, dtype: torch.dtype) -> tuple[str,
         reason = available.state("cpu")
         if reason != "ok":
             return "reference", f"fallback: {reason}"
-        return (
-            "cpu",
-            "the panel engine with C++ epilogues: measured faster than eager PyTorch, but for the "
-            "plain losses of fewer than 512 pairs",
-        )
+        return "cpu", "panels with C++ epilogues"
     if device.type != "cuda":
         return "reference", f"fallback: no kernel for {device.type} tensors here"
     if dtype == torch.float64:
         return "reference", "float64: the kernels compute in float32"
     if available.hopper(device.index) == "ok":
-        return "cuda", "measured fastest on an H200 for 16-bit embeddings"
+        return "cuda", "the CUDA kernels: measured on an H200"
     if available.state("panel") == "ok":
         return (
             "reference",
@@ -110,25 +106,29 @@ def routes(
         takes = device.type == "cuda" or native.on_host()
         way = "cuda:panel" if takes and available.cuda() == "ok" else "triton:panel"
         return (Route(way, None, reason),)
-    index = device_index(device)
+    if name == "cpu" and backend == "auto":
+        measured = "faster than eager PyTorch"
+        if mode == PLAIN:
+            measured += " from 512 pairs on, slower below (a plain loss)"
+        return (Route(name, None, f"{reason}; measured {measured}"),)
+    call = (device_index(device), dtype, D, mode, infonce)
     if name.startswith("cuda:single"):
         if staged:
             raise RuntimeError(
                 f"backend={name!r} is one launch for the batch of one process; with a group use "
                 "'cuda'"
             )
-        side = int(name.removeprefix("cuda:single").lstrip(":") or 0)
-        largest = cuda_route.single.limit(D, dtype, mode, infonce, index, side)
-        return (Route(name, largest, reason),)
+        return (cuda_route.single_route(name, *call, reason),)
     if name == "cuda:hopper" and dtype.itemsize != 2:
         raise RuntimeError(f"backend={name!r} takes float16 and bfloat16, got {dtype}; use 'cuda'")
     if name != "cuda":
         return (Route(name, None, reason),)
-    steps = cuda_route.routes(index, dtype, D, mode, infonce, staged)
+    *smaller, large = cuda_route.routes(*call, staged)
     if backend == "auto" and mode == PLAIN and infonce and dtype.itemsize == 2:
         if available.triton() == "ok":
-            steps[-1] = ("triton:tile", None)
-    return tuple(Route(way, largest, reason) for way, largest in steps)
+            reason = "measured fastest on an H200 for large batches of the plain InfoNCE in 16 bits"
+            large = Route("triton:tile", None, reason)
+    return *smaller, large
 
 
 def device_index(device: torch.device) -> int:
@@ -136,6 +136,16 @@ def device_index(device: torch.device) -> int:
     if device.type != "cuda":
         return -1
     return native.current_device() if device.index is None else device.index
+
+
+def call_of(
+    device: str | torch.device, dtype: torch.dtype, D: int, options: Options, radius: bool
+) -> tuple[torch.device, torch.dtype, int, int, bool]:
+    """What `routes` asks of a call that is only described; "cuda" is the current device."""
+    where = torch.device(device)
+    if where.type == "cuda" and native.has_device():
+        where = torch.device("cuda", device_index(where))
+    return where, dtype, D, options.mode(radius), options.infonce
 
 
 def routes_of(inputs: Tensors, options: Options, staged: bool = False) -> tuple[Route, ...]:
@@ -173,7 +183,7 @@ def implementation(way: str) -> Backend:
     from .backends.cuda import single, sweeps
 
     if kind.startswith("single"):
-        return single.Single(int(kind.removeprefix("single").lstrip(":") or 0))
+        return single.Single(single.side_of(way))
     return sweeps.HOPPER if kind == "hopper" else sweeps.PANEL
 
 
@@ -222,15 +232,15 @@ def explain(
     """
     check_choices(objective=objective, bilateral=bilateral)
     options = Options(objective=objective, bilateral=bilateral)
-    call = (torch.device(device), dtype, D, options.mode(radius), options.infonce)
-    ways = routes(backend, *call)
+    ways = routes(backend, *call_of(device, dtype, D, options, radius))
     if N is not None:
         way = route(N, ways)
         return f"{way.way}: {way.reason}"
-    names = [
-        way.way if way.largest is None else f"{way.way} up to N = {way.largest}" for way in ways
+    steps = [
+        f"{way.way}{'' if way.largest is None else f' up to N = {way.largest}'}: {way.reason}"
+        for way in ways
     ]
-    return f"{', then '.join(names)}: {ways[-1].reason}"
+    return "; then ".join(steps)
 
 
 def memory_estimate(
@@ -260,8 +270,7 @@ def memory_estimate(
     )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
-    call = (torch.device(device), dtype, D, settings.mode(radius), settings.infonce)
-    way = route(N, routes(backend, *call)).way
+    way = route(N, routes(backend, *call_of(device, dtype, D, settings, radius))).way
     if way != "reference":
         from .backends.footprint import peak_bytes
 

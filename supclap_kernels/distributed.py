@@ -291,7 +291,7 @@ def per_row(x: Tensor | None) -> Tensor | None:
 
 
 def results_of(call: Call, towers: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
-    """Sums over pairs (N, SUMS), and sums of products (N, D) of the towers that are trained."""
+    """Sums over pairs (N, ROW_SUMS), and sums of products (N, D) of the towers that are trained."""
     return [rows_first(call.sums), *(x for x in towers if x is not None)]
 
 

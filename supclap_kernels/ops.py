@@ -9,7 +9,7 @@ wants to reuse (kept panels, or SigLIP's gradients). Where nothing looks at oper
 calls the backend itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,29 +55,27 @@ def without_autograd(x: Tensor, function: Callable[..., Any], *arguments: Any) -
     return function(*arguments)
 
 
-def _forward(
-    audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
-    ids: Tensor | None, weight: Tensor | None, needs: Sequence[bool], *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Tensors(audio, text, radius, scale, bias, ids, weight)
-    settings = Options(*options)
-    backend = dispatch.backend_for(inputs, settings)
-    outputs = without_autograd(audio, backend.forward, inputs, settings, tuple(needs))
+def _split(arguments: tuple[Any, ...]) -> tuple[Tensors, tuple[Any, ...]]:
+    """An operator's arguments: the tensors of the call, and what comes after them."""
+    count = len(Tensors._fields)
+    return Tensors(*arguments[:count]), arguments[count:]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (needs, *values) = _split(arguments)
+    options = Options(*values)
+    backend = dispatch.backend_for(inputs, options)
+    outputs = without_autograd(inputs.audio, backend.forward, inputs, options, tuple(needs))
     loss, stats, state, saved = outputs
     return loss, loss.new_empty(0) if stats is None else stats, state, saved
 
 
-def _backward(
-    upstream: Tensor,
-    audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
-    ids: Tensor | None, weight: Tensor | None,
-    state: Tensor, saved: Tensor, needs: Sequence[bool], *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Tensors(audio, text, radius, scale, bias, ids, weight)
-    settings = Options(*options)
-    backend = dispatch.backend_for(inputs, settings)
-    call = (inputs, settings, tuple(needs), upstream, state, saved)
-    gradients = without_autograd(audio, backend.backward, *call)
+def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (state, saved, needs, *values) = _split(arguments)
+    options = Options(*values)
+    backend = dispatch.backend_for(inputs, options)
+    call = (inputs, options, tuple(needs), upstream, state, saved)
+    gradients = without_autograd(inputs.audio, backend.backward, *call)
     return tuple(state.new_empty(0, dtype=torch.float32) if g is None else g for g in gradients)
 
 
@@ -90,31 +88,25 @@ for _name in ("svr_loss", "svr_loss_backward"):
 
 
 @torch.library.register_fake("supclap_kernels::svr_loss", lib=_library)
-def _fake_forward(
-    audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
-    ids: Tensor | None, weight: Tensor | None, needs: Sequence[bool], *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Tensors(audio, text, radius, scale, bias, ids, weight)
-    settings = Options(*options)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (needs, *values) = _split(arguments)
+    audio, options = inputs.audio, Options(*values)
     dtype, N = accumulator_dtype(audio.dtype), audio.shape[0]
     return (
-        audio.new_empty((N,) if settings.reduction == "none" else (), dtype=dtype),
-        audio.new_empty(len(SVRStats._fields) if settings.stats else 0, dtype=dtype),
+        audio.new_empty((N,) if options.reduction == "none" else (), dtype=dtype),
+        audio.new_empty(len(SVRStats._fields) if options.stats else 0, dtype=dtype),
         audio.new_empty((STATE_ROWS, N), dtype=dtype),
-        audio.new_empty(dispatch.saved_elements(inputs, settings, any(needs)), dtype=dtype),
+        audio.new_empty(dispatch.saved_elements(inputs, options, any(needs)), dtype=dtype),
     )
 
 
 @torch.library.register_fake("supclap_kernels::svr_loss_backward", lib=_library)
-def _fake_backward(
-    upstream: Tensor,
-    audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor | None,
-    ids: Tensor | None, weight: Tensor | None,
-    state: Tensor, saved: Tensor, needs: Sequence[bool], *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (_, _, needs, *_) = _split(arguments)
+    absent = inputs.audio.new_empty(0, dtype=torch.float32)
     return tuple(
-        x.new_empty(x.shape) if need and x is not None else audio.new_empty(0, dtype=torch.float32)
-        for x, need in zip((audio, text, radius, scale, bias), needs, strict=True)
+        x.new_empty(x.shape) if need and x is not None else torch.empty_like(absent)
+        for x, need in zip(inputs[:5], needs, strict=True)
     )
 
 

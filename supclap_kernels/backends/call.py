@@ -57,7 +57,7 @@ class Call(Protocol):
 
     @property
     def sums(self) -> Tensor:
-        """(SUMS, N): sums over pairs for each row, so far; after start_gradients."""
+        """(ROW_SUMS, N): sums over pairs for each row, so far; after start_gradients."""
 
     def normalized(self) -> tuple[Tensor, Tensor]:
         """text, audio (N, D) as the products see them, for another call."""

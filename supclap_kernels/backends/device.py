@@ -26,13 +26,6 @@ PARTIAL = 3
 """Bytes of partial results for each position of a block, at most (16 planes over BLOCK_I rows)."""
 
 
-def tiling(weight: int, fused: bool) -> Tiling:
-    """Two tiles in flight, each with logits, weights (of `weight` bytes) and partial results; or
-    one without logits."""
-    scratch = weight + PARTIAL if fused else 2 * (4 + weight + PARTIAL)
-    return Tiling(tile_sizes.GPU_TILE, tile_sizes.GPU_PAD, tile_sizes.GPU_PAD, scratch)
-
-
 class DeviceBackend(Backend):
     """`engine` launches; `fused`: its tile kernels compute the logits."""
 
@@ -40,7 +33,11 @@ class DeviceBackend(Backend):
         self.engine, self.fused = engine, fused
 
     def tiling(self, dtype: torch.dtype) -> Tiling:
-        return tiling(self.engine.weights_dtype(dtype).itemsize, self.fused)
+        """Two tiles in flight, each with logits, weights and partial results; or one without
+        logits."""
+        weight = self.engine.weights_dtype(dtype).itemsize
+        scratch = weight + PARTIAL if self.fused else 2 * (4 + weight + PARTIAL)
+        return Tiling(tile_sizes.GPU_TILE, tile_sizes.GPU_PAD, tile_sizes.GPU_PAD, scratch)
 
     def call(
         self, inputs: Tensors, options: Options, state: Tensor | None = None, split: int = 0

@@ -167,4 +167,6 @@ def test_explain_names_the_way_of_a_call(hopper):
     assert sk.explain(**call, N=101).startswith("cuda:hopper: ")
     assert sk.explain(**call, N=101, radius=False).startswith("triton:tile: ")
     assert sk.explain(**call, N=101, radius=False, objective="siglip").startswith("cuda:panel: ")
-    assert sk.explain(**call).startswith("cuda:single up to N = 100, then cuda:hopper: ")
+    assert sk.explain(**call).startswith("cuda:single up to N = 100: one launch")
+    assert "; then cuda:hopper: measured fastest on an H200" in sk.explain(**call)
+    assert "not compared" in sk.explain(**{**call, "dtype": torch.float32}, N=101)

@@ -27,6 +27,11 @@ def width_of(D: int, dtype: torch.dtype) -> int:
     return -(-D // size) * size
 
 
+def side_of(way: str) -> int:
+    """Of the tiles that a way names, such as cuda:single:32; 0: by the size of the batch."""
+    return int(way.removeprefix("cuda:single").lstrip(":") or 0)
+
+
 def limit(
     D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int = -1, side: int = 0
 ) -> int:
