@@ -27,7 +27,7 @@ if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$(nproc)"); fi
 for part in "${@:-correct kernels large small latency sides host sanitize}"; do
   for name in $part; do
     case $name in
-      correct) run correct 470 "$python" -m pytest -q tests/backends/test_gpu.py tests/repo/test_build.py \
+      correct) run correct 470 "$python" -m pytest -q --all tests/backends/test_gpu.py tests/repo/test_build.py \
         -p no:cacheprovider \
         "${workers[@]}" ;;
       large | small | latency) run "$name" 470 "$python" -m bench.run "$name" --out "$out" --seconds 400 ;;

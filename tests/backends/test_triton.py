@@ -68,7 +68,7 @@ REPORTS = [*((a, *w) for a in (80, 100) for w in (("bfloat16", ""), ("32", "tile
 
 
 @pytest.mark.parametrize(
-    "arch, only, kernel", core(REPORTS, every=5), ids=lambda x: f"sm_{x}" if x else x
+    "arch, only, kernel", core(REPORTS, every=len(REPORTS)), ids=lambda x: f"sm_{x}" if x else x
 )
 def test_kernels_compile_well(arch, only, kernel, native_triton):
     from supclap_kernels.backends.tile_sizes import SPILLS

@@ -6,8 +6,11 @@ import os
 import random
 from typing import Any, TypeVar
 
+import pytest
+
 ALL = os.environ.get("SUPCLAP_TESTS") == "all"
 """`pytest --all` sets the variable, so that the processes that tests start know it, too."""
+in_all = pytest.mark.skipif(not ALL, reason="a long test: runs with `pytest --all`")
 Item = TypeVar("Item")
 
 

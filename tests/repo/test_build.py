@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import core, in_all
 
 from supclap_kernels import _native
 
@@ -328,7 +329,7 @@ def compile_report(*arguments: str) -> list[dict[str, Any]]:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", core(["sm_80", "sm_90a"]))
 def test_cuda_kernels_compile_well(arch):
     """Tensor cores wherever 16-bit numbers are multiplied."""
     if arch[3:] not in _native.cuda.architectures():
@@ -340,6 +341,7 @@ def test_cuda_kernels_compile_well(arch):
             assert (line["hmma"] > 0) == ("float16" in line["name"].lower()), line
 
 
+@in_all
 @needs_cuda_build
 def test_hopper_kernels_compile_well():
     """Asynchronous tensor cores, not one after the other, and copies by tensor maps."""

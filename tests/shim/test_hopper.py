@@ -95,7 +95,7 @@ def test_tiles_without_a_hidden_pair(mode, fields, guard, device):
 
 
 @by_mode
-def test_logits_too_literal_apart_for_one_reference(mode, guard, device):
+def test_logits_too_far_apart_for_one_reference(mode, guard, device):
     """Audios on the other side of the sphere: all of their column is 2^-400 of its neighbours."""
     device.set(2, 1, 0)
     fields = {"N": 290, "D": 40, "gap": 0.05, "radius": "row", "scale": 200.0}
@@ -161,7 +161,7 @@ def test_places_without_a_hidden_pair(mode, fields, side, guard, device, monkeyp
 
 @by_alone
 @pytest.mark.parametrize("tower", ["audio", "text"])
-def test_places_with_logits_too_literal_apart(mode, tower, guard, device, monkeypatch):
+def test_places_with_logits_too_far_apart(mode, tower, guard, device, monkeypatch):
     """All rows close together but a few, on the other side: all of their logits are 2^-200 of the
     others', which are good. They are rows of one product, columns of the other."""
     device.set(2, 1, 0)

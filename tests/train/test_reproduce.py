@@ -13,6 +13,7 @@ from inspect import signature
 import pytest
 import torch
 from clips import near
+from covering import in_all
 from supclap.cli import main
 from supclap.config import TrainConfig
 from supclap.errors import UserError
@@ -94,6 +95,7 @@ def test_single_events_have_their_labels(tmp_path):
     assert len(set(labels)) == len(EVENTS) and "a click" in labels
 
 
+@in_all
 def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
     """Ctrl-C after some runs; the same command does the rest; a third does nothing; the report
     follows from the results."""
