@@ -118,6 +118,55 @@ void bind_bf16(py::module_& m) {
 #endif
 }
 
+// The pass of a small batch: SmallBatch's fields in their order.
+void bind_small(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.attr("SMALL_LIMIT") = kMaxTile;
+  m.def("small_bytes", [](const CpuProblem& p, bool normalize) {
+    SmallBatch batch{};
+    batch.problem = p;
+    batch.normalize = normalize;
+    return kernels().small_bytes(batch);
+  });
+  m.def(
+      "small_pass",
+      [](const CpuProblem& p, bool normalize, uintptr_t text, uintptr_t audio, uintptr_t radius,
+         uintptr_t scale, uintptr_t bias, uintptr_t ids, uintptr_t weight, uintptr_t upstream,
+         uintptr_t state, uintptr_t memory, uintptr_t loss, uintptr_t terms, uintptr_t similarity,
+         uintptr_t dT, uintptr_t dA, uintptr_t dR, uintptr_t scalars) {
+        SmallBatch batch{};
+        batch.problem = p;
+        batch.problem.R = at<void>(radius);
+        batch.problem.w = at<void>(weight);
+        batch.problem.upstream = at<void>(upstream);
+        batch.problem.state = at<void>(state);
+        batch.normalize = normalize;
+        batch.text = at<void>(text);
+        batch.audio = at<void>(audio);
+        batch.scale = at<void>(scale);
+        batch.bias = at<void>(bias);
+        batch.ids = at<int64_t>(ids);
+        batch.memory = at<void>(memory);
+        batch.loss = at<void>(loss);
+        batch.terms = at<double>(terms);
+        batch.similarity = at<double>(similarity);
+        batch.dT = at<void>(dT);
+        batch.dA = at<void>(dA);
+        batch.dR = at<void>(dR);
+        batch.scalars = at<void>(scalars);
+        kernels().small_pass(batch);
+      },
+      Release());
+  m.def(
+      "scale_gradients",
+      [](const CpuProblem& p, uintptr_t kept, uintptr_t upstream, uintptr_t dA, uintptr_t dT,
+         uintptr_t dR, uintptr_t dk, uintptr_t db) {
+        void* const out[] = {at<void>(dA), at<void>(dT), at<void>(dR), at<void>(dk), at<void>(db)};
+        kernels().scale_gradients(p, at<void>(kept), at<void>(upstream), out);
+      },
+      Release());
+}
+
 // constants.h and the layouts of params.h by Python's names, for the test that compares them.
 void bind_layout(py::module_& m) {
   py::dict constants;
@@ -200,6 +249,7 @@ PYBIND11_MODULE(_native, m) {
       .def_readwrite("per_row", &CpuProblem::per_row)
       .def_readwrite("per_row_radius", &CpuProblem::per_row_radius)
       .def_readwrite("threads", &CpuProblem::threads)
+      .def_readwrite("split", &CpuProblem::split)
       .def_readwrite("k", &CpuProblem::k)
       .def_readwrite("b", &CpuProblem::b)
       .def_readwrite("alpha", &CpuProblem::alpha)
@@ -252,6 +302,16 @@ PYBIND11_MODULE(_native, m) {
         kernels().finish_gradients(p, at<void>(dT), at<void>(dA), at<void>(dR), at<void>(scalars));
       },
       Release());
+  m.def(
+      "literal_statistics", [](const CpuProblem& p) { kernels().literal_statistics(p); },
+      Release());
+  m.def(
+      "literal_gradients",
+      [](const CpuProblem& p, uintptr_t dT, uintptr_t dA) {
+        kernels().literal_gradients(p, at<void>(dT), at<void>(dA));
+      },
+      Release());
+  bind_small(m);
   bind_bf16(m);
   bind_cuda(m);
 }

@@ -82,6 +82,7 @@ struct CpuProblem {
   int per_row;         // reduction="none": the loss and its upstream gradient are [N], else [1]
   int per_row_radius;  // R is [N], else [1]
   int threads;
+  int64_t split;  // > 0: only pairs of a row before it with one from it on, and no positives
   double k, b, alpha, beta;
   const void* T;         // [N, D] Real, contiguous
   const void* A;         // [N, D] Real, contiguous
@@ -95,6 +96,23 @@ struct CpuProblem {
   void* omega;           // [N] Real: upstream gradient x weight x 1/N
   void* factors;  // [2 kDirections, N] Real: m, then omega / l (times alpha for support vectors)
   double* sums;   // [kRowSums, N]
+};
+
+// A small batch, whose whole pass is one call (cpu/small.h). `problem` has the options; of its
+// pointers R, w, state and upstream.
+struct SmallBatch {
+  CpuProblem problem;
+  int normalize;
+  const void *text, *audio;  // [N, D] Real as given, contiguous
+  const void *scale, *bias;  // [1] Real: k, b; a null bias is 0
+  const int64_t* ids;        // [N] or null
+  void* memory;              // small_bytes of working memory
+  void* loss;                // [N] or [1] Real
+  double* terms;             // [6, N] as of finish_statistics, or null
+  double* similarity;        // [2] sum and number of <t, a> over the negatives, or null
+  void *dT, *dA;             // [N, D] Real; null: frozen
+  void *dR, *scalars;        // [N] Real, of which a 0-d radius uses one; [2] Real: dk, db; null: no
+                             // gradient at all
 };
 
 // One tile: rows I = [i0, i0 + ni) and columns J = [j0, j0 + nj), j0 > i0 or I = J. A panel holds

@@ -30,9 +30,9 @@ def checked_options(options: Options) -> Options:
         raise TypeError(f"workspace must be an int, in bytes; got {type(workspace).__name__}")
     if workspace < 0:
         raise ValueError(f"workspace must not be negative, got {workspace} bytes")
-    return options._replace(
-        alpha=float(alpha), beta=float(beta), workspace=workspace,
-        normalize=bool(options.normalize), renormalize=bool(options.renormalize),
+    return Options(
+        options.objective, options.bilateral, float(alpha), float(beta), bool(options.normalize),
+        bool(options.renormalize), options.reduction, workspace, options.backend, options.stats,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 A backend that a user names ("triton", "cuda", "panel") has one or several ways, and every way has a
 name of its own, by which tests and benchmarks ask for it:
 
-    cpu            panels between library products and C++ epilogues
+    cpu:small      one native call                 cpu:panel      panels with C++ epilogues
     triton:tile    Triton's tile kernels               triton:panel   panels with Triton's epilogues
     cuda:single    one launch, up to what fits on the chip (cuda:single:16, :32, :64 name its tiles)
     cuda:hopper    the sweeps for Hopper               cuda:panel     panels with CUDA's epilogues
@@ -19,7 +19,11 @@ from . import native
 from .backends import available
 from .backends.call import Backend, Route, Tensors
 from .backends.cuda import route as cuda_route
+from .backends.panel import PLACEHOLDER
+from .backends.tile_sizes import CPU_SMALL
 from .options import PLAIN, Options, check_choices
+
+NOT_STAGED = "backend={name!r} is {one} for the batch of one process; with a group use {family!r}"
 
 
 def available_backends() -> dict[str, str]:
@@ -106,18 +110,12 @@ def routes(
         takes = device.type == "cuda" or native.on_host()
         way = "cuda:panel" if takes and available.cuda() == "ok" else "triton:panel"
         return (Route(way, None, reason),)
-    if name == "cpu" and backend == "auto":
-        measured = "faster than eager PyTorch"
-        if mode == PLAIN:
-            measured += " from 512 pairs on, slower below (a plain loss)"
-        return (Route(name, None, f"{reason}; measured {measured}"),)
+    if name.startswith("cpu"):
+        return cpu_routes(name, reason, staged)
     call = (device_index(device), dtype, D, mode, infonce)
     if name.startswith("cuda:single"):
         if staged:
-            raise RuntimeError(
-                f"backend={name!r} is one launch for the batch of one process; with a group use "
-                "'cuda'"
-            )
+            raise RuntimeError(NOT_STAGED.format(name=name, family="cuda", one="one launch"))
         return (cuda_route.single_route(name, *call, reason),)
     if name == "cuda:hopper" and dtype.itemsize != 2:
         raise RuntimeError(f"backend={name!r} takes float16 and bfloat16, got {dtype}; use 'cuda'")
@@ -129,6 +127,16 @@ def routes(
             reason = "measured fastest on an H200 for large batches of the plain InfoNCE in 16 bits"
             large = Route("triton:tile", None, reason)
     return *smaller, large
+
+
+def cpu_routes(name: str, reason: str, staged: bool) -> tuple[Route, ...]:
+    small = Route("cpu:small", CPU_SMALL, "one native call, since the batch is small")
+    large = Route("cpu:panel", None, "panels with C++ epilogues; measured faster than eager")
+    if name == "cpu":
+        return (large,) if staged else (small, large)
+    if name == "cpu:small" and staged:
+        raise RuntimeError(NOT_STAGED.format(name=name, family="cpu", one="one call"))
+    return ((small if name == "cpu:small" else large)._replace(reason=reason),)
 
 
 def device_index(device: torch.device) -> int:
@@ -164,7 +172,8 @@ def route(N: int, ways: tuple[Route, ...]) -> Route:
         if way.largest is None or N <= way.largest:
             return way
     raise RuntimeError(
-        f"backend={ways[-1].way!r} takes up to {ways[-1].largest} pairs here, got {N}; use 'cuda'"
+        f"backend={ways[-1].way!r} takes up to {ways[-1].largest} pairs here, got {N}; use "
+        f"{ways[-1].way.partition(':')[0]!r}"
     )
 
 
@@ -173,9 +182,9 @@ def implementation(way: str) -> Backend:
     """What computes a way; imports it."""
     family, _, kind = way.partition(":")
     if family == "cpu":
-        from .backends.cpu.call import CPU
+        from .backends.cpu import call, small
 
-        return CPU
+        return small.SMALL if kind == "small" else call.CPU
     if family == "triton":
         from .backends.triton import call as triton
 
@@ -203,12 +212,13 @@ def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:
     N, D = inputs.audio.shape
     call = (D, inputs.audio.dtype, inputs.radius is not None, options, keep)
     *smaller, last = routes_of(inputs, options)
-    elements = implementation(last.way).saved_elements(N, *call)
+    elements = implementation(last.way).saved_elements(N, *call) - PLACEHOLDER
     for way in reversed(smaller):
         assert way.largest is not None
-        fits = torch.sym_min(1, way.largest // N)
-        elements = fits * implementation(way.way).saved_elements(N, *call) + (1 - fits) * elements
-    return elements
+        own = implementation(way.way).saved_elements(N, *call) - PLACEHOLDER
+        fits, exceeds = way.largest // N, N // (way.largest + 1)
+        elements = torch.sym_min(1, fits) * own + torch.sym_min(1, exceeds) * elements
+    return elements + PLACEHOLDER  # a sum of what a compiler can see is not negative
 
 
 def explain(

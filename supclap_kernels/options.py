@@ -15,6 +15,7 @@ CHOICES = {
 
 
 WAYS = (
+    "cpu:small", "cpu:panel",
     "triton:tile", "triton:panel", "cuda:panel", "cuda:hopper",
     "cuda:single", "cuda:single:16", "cuda:single:32", "cuda:single:64",
 )  # fmt: skip

@@ -12,6 +12,9 @@
 // a chunk of kRowChunk rows is one unit of work, and its sums over columns are merged in the
 // chunks' order.
 #include <math.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "kernels.h"
 #include "parallel.h"
@@ -94,7 +97,10 @@ SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, R
 
 // x and y of HalfLogits are written only where the mode has them, and read only there.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "literal.h"
+#include "products.h"
 #include "rows.h"
+#include "small.h"
 #include "statistics.h"
 #include "weights.h"
 
@@ -122,6 +128,20 @@ const Kernels& kernels() {
       },
       [](const CpuProblem& p, void* dT, void* dA, void* dR, void* scalars) {
         SUPCLAP_REAL(finish_gradients)(p, dT, dA, dR, scalars);
+      },
+      [](const CpuProblem& p) { SUPCLAP_REAL(literal_statistics)(p); },
+      [](const CpuProblem& p, void* dT, void* dA) {
+        p.is_double ? literal_gradients(p, static_cast<double*>(dT), static_cast<double*>(dA))
+                    : literal_gradients(p, static_cast<float*>(dT), static_cast<float*>(dA));
+      },
+      [](const SmallBatch& batch) {
+        batch.problem.is_double ? small_pass<double>(batch) : small_pass<float>(batch);
+      },
+      [](const SmallBatch& batch) {
+        return batch.problem.is_double ? small_bytes<double>(batch) : small_bytes<float>(batch);
+      },
+      [](const CpuProblem& p, const void* kept, const void* upstream, void* const* out) {
+        SUPCLAP_REAL(scale_gradients)(p, kept, upstream, out);
       }};
   return table;
 }

@@ -27,6 +27,16 @@ struct Kernels {
   // Adds what belongs to the rows alone to dT, dA [N, D] Real (null: frozen); dR [N] or [1] Real
   // (null without a radius); scalars [2] Real = dk, db.
   void (*finish_gradients)(const CpuProblem&, void* dT, void* dA, void* dR, void* scalars);
+  // Puts the literal rows' (m, l) of the negatives into `running`.
+  void (*literal_statistics)(const CpuProblem&);
+  // Adds the literal rows' part of the SVR gradient to dT, dA [N, D] Real (null: frozen), `sums`.
+  void (*literal_gradients)(const CpuProblem&, void* dT, void* dA);
+  // The whole pass of a small batch, and the bytes of working memory it needs.
+  void (*small_pass)(const SmallBatch&);
+  int64_t (*small_bytes)(const SmallBatch&);
+  // Multiplies the gradients that small_pass left by the upstream gradient [1].
+  void (*scale_gradients)(const CpuProblem&, const void* kept, const void* upstream,
+                          void* const* out);
 };
 
 namespace baseline {

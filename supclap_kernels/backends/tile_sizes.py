@@ -15,6 +15,9 @@ CPU_TILE_MINIMUM = 64
 """Smallest side, whatever the workspace: below it the products lose more than half of their rate.
 """
 
+CPU_SMALL = 256
+"""Largest batch that is one native call on a CPU."""
+
 GPU_TILE = 4096
 """Largest side of a tile pair on a GPU: library products of 4096 x 4096 x D fill every
 multiprocessor several times over; larger tiles would only cost memory."""

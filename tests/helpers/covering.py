@@ -4,6 +4,7 @@ them for every day."""
 import itertools
 import os
 import random
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -17,6 +18,13 @@ Item = TypeVar("Item")
 def core(cases: list[Item], every: int = 4) -> list[Item]:
     """Every so many of the cases, from the first on; all of them with `pytest --all`."""
     return cases if ALL else cases[::every]
+
+
+def thin_out(items: list[pytest.Item], folder: Path, every: int = 3) -> None:
+    """Keep every so many of the tests of this folder; all of them with `pytest --all`."""
+    own = [item for item in items if folder in item.path.parents]
+    left_out = set(own) - set(core(own, every))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pairs_of(row: dict[str, Any]) -> set[tuple[Any, ...]]:

@@ -1,10 +1,11 @@
 """Backends, and speed: the interpreter patches Triton's language at every call inside a kernel, a
 third of its time; once for each module is enough, since what a call patches stays patched."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from covering import core
+from covering import thin_out
 from triton.runtime import interpreter
 
 patched: set[int] = set()
@@ -24,7 +25,7 @@ if hasattr(interpreter, "_patch_lang") and hasattr(interpreter.InterpretedFuncti
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter is slow: without `--all` it runs every third case."""
-    items[:] = core(items, every=3)
+    thin_out(items, Path(__file__).parent)
 
 
 @pytest.fixture(params=["panel", "triton"])

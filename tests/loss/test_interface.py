@@ -102,7 +102,9 @@ def test_available_backends():
 
 def test_explain_names_the_backend_and_the_reason():
     assert sk.explain("cpu", "reference") == "reference: asked for"
-    assert re.fullmatch("cpu: .+", sk.explain())
+    assert re.fullmatch("cpu:small up to N = .+; then cpu:panel: .+", sk.explain())
+    assert sk.explain(N=24).startswith("cpu:small: ")
+    assert sk.explain(N=4096).startswith("cpu:panel: ")
     assert re.fullmatch("reference: fallback: no kernel for meta .+", sk.explain("meta"))
     assert sk.explain(torch.device("cpu")) == sk.explain("cpu")
     with pytest.raises(RuntimeError, match="backend='cpu' takes CPU tensors, got meta"):

@@ -91,6 +91,11 @@ ESTIMATED: dict[str, Case] = {
         BASE, options={"objective": "siglip", "reduction": "none", "workspace": MIB}
     ),
     "ids and weight": replace(BASE, duplicates=True, weighted=True),
+    "small": Case(N=200, D=64),
+    "small, plain": Case(N=24, D=512, radius="none"),
+    "small, per row": Case(N=200, D=64, options={"reduction": "none"}),
+    "small, bfloat16": Case(N=200, D=256, dtype=torch.bfloat16, options={"normalize": True}),
+    "small, float64": Case(N=64, D=256, dtype=torch.float64, options={"objective": "siglip"}),
 }
 
 

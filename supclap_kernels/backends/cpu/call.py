@@ -18,10 +18,9 @@ from ...reference import accumulator_dtype
 from ..call import Backend, Call, Tensors, Towers, saved_elements
 from ..panel import Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from ..products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
-from ..state import DIRECTIONS, GAP, OFFSET, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
+from ..state import DIRECTIONS, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
 from ..statistics import negatives_between
 from ..tile_sizes import CPU_TILE, CPU_TILE_MINIMUM
-from .literal import LiteralRows
 
 TILING = {
     dtype: Tiling(CPU_TILE, CPU_TILE_MINIMUM, 1, dtype.itemsize)
@@ -67,7 +66,7 @@ class CpuCall:
         if inputs.ids is not None:
             self.code = torch.unique(inputs.ids, return_inverse=True)[1].to(torch.int32)
         p = self.problem = self.native.CpuProblem()
-        p.N, p.D, p.is_double = N, D, dtype == torch.float64
+        p.N, p.D, p.is_double, p.split = N, D, dtype == torch.float64, split
         p.infonce, p.svr, p.mirror, p.shared = options.infonce, self.svr, self.mirror, self.shared
         p.renormalize, p.threads = options.renormalize, torch.get_num_threads()
         p.mean, p.per_row = options.reduction == "mean", options.reduction == "none"
@@ -85,7 +84,7 @@ class CpuCall:
         p.sums = p.running + 2 * DIRECTIONS * N * 8
         if state is None:
             self.native.prepare_rows(p)
-        self.literal = self.literal_rows() if self.native.count_literal(p) else None
+        self.literal = bool(self.native.count_literal(p))
 
     def vector(self, x: Tensor | None) -> Tensor | None:
         """(N,) or 0-d values as the kernels read them."""
@@ -111,13 +110,6 @@ class CpuCall:
         if self.options.normalize:
             rows = self.T.to(torch.bfloat16), self.A.to(torch.bfloat16)
         return Bfloat16Products(*rows, self.native, self.split)
-
-    def literal_rows(self) -> LiteralRows:
-        assert self.R is not None
-        index = self.state[STATE_GEOMETRY + OFFSET].nonzero()[:, 0]
-        k, b, R = self.problem.k, self.problem.b, self.R.expand(self.N)
-        modes = (self.mirror, self.shared, self.split)
-        return LiteralRows(self.T, self.A, index, R, k, b, self.code, self.options, *modes)
 
     def exponential(self, x: Tensor) -> Tensor:
         return x.exp()
@@ -156,8 +148,8 @@ class CpuCall:
         self.literal_statistics()
 
     def literal_statistics(self) -> None:
-        if self.literal is not None:
-            self.literal.statistics(self.log_sums)
+        if self.literal:
+            self.native.literal_statistics(self.problem)
 
     def finish_statistics(self) -> tuple[Tensor, Tensor | None]:
         loss = self.new_empty(self.N) if self.problem.per_row else self.new_empty()
@@ -199,11 +191,9 @@ class CpuCall:
         sweep_gradients(dT, dA, *arguments)
         if with_statistics:
             self.literal_statistics()
-        if self.literal is not None:
-            statistics = self.state[:STATE_GEOMETRY].view(3, DIRECTIONS, self.N)
-            factors = self.factors[: 2 * DIRECTIONS].view(2, DIRECTIONS, self.N)
-            gap = self.state[STATE_GEOMETRY + GAP]
-            self.literal.gradients(statistics, factors, gap, self.sums, dT, dA)
+        if self.literal:
+            pointers = (native.address(x) for x in (dT, dA))
+            self.native.literal_gradients(self.problem, *pointers)
 
     def finish_gradients(
         self, dA: Tensor | None, dT: Tensor | None, out: Towers = (None, None)

@@ -1,0 +1,169 @@
+// Products of small matrices, C = X Y, by a micro-kernel that keeps a patch of C in registers.
+// Included by epilogue.cpp inside its namespace.
+//
+// The order of every sum depends on the shapes alone, not on the threads.
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kPatchRows = 8, kPatchVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kPatchRows = 4, kPatchVectors = 3;
+#else
+constexpr int kVectorBytes = 16, kPatchRows = 4, kPatchVectors = 2;
+#endif
+
+constexpr int64_t kDepth = 64;     // terms of a sum before it is added to C: short sums round less
+constexpr int64_t kPackFrom = 64;  // rows of X from which a block of Y is worth copying
+
+template <class Real>
+struct Lanes {
+  typedef Real Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+  static constexpr int kCount = kVectorBytes / int(sizeof(Real));
+  static constexpr int kPatchColumns = kPatchVectors * kCount;
+};
+
+// X [M, K]: element (i, k) at data[i * row + k * column]; one of the steps is 1.
+template <class Real>
+struct Left {
+  const Real* data;
+  int64_t row, column;
+};
+
+// Y [K, N]: row-major with the row stride `row`; or, if that is 0, packed: blocks of kPatchColumns
+// columns, each [K, kPatchColumns], in which missing columns are 0.
+template <class Source>
+struct Right {
+  const Source* data;
+  int64_t row;
+};
+
+template <class Real>
+int64_t packed_elements(int64_t K, int64_t N) {
+  constexpr int64_t width = Lanes<Real>::kPatchColumns;
+  return K * ((N + width - 1) / width) * width;
+}
+
+// Four values of each of four rows of z, as four rows of `out`.
+template <class Real, class Source>
+void transpose_four(const Source* z, int64_t ldz, Real* out, int64_t ldo) {
+#if defined(__SSE__)
+  if constexpr (sizeof(Real) == sizeof(float) && sizeof(Source) == sizeof(float)) {
+    __m128 row[4];
+    for (int n = 0; n < 4; ++n) row[n] = _mm_loadu_ps(z + n * ldz);
+    _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+    for (int n = 0; n < 4; ++n) _mm_storeu_ps(out + n * ldo, row[n]);
+    return;
+  }
+#endif
+  for (int n = 0; n < 4; ++n)
+    for (int m = 0; m < 4; ++m) out[n * ldo + m] = Real(z[m * ldz + n]);
+}
+
+// Packs Z [N, K] as Y = Z^T.
+template <class Real, class Source>
+Right<Real> pack_transposed(const Source* Z, int64_t N, int64_t K, Real* out) {
+  constexpr int64_t width = Lanes<Real>::kPatchColumns;
+  static_assert(width % 4 == 0, "columns are packed by four");
+  for (int64_t j0 = 0; j0 < N; j0 += width)
+    for (int64_t k0 = 0; k0 < K; k0 += 4) {
+      const int64_t depth = K - k0 < 4 ? K - k0 : 4;
+      for (int64_t j = j0; j < j0 + width; j += 4) {
+        const Source* z = Z + j * K + k0;
+        Real* block = out + j0 * K + k0 * width + (j - j0);
+        if (depth == 4 && j + 4 <= N) {
+          transpose_four(z, K, block, width);
+          continue;
+        }
+        for (int64_t k = 0; k < depth; ++k)
+          for (int64_t n = 0; n < 4; ++n)
+            block[k * width + n] = j + n < N ? Real(z[n * K + k]) : Real(0);
+      }
+    }
+  return {out, 0};
+}
+
+// C [kRows, columns] = or += X Y over K terms; y has whole vectors.
+template <class Real, class Out, bool kRowMajor, int kRows, int kVectors>
+void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t step, int64_t K,
+                    Out* c, int64_t ldc, int64_t columns, bool add) {
+  using Vector = typename Lanes<Real>::Vector;
+  constexpr int kLanes = Lanes<Real>::kCount;
+  const int64_t row = kRowMajor ? X.row : 1, column = kRowMajor ? 1 : X.column;
+  Vector sum[kRows][kVectors] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vector right[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      right[v] = *reinterpret_cast<const Vector*>(y + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Real left = x[r * row];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+    }
+    x += column;
+    y += step;
+  }
+  for (int r = 0; r < kRows; ++r, c += ldc) {
+    if (sizeof(Out) == sizeof(Real) && columns == kVectors * kLanes) {
+      for (int v = 0; v < kVectors; ++v) {
+        Vector& out = *reinterpret_cast<Vector*>(c + v * kLanes);
+        out = add ? out + sum[r][v] : sum[r][v];
+      }
+    } else {
+      Real value[kVectors * kLanes];
+      __builtin_memcpy(value, sum[r], sizeof(value));
+      for (int64_t j = 0; j < columns; ++j) c[j] = Out(add ? c[j] + value[j] : value[j]);
+    }
+  }
+}
+
+template <class Real, class Out>
+using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Out*,
+                       int64_t, int64_t, bool);
+
+// The kernel for `rows` rows and `vectors` vectors, looked for from the largest down.
+template <class Real, class Out, bool kRowMajor, int kRows = kPatchRows,
+          int kVectors = kPatchVectors>
+Patch<Real, Out> patch_for(int64_t rows, int64_t vectors) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return patch_for<Real, Out, kRowMajor, kRows - 1, kVectors>(rows, vectors);
+  if constexpr (kVectors > 1)
+    if (vectors < kVectors)
+      return patch_for<Real, Out, kRowMajor, kRows, kVectors - 1>(rows, vectors);
+  return multiply_patch<Real, Out, kRowMajor, kRows, kVectors>;
+}
+
+// C [M, N] = X Y, or C += X Y. `upper`: patches below the diagonal are left out.
+template <class Real, class Source, class Out>
+void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M, int64_t N, int64_t K, Out* C,
+              int64_t ldc, bool add, bool upper, int threads) {
+  constexpr bool same = sizeof(Source) == sizeof(Real);
+  constexpr int64_t width = Lanes<Real>::kPatchColumns, lanes = Lanes<Real>::kCount;
+  auto block = [&](int64_t n) {
+    const int64_t j0 = n * width, columns = N - j0 < width ? N - j0 : width;
+    const int64_t vectors = (columns + lanes - 1) / lanes;
+    const int64_t last = upper && j0 + columns < M ? j0 + columns : M;
+    for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
+      const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
+      const Source* source = Y.row ? Y.data + k0 * Y.row + j0 : Y.data + j0 * K + k0 * width;
+      const Real* y = reinterpret_cast<const Real*>(source);
+      int64_t step = Y.row ? Y.row : width;
+      Real copy[kDepth * width];
+      if (!same || (Y.row && (last >= kPackFrom || columns % lanes))) {
+        for (int64_t k = 0; k < depth; ++k)
+          for (int64_t j = 0; j < width; ++j)
+            copy[k * width + j] = j < columns ? Real(source[k * step + j]) : Real(0);
+        y = copy;
+        step = width;
+      }
+      for (int64_t i0 = 0; i0 < last; i0 += kPatchRows) {
+        const int64_t rows = last - i0 < kPatchRows ? last - i0 : kPatchRows;
+        const Patch<Real, Out> patch = X.column == 1
+                                           ? patch_for<Real, Out, true>(rows, vectors)
+                                           : patch_for<Real, Out, false>(rows, vectors);
+        patch(X, X.data + i0 * X.row + k0 * X.column, y, step, depth, C + i0 * ldc + j0, ldc,
+              columns, add || k0 > 0);
+      }
+    }
+  };
+  using Body = decltype(block);
+  parallel((N + width - 1) / width, threads,
+           [](void* data, int64_t n) { (*static_cast<Body*>(data))(n); }, &block);
+}
