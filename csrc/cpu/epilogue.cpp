@@ -97,12 +97,14 @@ SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, R
 
 // x and y of HalfLogits are written only where the mode has them, and read only there.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include "literal.h"
+// clang-format off: in the order of their needs
 #include "products.h"
 #include "rows.h"
-#include "small.h"
 #include "statistics.h"
 #include "weights.h"
+#include "literal.h"
+#include "small.h"
+// clang-format on
 
 // Selects the kernel for the accumulator's type.
 #define SUPCLAP_REAL(call) (p.is_double ? call<double> : call<float>)

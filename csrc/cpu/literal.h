@@ -1,5 +1,5 @@
-// Literal rows: their support vectors are taken from the rows themselves, in double. Where c = R / r
-// or 1 / r is large, Q - S loses digits that c and 1 / r multiply. The tiles skip the support
+// Literal rows: their support vectors are taken from the rows themselves, in double. Where c = R /
+// r or 1 / r is large, Q - S loses digits that c and 1 / r multiply. The tiles skip the support
 // vectors of these rows; here they are multiplied out, s_i against every row.
 // Included by epilogue.cpp inside its namespace.
 
@@ -26,16 +26,15 @@ struct LiteralSide {
 template <class Real>
 struct LiteralChunk {
   int64_t count = 0;
-  int64_t index[kLiteralChunk];                               // of the rows
-  double gap[kLiteralChunk], c[kLiteralChunk];                // r, R / r
-  double inverse[kLiteralChunk];                              // 1 / |s| with renormalize, else 1
-  double *s, *ds;                                             // [count, D]
-  double *product, *z;                                        // [count, N]: <s, y> / |s|; logits,
-                                                              // -inf where a pair is left out
+  int64_t index[kLiteralChunk];                 // of the rows
+  double gap[kLiteralChunk], c[kLiteralChunk];  // r, R / r
+  double inverse[kLiteralChunk];                // 1 / |s| with renormalize, else 1
+  double *s, *ds;                               // [count, D]
+  double *product, *z;                          // [count, N]: <s, y> / |s|; logits,
+                                                // -inf where a pair is left out
   double* memory;
 
-  explicit LiteralChunk(const CpuProblem& p)
-      : memory(new double[2 * kLiteralChunk * (p.D + p.N)]) {
+  explicit LiteralChunk(const CpuProblem& p) : memory(new double[2 * kLiteralChunk * (p.D + p.N)]) {
     s = memory;
     ds = s + kLiteralChunk * p.D;
     product = ds + kLiteralChunk * p.D;
@@ -75,11 +74,8 @@ void fill_literal(const CpuProblem& p, const LiteralSide<Real>& side, int64_t& n
   run(p, blocks, chunk.count * p.N * p.D, [&](int64_t block) {
     const int64_t j0 = block * kLiteralBlock;
     const int64_t nj = p.N - j0 < kLiteralBlock ? p.N - j0 : kLiteralBlock;
-    auto* packed = new double[packed_elements<double>(p.D, nj)];
-    const Right<double> Y = pack_transposed(side.Y + j0 * p.D, nj, p.D, packed);
-    multiply(Left<double>{chunk.s, p.D, 1}, Y, chunk.count, nj, p.D, chunk.product + j0, p.N,
-             false, false, 1);
-    delete[] packed;
+    multiply(Left<double>{chunk.s, p.D, 1}, Right<Real>{side.Y + j0 * p.D, 1, p.D}, chunk.count, nj,
+             p.D, chunk.product + j0, p.N, false, false, 1);
     for (int64_t n = 0; n < chunk.count; ++n)
       for (int64_t j = j0; j < j0 + nj; ++j) {
         double& product = chunk.product[n * p.N + j];
@@ -157,8 +153,7 @@ void literal_gradients(const CpuProblem& p, Real* dT, Real* dA) {
         double h;
         if (p.infonce) {
           h = exp_nonpositive(z[j] - m[own]) * f[own];
-          if (p.shared)
-            h += exp_nonpositive(z[j] - m[kOtherRows * N + j]) * f[kOtherRows * N + j];
+          if (p.shared) h += exp_nonpositive(z[j] - m[kOtherRows * N + j]) * f[kOtherRows * N + j];
         } else {
           h = sigmoid(z[j], exp_nonpositive(z[j] > 0 ? -z[j] : z[j])) * f[own];
         }
@@ -169,10 +164,10 @@ void literal_gradients(const CpuProblem& p, Real* dT, Real* dA) {
       p.sums[side.support * N + i] += support;
       p.sums[kBias * N + i] += bias;
     }
-    multiply(Left<double>{H, N, 1}, Right<Real>{side.Y, D}, chunk.count, D, N, chunk.ds, D, false,
-             false, p.threads);
+    multiply(Left<double>{H, N, 1}, Right<Real>{side.Y, D, 1}, chunk.count, D, N, chunk.ds, D,
+             false, false, p.threads);
     if (dY)
-      multiply(Left<double>{H, 1, N}, Right<double>{chunk.s, D}, N, D, chunk.count, dY, D, true,
+      multiply(Left<double>{H, 1, N}, Right<double>{chunk.s, D, 1}, N, D, chunk.count, dY, D, true,
                false, p.threads);
     for (int64_t n = 0; n < chunk.count; ++n) {
       const int64_t i = chunk.index[n];

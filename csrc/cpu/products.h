@@ -28,19 +28,12 @@ struct Left {
   int64_t row, column;
 };
 
-// Y [K, N]: row-major with the row stride `row`; or, if that is 0, packed: blocks of kPatchColumns
-// columns, each [K, kPatchColumns], in which missing columns are 0.
+// Y [K, N]: element (k, j) at data[k * row + j * column]; one of the steps is 1.
 template <class Source>
 struct Right {
   const Source* data;
-  int64_t row;
+  int64_t row, column;
 };
-
-template <class Real>
-int64_t packed_elements(int64_t K, int64_t N) {
-  constexpr int64_t width = Lanes<Real>::kPatchColumns;
-  return K * ((N + width - 1) / width) * width;
-}
 
 // Four values of each of four rows of z, as four rows of `out`.
 template <class Real, class Source>
@@ -58,27 +51,27 @@ void transpose_four(const Source* z, int64_t ldz, Real* out, int64_t ldo) {
     for (int m = 0; m < 4; ++m) out[n * ldo + m] = Real(z[m * ldz + n]);
 }
 
-// Packs Z [N, K] as Y = Z^T.
+// Copies a block of Y [depth, columns] to rows of kPatchColumns; missing columns are 0.
 template <class Real, class Source>
-Right<Real> pack_transposed(const Source* Z, int64_t N, int64_t K, Real* out) {
+void pack(const Right<Source>& Y, const Source* y, int64_t depth, int64_t columns, Real* out) {
   constexpr int64_t width = Lanes<Real>::kPatchColumns;
   static_assert(width % 4 == 0, "columns are packed by four");
-  for (int64_t j0 = 0; j0 < N; j0 += width)
-    for (int64_t k0 = 0; k0 < K; k0 += 4) {
-      const int64_t depth = K - k0 < 4 ? K - k0 : 4;
-      for (int64_t j = j0; j < j0 + width; j += 4) {
-        const Source* z = Z + j * K + k0;
-        Real* block = out + j0 * K + k0 * width + (j - j0);
-        if (depth == 4 && j + 4 <= N) {
-          transpose_four(z, K, block, width);
-          continue;
-        }
-        for (int64_t k = 0; k < depth; ++k)
-          for (int64_t n = 0; n < 4; ++n)
-            block[k * width + n] = j + n < N ? Real(z[n * K + k]) : Real(0);
+  if (Y.column == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = 0; j < width; ++j)
+        out[k * width + j] = j < columns ? Real(y[k * Y.row + j]) : Real(0);
+    return;
+  }
+  for (int64_t k = 0; k < depth; k += 4)
+    for (int64_t j = 0; j < width; j += 4) {
+      if (k + 4 <= depth && j + 4 <= columns) {
+        transpose_four(y + j * Y.column + k, Y.column, out + k * width + j, width);
+        continue;
       }
+      for (int64_t n = k; n < k + 4 && n < depth; ++n)
+        for (int64_t m = j; m < j + 4; ++m)
+          out[n * width + m] = m < columns ? Real(y[m * Y.column + n]) : Real(0);
     }
-  return {out, 0};
 }
 
 // C [kRows, columns] = or += X Y over K terms; y has whole vectors.
@@ -91,8 +84,7 @@ void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t s
   Vector sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < K; ++k) {
     Vector right[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      right[v] = *reinterpret_cast<const Vector*>(y + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) right[v] = *reinterpret_cast<const Vector*>(y + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Real left = x[r * row];
       for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
@@ -115,8 +107,8 @@ void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t s
 }
 
 template <class Real, class Out>
-using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Out*,
-                       int64_t, int64_t, bool);
+using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Out*, int64_t,
+                       int64_t, bool);
 
 // The kernel for `rows` rows and `vectors` vectors, looked for from the largest down.
 template <class Real, class Out, bool kRowMajor, int kRows = kPatchRows,
@@ -142,22 +134,19 @@ void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M, int64_t N,
     const int64_t last = upper && j0 + columns < M ? j0 + columns : M;
     for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
       const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
-      const Source* source = Y.row ? Y.data + k0 * Y.row + j0 : Y.data + j0 * K + k0 * width;
+      const Source* source = Y.data + k0 * Y.row + j0 * Y.column;
       const Real* y = reinterpret_cast<const Real*>(source);
-      int64_t step = Y.row ? Y.row : width;
+      int64_t step = Y.row;
       Real copy[kDepth * width];
-      if (!same || (Y.row && (last >= kPackFrom || columns % lanes))) {
-        for (int64_t k = 0; k < depth; ++k)
-          for (int64_t j = 0; j < width; ++j)
-            copy[k * width + j] = j < columns ? Real(source[k * step + j]) : Real(0);
+      if (!same || Y.column != 1 || last >= kPackFrom || columns % lanes) {
+        pack(Y, source, depth, columns, copy);
         y = copy;
         step = width;
       }
       for (int64_t i0 = 0; i0 < last; i0 += kPatchRows) {
         const int64_t rows = last - i0 < kPatchRows ? last - i0 : kPatchRows;
-        const Patch<Real, Out> patch = X.column == 1
-                                           ? patch_for<Real, Out, true>(rows, vectors)
-                                           : patch_for<Real, Out, false>(rows, vectors);
+        const Patch<Real, Out> patch = X.column == 1 ? patch_for<Real, Out, true>(rows, vectors)
+                                                     : patch_for<Real, Out, false>(rows, vectors);
         patch(X, X.data + i0 * X.row + k0 * X.column, y, step, depth, C + i0 * ldc + j0, ldc,
               columns, add || k0 > 0);
       }

@@ -56,7 +56,6 @@ constexpr int64_t kSerialProduct = 1 << 22;  // N N D below which threads cost m
 template <class Real>
 struct SmallMemory {
   Real *T = nullptr, *A = nullptr;  // [N, D] normalised rows, if asked for
-  Real* packed;                     // T or A as the right operand of a product
   Real* panel;                      // S, Q, K [N, N] as in Tile
   Real* factors;                    // CpuProblem::factors, and omega
   double* wide;                     // CpuProblem::running, and sums
@@ -69,7 +68,6 @@ struct SmallMemory {
       take(T, N * p.D, memory);
       take(A, N * p.D, memory);
     }
-    take(packed, packed_elements<Real>(p.D, N), memory);
     take(panel, blocks * N * N, memory);
     take(factors, (2 * kDirections + 1) * N, memory);
     take(wide, (2 * kDirections + kRowSums) * N, memory);
@@ -89,9 +87,9 @@ int64_t small_bytes(const SmallBatch& batch) {
 
 // C [N, N] = X X^T.
 template <class Real>
-void multiply_symmetric(const CpuProblem& p, const Real* X, const Right<Real>& Y, Real* C,
-                        int threads) {
-  multiply(Left<Real>{X, p.D, 1}, Y, p.N, p.N, p.D, C, p.N, false, true, threads);
+void multiply_symmetric(const CpuProblem& p, const Real* X, Real* C, int threads) {
+  const Left<Real> left{X, p.D, 1};
+  multiply(left, Right<Real>{X, 1, p.D}, p.N, p.N, p.D, C, p.N, false, true, threads);
   for (int64_t i = 1; i < p.N; ++i)
     for (int64_t j = 0; j < i; ++j) C[i * p.N + j] = C[j * p.N + i];
 }
@@ -102,9 +100,8 @@ void multiply_weights(const CpuProblem& p, const Real* W, bool transposed, const
                       const Real* V, const Real* Z, Real* dX, int threads) {
   const int64_t N = p.N, D = p.D;
   const Left<Real> left = transposed ? Left<Real>{W, 1, N} : Left<Real>{W, N, 1};
-  multiply(left, Right<Real>{Y, D}, N, D, N, dX, D, false, false, threads);
-  if (V)
-    multiply(Left<Real>{V, N, 1}, Right<Real>{Z, D}, N, D, N, dX, D, true, false, threads);
+  multiply(left, Right<Real>{Y, D, 1}, N, D, N, dX, D, false, false, threads);
+  if (V) multiply(Left<Real>{V, N, 1}, Right<Real>{Z, D, 1}, N, D, N, dX, D, true, false, threads);
 }
 
 template <class Real>
@@ -139,11 +136,10 @@ void small_pass(const SmallBatch& batch) {
   prepare_rows<Real>(p);
   const Tile tile{0, N, 0, N};
   const Blocks<Real> block(p, tile, memory.panel);
-  const Right<Real> audios = pack_transposed(A, N, D, memory.packed);
-  multiply(Left<Real>{T, D, 1}, audios, N, N, D, block.S, N, false, false, threads);
-  if (block.Q) multiply_symmetric(p, A, audios, block.Q, threads);
-  if (block.K)
-    multiply_symmetric(p, T, pack_transposed(T, N, D, memory.packed), block.K, threads);
+  const Left<Real> left{T, D, 1};
+  multiply(left, Right<Real>{A, 1, D}, N, N, D, block.S, N, false, false, threads);
+  if (block.Q) multiply_symmetric(p, A, block.Q, threads);
+  if (block.K) multiply_symmetric(p, T, block.K, threads);
   hide_pairs<Real>(p, tile, memory.panel);
   statistics<Real>(p, tile, memory.panel);
   const bool literal = count_literal<Real>(p) > 0;
@@ -164,10 +160,11 @@ void small_pass(const SmallBatch& batch) {
   if (batch.normalize && dA) normalize_gradient(p, audio, dA);
 }
 
-// The gradients of audio, text (N, D), radius, scale and bias, one after the other as they were kept
-// for an upstream gradient of 1, times `upstream` [1]; null: not wanted.
+// The gradients of audio, text (N, D), radius, scale and bias, one after the other as they were
+// kept for an upstream gradient of 1, times `upstream` [1]; null: not wanted.
 template <class Real>
-void scale_gradients(const CpuProblem& p, const void* kept, const void* upstream, void* const* out) {
+void scale_gradients(const CpuProblem& p, const void* kept, const void* upstream,
+                     void* const* out) {
   const Real factor = *static_cast<const Real*>(upstream);
   const int64_t sizes[] = {p.N * p.D, p.N * p.D, p.per_row_radius ? p.N : 1, 1, 1};
   const int64_t places[] = {p.N * p.D, p.N * p.D, p.N, 1, 1};

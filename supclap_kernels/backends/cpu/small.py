@@ -22,10 +22,10 @@ from ..state import STATE_ROWS
 
 @functools.lru_cache(maxsize=256)
 def plan(
-    N: int, D: int, dtype: torch.dtype, dimensions: int, options: Options, threads: int, isa: str
+    N: int, D: int, dtype: torch.dtype, dimensions: int, options: Options, threads: int
 ) -> tuple[Any, int]:
-    """The native problem without its pointers, and the bytes of its working memory, which depend
-    on the instruction set. `dimensions`: of the radius; -1 without one."""
+    """The native problem without its pointers, and the bytes of its working memory. `dimensions`:
+    of the radius; -1 without one."""
     has_radius = dimensions >= 0
     p = native.module().CpuProblem()
     p.N, p.D, p.is_double, p.threads = N, D, dtype == torch.float64, threads
@@ -41,8 +41,7 @@ def plan_of(inputs: Tensors, options: Options) -> tuple[Any, int]:
     N, D = inputs.audio.shape
     dimensions = -1 if inputs.radius is None else inputs.radius.ndim
     dtype = accumulator_dtype(inputs.audio.dtype)
-    isa = native.module().isa()
-    return plan(N, D, dtype, dimensions, options, torch.get_num_threads(), isa)
+    return plan(N, D, dtype, dimensions, options, torch.get_num_threads())
 
 
 def native_for(x: Tensor) -> Any:
