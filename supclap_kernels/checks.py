@@ -1,5 +1,6 @@
 """Every check of an argument and its message: what the loss was given, as the operators take it."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,23 @@ from .watch import watch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def checked_options(options: Options) -> Options:
-    """Plain values of their types, or the error that says what does not fit."""
+def checked_options(*values: Any) -> Options:
+    """The options of these values, or the error that says what does not fit."""
+    if torch.compiler.is_compiling():
+        return with_plain_values(Options(*values))
+    try:
+        return remembered_options(*values)
+    except TypeError:  # not hashable, or of a wrong type, which is told now
+        return with_plain_values(Options(*values))
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def remembered_options(*values: Any) -> Options:
+    """A training loop has the same options in every step."""
+    return with_plain_values(Options(*values))
+
+
+def with_plain_values(options: Options) -> Options:
     check_choices(
         objective=options.objective, bilateral=options.bilateral, reduction=options.reduction,
         backend=options.backend,
@@ -79,7 +95,7 @@ def check_embeddings(audio: Tensor, text: Tensor) -> None:
     for name, value in (("audio", audio), ("text", text)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if hasattr(value, "device_mesh"):
+        if type(value) is not Tensor and hasattr(value, "device_mesh"):
             raise TypeError(
                 f"{name} is a DTensor; pass this rank's rows, {name}.to_local(), and group= for "
                 "negatives from the other ranks"

@@ -89,7 +89,6 @@ def choose_automatically(device: torch.device, dtype: torch.dtype) -> tuple[str,
     return "reference", "fallback: no kernel for cuda tensors here"
 
 
-@functools.lru_cache(maxsize=1024)
 def routes(
     backend: str,
     device: torch.device,
@@ -159,11 +158,28 @@ def call_of(
 def routes_of(inputs: Tensors, options: Options, staged: bool = False) -> tuple[Route, ...]:
     audio = inputs.audio
     D = audio.shape[1]
-    if not isinstance(D, int):  # a compiler's symbol; only what fits on a chip depends on it
+    if type(D) is not int:  # a compiler's symbol; only what fits on a chip depends on it
         name = choose(options.backend, audio.device, audio.dtype)[0]
         D = int(D) if name.startswith("cuda") else 0
-    mode = options.mode(inputs.radius is not None)
-    return routes(options.backend, audio.device, audio.dtype, D, mode, options.infonce, staged)
+    return remembered_routes(
+        options, audio.device, audio.dtype, D, inputs.radius is not None, staged
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def remembered_routes(
+    options: Options, device: torch.device, dtype: torch.dtype, D: int, radius: bool, staged: bool
+) -> tuple[Route, ...]:
+    mode = options.mode(radius)
+    return routes(options.backend, device, dtype, D, mode, options.infonce, staged)
+
+
+def runs_reference(inputs: Tensors, options: Options) -> bool:
+    """Whether eager PyTorch computes the loss of these tensors."""
+    if torch.compiler.is_compiling():
+        audio = inputs.audio
+        return choose(options.backend, audio.device, audio.dtype)[0] == "reference"
+    return routes_of(inputs, options)[0].way == "reference"
 
 
 def route(N: int, ways: tuple[Route, ...]) -> Route:

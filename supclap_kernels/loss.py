@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from . import collectives, dispatch, distributed, ops
 from .checks import check_embeddings, checked_inputs, checked_options, group_size
 from .groups import GroupHandle, looked_up
-from .options import CHOICES, OPTION_NAMES, WORKSPACE, Options, check_choices
+from .options import CHOICES, OPTION_NAMES, WORKSPACE, check_choices
 from .radius import DynamicRadius, StaticRadius, radius_of
 from .reference import svr_loss_reference
 from .stats import SVRStats
+
+ALONE = contextlib.nullcontext()
 
 
 def fused_svr_loss(
@@ -83,21 +85,18 @@ def fused_svr_loss(
         TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend
             that cannot run.
     """
-    options = Options(
-        objective=objective, bilateral=bilateral, alpha=alpha, beta=beta, normalize=normalize,
-        renormalize=renormalize, reduction=reduction, workspace=workspace, backend=backend,
-        stats=bool(return_stats),
-    )  # fmt: skip
     group = looked_up(group)
     across = group is not None and group_size(group) > 1
-    with collectives.together(group) if across else contextlib.nullcontext():
+    with collectives.together(group) if across else ALONE:
         check_choices(exchange=exchange)
-        options = checked_options(options)
-        inputs = checked_inputs(
-            audio, text, radius, logit_scale, logit_bias, ids, weight, options.objective
-        )
-        name = dispatch.choose(backend, audio.device, audio.dtype)[0]
-    if name == "reference":
+        options = checked_options(
+            objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace,
+            backend, bool(return_stats),
+        )  # fmt: skip
+        tensors = (audio, text, radius, logit_scale, logit_bias, ids, weight)
+        inputs = checked_inputs(*tensors, options.objective)
+        runs_reference = dispatch.runs_reference(inputs, options)
+    if runs_reference:
         named = options._asdict()
         return svr_loss_reference(
             *inputs[:5], ids=ids, weight=weight, group=group, return_stats=named.pop("stats"),

@@ -45,12 +45,12 @@ _library.define(
 
 def without_autograd(x: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a backend without autograd and autocast around its own products, on the device of x."""
-    device = x.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
             return without_autograd(x, function, *arguments)
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    kind = "cuda" if x.is_cuda else "cpu"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             return function(*arguments)
     return function(*arguments)
 

@@ -117,9 +117,9 @@ def hopper(monkeypatch):
     monkeypatch.setattr(available, "capability", lambda index: (9, 0) if index == 1 else (8, 0))
     monkeypatch.setattr(native, "cuda", lambda: launchers)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    dispatch.routes.cache_clear()
+    dispatch.remembered_routes.cache_clear()
     yield launchers
-    dispatch.routes.cache_clear()
+    dispatch.remembered_routes.cache_clear()
 
 
 def ways(backend: str, device: str, dtype: torch.dtype, mode: int, **more) -> dict[str, int | None]:
@@ -138,7 +138,7 @@ def test_auto_takes_what_was_measured(hopper):
     assert ways("auto", "cuda:0", half, MIRROR) == {"reference": None}
     assert ways("auto", "cuda:1", torch.float64, MIRROR) == {"reference": None}
     del hopper.hopper_tile  # compiled for other targets
-    dispatch.routes.cache_clear()
+    dispatch.remembered_routes.cache_clear()
     assert ways("auto", "cuda:1", half, MIRROR) == {"reference": None}
 
 
