@@ -190,6 +190,8 @@ PEERS: dict[str, Literal | Ours | Rival] = {
     "ours": Ours("auto"),
     "ours-32MiB": Ours("auto", 32),
     "auto": Ours("auto"),
+    "cpu:small": Ours("cpu:small"),
+    "cpu:panel": Ours("cpu:panel"),
     "triton:panel": Ours("triton:panel"),
     "triton:panel-32GiB": Ours("triton:panel", 32 * 1024),
     "triton:tile": Ours("triton:tile", 128),

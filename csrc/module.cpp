@@ -118,10 +118,28 @@ void bind_bf16(py::module_& m) {
 #endif
 }
 
-// The pass of a small batch: SmallBatch's fields in their order.
+// Whether the processor is one whose library may not know its widest instructions.
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+// Products, and the pass of a small batch: SmallBatch's fields in their order.
 void bind_small(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.attr("SMALL_LIMIT") = kMaxTile;
+  m.attr("amd") = is_amd();
+  m.def(
+      "multiply",
+      [](bool is_double, uintptr_t X, int64_t x_row, int64_t x_column, uintptr_t Y, int64_t y_row,
+         int64_t y_column, int64_t M, int64_t N, int64_t K, uintptr_t C, int64_t ldc, bool add,
+         int threads) {
+        kernels().multiply(Product{is_double, at<void>(X), at<void>(Y), x_row, x_column, y_row,
+                                   y_column, M, N, K, at<void>(C), ldc, add, threads});
+      },
+      Release());
   m.def("small_bytes", [](const CpuProblem& p, bool normalize) {
     SmallBatch batch{};
     batch.problem = p;

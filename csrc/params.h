@@ -115,6 +115,18 @@ struct SmallBatch {
                              // gradient at all
 };
 
+// A product by the kernels' own micro-kernel (cpu/products.h).
+struct Product {
+  int is_double;
+  const void *X, *Y;
+  int64_t x_row, x_column, y_row, y_column;
+  int64_t M, N, K;
+  void* C;
+  int64_t ldc;
+  int add;
+  int threads;
+};
+
 // One tile: rows I = [i0, i0 + ni) and columns J = [j0, j0 + nj), j0 > i0 or I = J. A panel holds
 // these blocks, each [ni, nj], one after the other: S = T_I A_J^T; its mirrored product P = A_I
 // T_J^T = S_JI^T (if I != J); Q = A_I A_J^T (if svr); K = T_I T_J^T (if mirror).

@@ -136,6 +136,7 @@ const Kernels& kernels() {
         p.is_double ? literal_gradients(p, static_cast<double*>(dT), static_cast<double*>(dA))
                     : literal_gradients(p, static_cast<float*>(dT), static_cast<float*>(dA));
       },
+      [](const Product& p) { SUPCLAP_REAL(multiply)(p); },
       [](const SmallBatch& batch) {
         batch.problem.is_double ? small_pass<double>(batch) : small_pass<float>(batch);
       },

@@ -31,6 +31,9 @@ struct Kernels {
   void (*literal_statistics)(const CpuProblem&);
   // Adds the literal rows' part of the SVR gradient to dT, dA [N, D] Real (null: frozen), `sums`.
   void (*literal_gradients)(const CpuProblem&, void* dT, void* dA);
+  // C [M, N] Real = X Y, or C += X Y; an element of X [M, K] and of Y [K, N] is found by two steps,
+  // of which one is 1.
+  void (*multiply)(const Product&);
   // The whole pass of a small batch, and the bytes of working memory it needs.
   void (*small_pass)(const SmallBatch&);
   int64_t (*small_bytes)(const SmallBatch&);

@@ -156,3 +156,10 @@ void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M, int64_t N,
   parallel((N + width - 1) / width, threads,
            [](void* data, int64_t n) { (*static_cast<Body*>(data))(n); }, &block);
 }
+
+template <class Real>
+void multiply(const Product& p) {
+  const Left<Real> X{static_cast<const Real*>(p.X), p.x_row, p.x_column};
+  const Right<Real> Y{static_cast<const Real*>(p.Y), p.y_row, p.y_column};
+  multiply(X, Y, p.M, p.N, p.K, static_cast<Real*>(p.C), p.ldc, p.add, false, p.threads);
+}

@@ -43,6 +43,34 @@ class LibraryProducts:
         out.addmm_(W, rows(self.sides[y], J))  # [., J] @ [J, D]
 
 
+class OwnProducts:
+    """Products by the kernels' own micro-kernel (csrc/cpu/products.h), in float32 or float64."""
+
+    def __init__(self, T: Tensor, A: Tensor, module: Any) -> None:
+        self.sides, self.module, self.threads = (T, A), module, torch.get_num_threads()
+
+    def logits(self, x: int, I: slice, y: int, J: slice, out: Tensor) -> None:
+        self.multiply(rows(self.sides[x], I), rows(self.sides[y], J).t(), out, add=False)
+
+    def accumulate(self, out: Tensor, W: Tensor, y: int, J: slice) -> None:
+        self.multiply(W, rows(self.sides[y], J), out, add=True)
+
+    def multiply(self, X: Tensor, Y: Tensor, out: Tensor, add: bool) -> None:
+        """out (M, N) (+)= X (M, K) Y (K, N), each of which is contiguous in one dimension."""
+        (M, N), K = out.shape, X.shape[1]
+        left, right = (X.data_ptr(), *X.stride()), (Y.data_ptr(), *Y.stride())
+        sizes = (M, N, K, out.data_ptr(), out.stride(0), add, self.threads)
+        self.module.multiply(X.dtype == torch.float64, *left, *right, *sizes)
+
+
+@functools.cache
+def multiplies_itself() -> bool:
+    """Whether our products are faster than the library's: MKL uses AVX2 on processors that are not
+    Intel's, where it reached half the rate of ours (AMD EPYC with AVX-512)."""
+    module = native.module()
+    return module.isa() == "avx512" and module.amd and torch.backends.mkl.is_available()
+
+
 class Bfloat16Products:
     """Products of bfloat16 rows with float32 sums (csrc/cpu/bf16_gemm.cpp).
 

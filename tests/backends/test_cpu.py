@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from supclap_kernels import fused_svr_loss, native
 from supclap_kernels.backends import products
+from supclap_kernels.backends.cpu import call
 from supclap_kernels.backends.state import DIRECTIONS, STATE_GEOMETRY
 from supclap_kernels.backends.tile_sizes import CPU_SMALL
 from supclap_kernels.options import Options
@@ -80,6 +81,13 @@ def test_options(chosen, poisoned_memory):
     run(case, workspace=chosen["workspace"])
 
 
+@pytest.fixture(params=["own products", "library's products"])
+def multiplier(request, monkeypatch):
+    """Either of the panels' products, whatever the processor."""
+    monkeypatch.setattr(call, "multiplies_itself", lambda: request.param == "own products")
+
+
+@pytest.mark.usefixtures("multiplier")
 @pytest.mark.parametrize("N", [2, 3, 15, 16, 17, 63, 64, 65, 100, 129, 256, 600, 1100])
 @pytest.mark.parametrize("bilateral", ["none", "mirror", "shared"])
 @pytest.mark.parametrize("workspace", [0, 2**28], ids=["recomputed", "kept"])
@@ -87,6 +95,7 @@ def test_sizes(N, bilateral, workspace, poisoned_memory):
     run(Case(N=N, D=24, radius="row", options={"bilateral": bilateral}), workspace=workspace)
 
 
+@pytest.mark.usefixtures("multiplier")
 @pytest.mark.parametrize("D", [2, 3, 16, 17, 100, 513])
 @pytest.mark.parametrize("objective", ["infonce", "siglip"])
 def test_dimensions(D, objective, poisoned_memory):
@@ -118,6 +127,7 @@ def test_gaps(gap, dtype, options, poisoned_memory):
     run(Case(N=90, D=64, gap=gap, dtype=DTYPES[dtype], options=options, **fields))
 
 
+@pytest.mark.usefixtures("multiplier")
 @pytest.mark.parametrize("isa", native.module().isa_running)
 @pytest.mark.parametrize("objective", ["infonce", "siglip"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -17,7 +17,14 @@ from ...options import Options
 from ...reference import accumulator_dtype
 from ..call import Backend, Call, Tensors, Towers, saved_elements
 from ..panel import Layout, Tile, Tiling, sweep_gradients, sweep_statistics
-from ..products import Bfloat16Products, LibraryProducts, Products, rounds_to_bfloat16
+from ..products import (
+    Bfloat16Products,
+    LibraryProducts,
+    OwnProducts,
+    Products,
+    multiplies_itself,
+    rounds_to_bfloat16,
+)
 from ..state import DIRECTIONS, ROW_SUMS, STATE_GEOMETRY, STATE_ROWS
 from ..statistics import negatives_between
 from ..tile_sizes import CPU_TILE, CPU_TILE_MINIMUM
@@ -105,6 +112,8 @@ class CpuCall:
 
     def choose_products(self) -> Products:
         if not self.rounded:
+            if multiplies_itself():
+                return OwnProducts(self.T, self.A, self.native)
             return LibraryProducts(self.T, self.A)
         rows = self.inputs.text, self.inputs.audio
         if self.options.normalize:
