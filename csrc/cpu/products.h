@@ -11,8 +11,9 @@ constexpr int kVectorBytes = 32, kPatchRows = 4, kPatchVectors = 3;
 constexpr int kVectorBytes = 16, kPatchRows = 4, kPatchVectors = 2;
 #endif
 
-constexpr int64_t kDepth = 64;     // terms of a sum before it is added to C: short sums round less
-constexpr int64_t kPackFrom = 64;  // rows of X from which a block of Y is worth copying
+constexpr int64_t kDepth = 64;       // terms of a partial sum: short sums round less
+constexpr int64_t kPackFrom = 64;    // rows of X from which a block of Y is worth copying
+constexpr int64_t kBlockRows = 512;  // rows of C whose sums are kept aside until they are whole
 
 template <class Real>
 struct Lanes {
@@ -74,10 +75,10 @@ void pack(const Right<Source>& Y, const Source* y, int64_t depth, int64_t column
     }
 }
 
-// C [kRows, columns] = or += X Y over K terms; y has whole vectors.
-template <class Real, class Out, bool kRowMajor, int kRows, int kVectors>
+// out [kRows, kPatchColumns] = or += X Y over K terms, in whole vectors.
+template <class Real, bool kRowMajor, int kRows, int kVectors>
 void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t step, int64_t K,
-                    Out* c, int64_t ldc, int64_t columns, bool add) {
+                    Real* out, bool add) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int kLanes = Lanes<Real>::kCount;
   const int64_t row = kRowMajor ? X.row : 1, column = kRowMajor ? 1 : X.column;
@@ -92,34 +93,24 @@ void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t s
     x += column;
     y += step;
   }
-  for (int r = 0; r < kRows; ++r, c += ldc) {
-    if (sizeof(Out) == sizeof(Real) && columns == kVectors * kLanes) {
-      for (int v = 0; v < kVectors; ++v) {
-        Vector& out = *reinterpret_cast<Vector*>(c + v * kLanes);
-        out = add ? out + sum[r][v] : sum[r][v];
-      }
-    } else {
-      Real value[kVectors * kLanes];
-      __builtin_memcpy(value, sum[r], sizeof(value));
-      for (int64_t j = 0; j < columns; ++j) c[j] = Out(add ? c[j] + value[j] : value[j]);
+  for (int r = 0; r < kRows; ++r, out += Lanes<Real>::kPatchColumns)
+    for (int v = 0; v < kVectors; ++v) {
+      Vector& total = *reinterpret_cast<Vector*>(out + v * kLanes);
+      total = add ? total + sum[r][v] : sum[r][v];
     }
-  }
 }
 
-template <class Real, class Out>
-using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Out*, int64_t,
-                       int64_t, bool);
+template <class Real>
+using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Real*, bool);
 
 // The kernel for `rows` rows and `vectors` vectors, looked for from the largest down.
-template <class Real, class Out, bool kRowMajor, int kRows = kPatchRows,
-          int kVectors = kPatchVectors>
-Patch<Real, Out> patch_for(int64_t rows, int64_t vectors) {
+template <class Real, bool kRowMajor, int kRows = kPatchRows, int kVectors = kPatchVectors>
+Patch<Real> patch_for(int64_t rows, int64_t vectors) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return patch_for<Real, Out, kRowMajor, kRows - 1, kVectors>(rows, vectors);
+    if (rows < kRows) return patch_for<Real, kRowMajor, kRows - 1, kVectors>(rows, vectors);
   if constexpr (kVectors > 1)
-    if (vectors < kVectors)
-      return patch_for<Real, Out, kRowMajor, kRows, kVectors - 1>(rows, vectors);
-  return multiply_patch<Real, Out, kRowMajor, kRows, kVectors>;
+    if (vectors < kVectors) return patch_for<Real, kRowMajor, kRows, kVectors - 1>(rows, vectors);
+  return multiply_patch<Real, kRowMajor, kRows, kVectors>;
 }
 
 // C [M, N] = X Y, or C += X Y. `upper`: patches below the diagonal are left out.
@@ -128,29 +119,39 @@ void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M, int64_t N,
               int64_t ldc, bool add, bool upper, int threads) {
   constexpr bool same = sizeof(Source) == sizeof(Real);
   constexpr int64_t width = Lanes<Real>::kPatchColumns, lanes = Lanes<Real>::kCount;
-  auto block = [&](int64_t n) {
-    const int64_t j0 = n * width, columns = N - j0 < width ? N - j0 : width;
+  // Rows [r0, r1) of the block of columns from j0 on.
+  const auto multiply_block = [&](int64_t r0, int64_t r1, int64_t j0, int64_t columns) {
     const int64_t vectors = (columns + lanes - 1) / lanes;
-    const int64_t last = upper && j0 + columns < M ? j0 + columns : M;
+    Real sums[kBlockRows * width], copy[kDepth * width];
     for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
       const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
       const Source* source = Y.data + k0 * Y.row + j0 * Y.column;
       const Real* y = reinterpret_cast<const Real*>(source);
       int64_t step = Y.row;
-      Real copy[kDepth * width];
-      if (!same || Y.column != 1 || last >= kPackFrom || columns % lanes) {
+      if (!same || Y.column != 1 || r1 - r0 >= kPackFrom || columns % lanes) {
         pack(Y, source, depth, columns, copy);
         y = copy;
         step = width;
       }
-      for (int64_t i0 = 0; i0 < last; i0 += kPatchRows) {
-        const int64_t rows = last - i0 < kPatchRows ? last - i0 : kPatchRows;
-        const Patch<Real, Out> patch = X.column == 1 ? patch_for<Real, Out, true>(rows, vectors)
-                                                     : patch_for<Real, Out, false>(rows, vectors);
-        patch(X, X.data + i0 * X.row + k0 * X.column, y, step, depth, C + i0 * ldc + j0, ldc,
-              columns, add || k0 > 0);
+      for (int64_t i = r0; i < r1; i += kPatchRows) {
+        const int64_t rows = r1 - i < kPatchRows ? r1 - i : kPatchRows;
+        const Patch<Real> patch = X.column == 1 ? patch_for<Real, true>(rows, vectors)
+                                                : patch_for<Real, false>(rows, vectors);
+        patch(X, X.data + i * X.row + k0 * X.column, y, step, depth, sums + (i - r0) * width,
+              k0 > 0);
       }
     }
+    for (int64_t i = r0; i < r1; ++i) {
+      const Real* sum = sums + (i - r0) * width;
+      Out* c = C + i * ldc + j0;
+      for (int64_t j = 0; j < columns; ++j) c[j] = Out(add ? c[j] + sum[j] : sum[j]);
+    }
+  };
+  auto block = [&](int64_t n) {
+    const int64_t j0 = n * width, columns = N - j0 < width ? N - j0 : width;
+    const int64_t last = upper && j0 + columns < M ? j0 + columns : M;
+    for (int64_t r0 = 0; r0 < last; r0 += kBlockRows)
+      multiply_block(r0, last - r0 < kBlockRows ? last : r0 + kBlockRows, j0, columns);
   };
   using Body = decltype(block);
   parallel((N + width - 1) / width, threads,
