@@ -48,6 +48,7 @@ def products_of(case: Case) -> timer.Call:
 
 def measure(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
     """Medians in microseconds, and the floor."""
+    torch.compiler.reset()  # a case of its own, not one more recompilation
     present = [x for x in leaves_of(make_inputs(case)) if x is not None]
     calls: dict[str, timer.Call] = {
         "nothing": lambda: torch.autograd.grad(Nothing.apply(*present), present),
