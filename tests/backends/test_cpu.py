@@ -1,5 +1,8 @@
 """The CPU backend against the specification: options, shapes, gaps, dtypes, instruction sets."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from covering import covering
@@ -269,3 +272,55 @@ def test_support_vector_of_length_zero(dtype, bilateral, way):
     options = {"renormalize": True, "bilateral": bilateral, "backend": way}
     result = evaluate(fused_svr_loss, inputs, **options)
     assert all(bool(torch.isfinite(value).all()) for value in result.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("frozen", ["audio", "text", "none"])
+def test_no_output_of_the_operator_is_undefined(way, frozen, poisoned_memory):
+    inputs = make_inputs(Case(N=30, D=20, radius="scalar"))
+    needs = (frozen != "audio", frozen != "text", True, True, False)
+    tensors = (inputs.audio, inputs.text, inputs.radius, inputs.logit_scale, None, None, None)
+    outputs = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *Options(backend=way))
+    assert not any(bool(x.isnan().any()) for x in outputs)
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from supclap_kernels import fused_svr_loss
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def at_the_end_of_a_page(x):
+    "A copy of x, behind which no memory can be read."
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = libc.mmap(None, pages + mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert libc.mprotect(start + pages, mmap.PAGESIZE, 0) == 0
+    memory = (ctypes.c_char * size).from_address(start + pages - size)
+    guarded = torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+    return guarded.copy_(x)
+
+
+for N, D in ((3, 5), (24, 100), (33, 17), (70, 33), (300, 41)):
+    for dtype in (torch.float32, torch.float64):
+        rows = torch.nn.functional.normalize(torch.randn(2, N, D, dtype=dtype), dim=2)
+        audio, text = (at_the_end_of_a_page(x).requires_grad_() for x in rows)
+        radius = at_the_end_of_a_page(torch.rand(N, dtype=dtype)).requires_grad_()
+        for way in ("cpu:small", "cpu:panel") if N <= 256 else ("cpu:panel",):
+            for normalize in (False, True):
+                options = {"normalize": normalize, "backend": way}
+                fused_svr_loss(audio, text, radius, 10.0, **options).backward()
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards memory as Linux does")
+def test_nothing_is_read_beyond_the_inputs():
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr[-2000:]
