@@ -76,25 +76,26 @@ void pack(const Right<Source>& Y, const Source* y, int64_t depth, int64_t column
 }
 
 // out [kRows, kPatchColumns] = or += X Y over K terms, in whole vectors.
-template <class Real, bool kRowMajor, int kRows, int kVectors>
+template <class Real, bool kRowMajor, int kRows>
 void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t step, int64_t K,
                     Real* out, bool add) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int kLanes = Lanes<Real>::kCount;
   const int64_t row = kRowMajor ? X.row : 1, column = kRowMajor ? 1 : X.column;
-  Vector sum[kRows][kVectors] = {};
+  Vector sum[kRows][kPatchVectors] = {};
   for (int64_t k = 0; k < K; ++k) {
-    Vector right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = *reinterpret_cast<const Vector*>(y + v * kLanes);
+    Vector right[kPatchVectors];
+    for (int v = 0; v < kPatchVectors; ++v)
+      right[v] = *reinterpret_cast<const Vector*>(y + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Real left = x[r * row];
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < kPatchVectors; ++v) sum[r][v] += left * right[v];
     }
     x += column;
     y += step;
   }
   for (int r = 0; r < kRows; ++r, out += Lanes<Real>::kPatchColumns)
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kPatchVectors; ++v) {
       Vector& total = *reinterpret_cast<Vector*>(out + v * kLanes);
       total = add ? total + sum[r][v] : sum[r][v];
     }
@@ -103,40 +104,38 @@ void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t s
 template <class Real>
 using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Real*, bool);
 
-// The kernel for `rows` rows and `vectors` vectors, looked for from the largest down.
-template <class Real, bool kRowMajor, int kRows = kPatchRows, int kVectors = kPatchVectors>
-Patch<Real> patch_for(int64_t rows, int64_t vectors) {
+// The kernel for `rows` rows: kPatchRows, or a smaller power of 2.
+template <class Real, bool kRowMajor, int kRows = kPatchRows>
+Patch<Real> patch_for(int64_t rows) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return patch_for<Real, kRowMajor, kRows - 1, kVectors>(rows, vectors);
-  if constexpr (kVectors > 1)
-    if (vectors < kVectors) return patch_for<Real, kRowMajor, kRows, kVectors - 1>(rows, vectors);
-  return multiply_patch<Real, kRowMajor, kRows, kVectors>;
+    if (rows < kRows) return patch_for<Real, kRowMajor, kRows / 2>(rows);
+  return multiply_patch<Real, kRowMajor, kRows>;
 }
 
 // C [M, N] = X Y, or C += X Y. `upper`: patches below the diagonal are left out.
 template <class Real, class Source, class Out>
-void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M, int64_t N, int64_t K, Out* C,
-              int64_t ldc, bool add, bool upper, int threads) {
+__attribute__((noinline)) void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M,
+                                        int64_t N, int64_t K, Out* C, int64_t ldc, bool add,
+                                        bool upper, int threads) {
   constexpr bool same = sizeof(Source) == sizeof(Real);
-  constexpr int64_t width = Lanes<Real>::kPatchColumns, lanes = Lanes<Real>::kCount;
+  constexpr int64_t width = Lanes<Real>::kPatchColumns;
   // Rows [r0, r1) of the block of columns from j0 on.
   const auto multiply_block = [&](int64_t r0, int64_t r1, int64_t j0, int64_t columns) {
-    const int64_t vectors = (columns + lanes - 1) / lanes;
     Real sums[kBlockRows * width], copy[kDepth * width];
     for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
       const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
       const Source* source = Y.data + k0 * Y.row + j0 * Y.column;
       const Real* y = reinterpret_cast<const Real*>(source);
       int64_t step = Y.row;
-      if (!same || Y.column != 1 || r1 - r0 >= kPackFrom || columns % lanes) {
+      if (!same || Y.column != 1 || r1 - r0 >= kPackFrom || columns < width) {
         pack(Y, source, depth, columns, copy);
         y = copy;
         step = width;
       }
-      for (int64_t i = r0; i < r1; i += kPatchRows) {
-        const int64_t rows = r1 - i < kPatchRows ? r1 - i : kPatchRows;
-        const Patch<Real> patch = X.column == 1 ? patch_for<Real, true>(rows, vectors)
-                                                : patch_for<Real, false>(rows, vectors);
+      for (int64_t i = r0, rows = kPatchRows; i < r1; i += rows) {
+        while (rows > r1 - i) rows /= 2;
+        const Patch<Real> patch =
+            X.column == 1 ? patch_for<Real, true>(rows) : patch_for<Real, false>(rows);
         patch(X, X.data + i * X.row + k0 * X.column, y, step, depth, sums + (i - r0) * width,
               k0 > 0);
       }

@@ -106,6 +106,7 @@ void multiply_weights(const CpuProblem& p, const Real* W, bool transposed, const
 
 template <class Real>
 void small_pass(const SmallBatch& batch) {
+  const Kernels& stages = kernels();
   CpuProblem p = batch.problem;
   const int64_t N = p.N, D = p.D;
   const SmallMemory<Real> memory(p, batch.normalize, static_cast<char*>(batch.memory));
@@ -133,29 +134,29 @@ void small_pass(const SmallBatch& batch) {
   p.sums = memory.wide + 2 * kDirections * N;
   const int threads = N * N * D < kSerialProduct ? 1 : p.threads;
 
-  prepare_rows<Real>(p);
+  stages.prepare_rows(p);
   const Tile tile{0, N, 0, N};
   const Blocks<Real> block(p, tile, memory.panel);
   const Left<Real> left{T, D, 1};
   multiply(left, Right<Real>{A, 1, D}, N, N, D, block.S, N, false, false, threads);
   if (block.Q) multiply_symmetric(p, A, block.Q, threads);
   if (block.K) multiply_symmetric(p, T, block.K, threads);
-  hide_pairs<Real>(p, tile, memory.panel);
-  statistics<Real>(p, tile, memory.panel);
-  const bool literal = count_literal<Real>(p) > 0;
-  if (literal) literal_statistics<Real>(p);
-  finish_statistics<Real>(p, batch.loss, batch.terms);
+  stages.hide_pairs(p, tile, memory.panel);
+  stages.statistics(p, tile, memory.panel);
+  const bool literal = stages.count_literal(p) > 0;
+  if (literal) stages.literal_statistics(p);
+  stages.finish_statistics(p, batch.loss, batch.terms);
   if (batch.similarity) sum_negatives(block.S, N * N, batch.similarity);
   if (!batch.scalars) return;
 
   auto *dT = static_cast<Real*>(batch.dT), *dA = static_cast<Real*>(batch.dA);
   for (int64_t i = 0; i < N; ++i) static_cast<Real*>(batch.dR)[i] = 0;
-  prepare_weights<Real>(p);
-  weights<Real>(p, tile, memory.panel, memory.panel);
+  stages.prepare_weights(p);
+  stages.weights(p, tile, memory.panel, memory.panel);
   if (dT) multiply_weights(p, block.S, false, A, block.K, T, dT, threads);
   if (dA) multiply_weights(p, block.S, true, T, block.Q, A, dA, threads);
-  if (literal) literal_gradients(p, dT, dA);
-  finish_gradients<Real>(p, dT, dA, batch.dR, batch.scalars);
+  if (literal) stages.literal_gradients(p, dT, dA);
+  stages.finish_gradients(p, dT, dA, batch.dR, batch.scalars);
   if (batch.normalize && dT) normalize_gradient(p, text, dT);
   if (batch.normalize && dA) normalize_gradient(p, audio, dA);
 }

@@ -355,4 +355,5 @@ def test_hopper_kernels_compile_well():
 
 @needs_cuda_build
 def test_module_is_small():
-    assert Path(_native.__file__).stat().st_size < 5e6
+    """A wheel may have 8 MB, with more targets than this machine builds."""
+    assert Path(_native.__file__).stat().st_size < 5.5e6
