@@ -14,6 +14,7 @@ from .reference import svr_loss_reference
 from .stats import SVRStats
 
 ALONE = contextlib.nullcontext()
+"""Of checks that no other rank waits for."""
 
 
 def fused_svr_loss(

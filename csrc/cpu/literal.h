@@ -11,15 +11,12 @@ template <class Real>
 struct LiteralSide {
   Direction direction;
   const Real *X, *Y;
-  int inverse, support;  // Geometry, RowSum
-  double sign;           // of the step's direction
+  RowSum support;
   LiteralSide(const CpuProblem& p, Direction direction)
       : direction(direction),
         X(static_cast<const Real*>(direction == kSupportRows ? p.T : p.A)),
         Y(static_cast<const Real*>(direction == kSupportRows ? p.A : p.T)),
-        inverse(direction == kSupportRows ? kTextInverse : kAudioInverse),
-        support(direction == kSupportRows ? kSupportText : kSupportAudio),
-        sign(direction == kSupportRows ? 1 : -1) {}
+        support(direction == kSupportRows ? kSupportText : kSupportAudio) {}
 };
 
 // A chunk of literal rows of one side, with its working memory.
@@ -74,8 +71,8 @@ void fill_literal(const CpuProblem& p, const LiteralSide<Real>& side, int64_t& n
   run(p, blocks, chunk.count * p.N * p.D, [&](int64_t block) {
     const int64_t j0 = block * kLiteralBlock;
     const int64_t nj = p.N - j0 < kLiteralBlock ? p.N - j0 : kLiteralBlock;
-    multiply(Left<double>{chunk.s, p.D, 1}, Right<Real>{side.Y + j0 * p.D, 1, p.D}, chunk.count, nj,
-             p.D, chunk.product + j0, p.N, false, false, 1);
+    multiply(Matrix<double>{chunk.s, p.D, 1}, Matrix<Real>{side.Y + j0 * p.D, 1, p.D}, chunk.count,
+             nj, p.D, chunk.product + j0, p.N, false, false, 1);
     for (int64_t n = 0; n < chunk.count; ++n)
       for (int64_t j = j0; j < j0 + nj; ++j) {
         double& product = chunk.product[n * p.N + j];
@@ -142,7 +139,8 @@ void literal_gradients(const CpuProblem& p, Real* dT, Real* dA) {
   const Rows<Real> row(p);
   for_literal<Real>(p, [&](const LiteralSide<Real>& side, LiteralChunk<Real>& chunk) {
     const int64_t N = p.N, D = p.D;
-    Real *dX = side.sign > 0 ? dT : dA, *dY = side.sign > 0 ? dA : dT;
+    const bool text = side.direction == kSupportRows;
+    Real *dX = text ? dT : dA, *dY = text ? dA : dT;
     double* H = chunk.z;
     for (int64_t n = 0; n < chunk.count; ++n) {
       const int64_t i = chunk.index[n], own = side.direction * N + i;
@@ -164,11 +162,11 @@ void literal_gradients(const CpuProblem& p, Real* dT, Real* dA) {
       p.sums[side.support * N + i] += support;
       p.sums[kBias * N + i] += bias;
     }
-    multiply(Left<double>{H, N, 1}, Right<Real>{side.Y, D, 1}, chunk.count, D, N, chunk.ds, D,
+    multiply(Matrix<double>{H, N, 1}, Matrix<Real>{side.Y, D, 1}, chunk.count, D, N, chunk.ds, D,
              false, false, p.threads);
     if (dY)
-      multiply(Left<double>{H, 1, N}, Right<double>{chunk.s, D, 1}, N, D, chunk.count, dY, D, true,
-               false, p.threads);
+      multiply(Matrix<double>{H, 1, N}, Matrix<double>{chunk.s, D, 1}, N, D, chunk.count, dY, D,
+               true, false, p.threads);
     for (int64_t n = 0; n < chunk.count; ++n) {
       const int64_t i = chunk.index[n];
       const Real *x = side.X + i * D, *y = side.Y + i * D;

@@ -22,17 +22,10 @@ struct Lanes {
   static constexpr int kPatchColumns = kPatchVectors * kCount;
 };
 
-// X [M, K]: element (i, k) at data[i * row + k * column]; one of the steps is 1.
+// A matrix: element (i, j) at data[i * row + j * column]; one of the steps is 1.
 template <class Real>
-struct Left {
+struct Matrix {
   const Real* data;
-  int64_t row, column;
-};
-
-// Y [K, N]: element (k, j) at data[k * row + j * column]; one of the steps is 1.
-template <class Source>
-struct Right {
-  const Source* data;
   int64_t row, column;
 };
 
@@ -54,7 +47,7 @@ void transpose_four(const Source* z, int64_t ldz, Real* out, int64_t ldo) {
 
 // Copies a block of Y [depth, columns] to rows of kPatchColumns; missing columns are 0.
 template <class Real, class Source>
-void pack(const Right<Source>& Y, const Source* y, int64_t depth, int64_t columns, Real* out) {
+void pack(const Matrix<Source>& Y, const Source* y, int64_t depth, int64_t columns, Real* out) {
   constexpr int64_t width = Lanes<Real>::kPatchColumns;
   static_assert(width % 4 == 0, "columns are packed by four");
   if (Y.column == 1) {
@@ -77,7 +70,7 @@ void pack(const Right<Source>& Y, const Source* y, int64_t depth, int64_t column
 
 // out [kRows, kPatchColumns] = or += X Y over K terms, in whole vectors.
 template <class Real, bool kRowMajor, int kRows>
-void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t step, int64_t K,
+void multiply_patch(const Matrix<Real>& X, const Real* x, const Real* y, int64_t step, int64_t K,
                     Real* out, bool add) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int kLanes = Lanes<Real>::kCount;
@@ -102,7 +95,8 @@ void multiply_patch(const Left<Real>& X, const Real* x, const Real* y, int64_t s
 }
 
 template <class Real>
-using Patch = void (*)(const Left<Real>&, const Real*, const Real*, int64_t, int64_t, Real*, bool);
+using Patch = void (*)(const Matrix<Real>&, const Real*, const Real*, int64_t, int64_t, Real*,
+                       bool);
 
 // The kernel for `rows` rows: kPatchRows, or a smaller power of 2.
 template <class Real, bool kRowMajor, int kRows = kPatchRows>
@@ -112,9 +106,10 @@ Patch<Real> patch_for(int64_t rows) {
   return multiply_patch<Real, kRowMajor, kRows>;
 }
 
-// C [M, N] = X Y, or C += X Y. `upper`: patches below the diagonal are left out.
+// C [M, N] = X Y, or C += X Y; X [M, K], Y [K, N]. `upper`: patches below the diagonal are left
+// out.
 template <class Real, class Source, class Out>
-__attribute__((noinline)) void multiply(const Left<Real>& X, const Right<Source>& Y, int64_t M,
+__attribute__((noinline)) void multiply(const Matrix<Real>& X, const Matrix<Source>& Y, int64_t M,
                                         int64_t N, int64_t K, Out* C, int64_t ldc, bool add,
                                         bool upper, int threads) {
   constexpr bool same = sizeof(Source) == sizeof(Real);
@@ -159,7 +154,7 @@ __attribute__((noinline)) void multiply(const Left<Real>& X, const Right<Source>
 
 template <class Real>
 void multiply(const Product& p) {
-  const Left<Real> X{static_cast<const Real*>(p.X), p.x_row, p.x_column};
-  const Right<Real> Y{static_cast<const Real*>(p.Y), p.y_row, p.y_column};
+  const Matrix<Real> X{static_cast<const Real*>(p.X), p.x_row, p.x_column};
+  const Matrix<Real> Y{static_cast<const Real*>(p.Y), p.y_row, p.y_column};
   multiply(X, Y, p.M, p.N, p.K, static_cast<Real*>(p.C), p.ldc, p.add, false, p.threads);
 }

@@ -88,8 +88,8 @@ int64_t small_bytes(const SmallBatch& batch) {
 // C [N, N] = X X^T.
 template <class Real>
 void multiply_symmetric(const CpuProblem& p, const Real* X, Real* C, int threads) {
-  const Left<Real> left{X, p.D, 1};
-  multiply(left, Right<Real>{X, 1, p.D}, p.N, p.N, p.D, C, p.N, false, true, threads);
+  const Matrix<Real> left{X, p.D, 1};
+  multiply(left, Matrix<Real>{X, 1, p.D}, p.N, p.N, p.D, C, p.N, false, true, threads);
   for (int64_t i = 1; i < p.N; ++i)
     for (int64_t j = 0; j < i; ++j) C[i * p.N + j] = C[j * p.N + i];
 }
@@ -99,9 +99,10 @@ template <class Real>
 void multiply_weights(const CpuProblem& p, const Real* W, bool transposed, const Real* Y,
                       const Real* V, const Real* Z, Real* dX, int threads) {
   const int64_t N = p.N, D = p.D;
-  const Left<Real> left = transposed ? Left<Real>{W, 1, N} : Left<Real>{W, N, 1};
-  multiply(left, Right<Real>{Y, D, 1}, N, D, N, dX, D, false, false, threads);
-  if (V) multiply(Left<Real>{V, N, 1}, Right<Real>{Z, D, 1}, N, D, N, dX, D, true, false, threads);
+  const Matrix<Real> left = transposed ? Matrix<Real>{W, 1, N} : Matrix<Real>{W, N, 1};
+  multiply(left, Matrix<Real>{Y, D, 1}, N, D, N, dX, D, false, false, threads);
+  if (V)
+    multiply(Matrix<Real>{V, N, 1}, Matrix<Real>{Z, D, 1}, N, D, N, dX, D, true, false, threads);
 }
 
 template <class Real>
@@ -137,8 +138,8 @@ void small_pass(const SmallBatch& batch) {
   stages.prepare_rows(p);
   const Tile tile{0, N, 0, N};
   const Blocks<Real> block(p, tile, memory.panel);
-  const Left<Real> left{T, D, 1};
-  multiply(left, Right<Real>{A, 1, D}, N, N, D, block.S, N, false, false, threads);
+  const Matrix<Real> left{T, D, 1};
+  multiply(left, Matrix<Real>{A, 1, D}, N, N, D, block.S, N, false, false, threads);
   if (block.Q) multiply_symmetric(p, A, block.Q, threads);
   if (block.K) multiply_symmetric(p, T, block.K, threads);
   stages.hide_pairs(p, tile, memory.panel);

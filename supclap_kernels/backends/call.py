@@ -1,5 +1,6 @@
 """What a backend is: a `Call`, the stages of one pass, and their order in forward and backward."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -185,8 +186,13 @@ def saved_elements(
     if not keep:
         return PLACEHOLDER
     if options.gradient_in_forward:
-        return 2 * N * D + N + 2
+        return gradient_elements(N, D)
     return kept_elements(N, options.grams(has_radius), itemsize, tiling, options.workspace)
+
+
+def gradient_elements(N: Any, D: int) -> Any:
+    """Length of a buffer for dA, dT (N, D), dR (N,) and (dk, db), one after the other."""
+    return 2 * N * D + N + 2
 
 
 def split_gradients(saved: Tensor, N: int, D: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,6 +209,14 @@ def scaled_gradients(
     if inputs.radius is not None:
         dR = dR[: inputs.radius.numel()].view(inputs.radius.shape).clone()
     return dA, dT, dR, scalars
+
+
+def cast_like(gradients: Sequence[Tensor | None], inputs: Tensors) -> tuple[Tensor | None, ...]:
+    """Gradients of audio, text, radius, scale, bias, each in its input's dtype."""
+    return tuple(
+        g if g is None or x is None or g.dtype is x.dtype else g.to(x.dtype)
+        for g, x in zip(gradients, inputs[:5], strict=True)
+    )
 
 
 def in_own_dtypes(

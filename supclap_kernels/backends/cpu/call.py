@@ -36,6 +36,21 @@ TILING = {
 """By the accumulator's dtype: one panel, turned into weights in place."""
 
 
+def native_problem(
+    N: int, D: int, dtype: torch.dtype, dimensions: int | None, options: Options
+) -> Any:
+    """A CpuProblem without pointers, k, b, threads. `dimensions`: of the radius, None without."""
+    has_radius = dimensions is not None
+    p = native.module().CpuProblem()
+    p.N, p.D, p.is_double = N, D, dtype == torch.float64
+    p.infonce, p.svr = options.infonce, options.support(has_radius)
+    p.mirror, p.shared = options.mirror(has_radius), options.shared(has_radius)
+    p.renormalize, p.per_row_radius = options.renormalize, dimensions == 1
+    p.mean, p.per_row = options.reduction == "mean", options.reduction == "none"
+    p.alpha, p.beta = options.alpha, options.beta
+    return p
+
+
 class CpuCall:
     """One pass (call.Call): the operands, and the native CpuProblem that points into them."""
 
@@ -55,8 +70,6 @@ class CpuCall:
         self.T, self.A = self.operand(inputs.text), self.operand(inputs.audio)
         self.N, self.D = N, D = self.T.shape
         has_radius = inputs.radius is not None
-        self.svr = options.support(has_radius)
-        self.mirror, self.shared = options.mirror(has_radius), options.shared(has_radius)
         self.grams = options.grams(has_radius)
         self.layout = Layout.choose(
             N, self.grams, TILING[dtype], options.workspace, split, inputs.audio.is_meta
@@ -72,15 +85,11 @@ class CpuCall:
         self.code = None
         if inputs.ids is not None:
             self.code = torch.unique(inputs.ids, return_inverse=True)[1].to(torch.int32)
-        p = self.problem = self.native.CpuProblem()
-        p.N, p.D, p.is_double, p.split = N, D, dtype == torch.float64, split
-        p.infonce, p.svr, p.mirror, p.shared = options.infonce, self.svr, self.mirror, self.shared
-        p.renormalize, p.threads = options.renormalize, torch.get_num_threads()
-        p.mean, p.per_row = options.reduction == "mean", options.reduction == "none"
-        p.per_row_radius = self.R is not None and self.R.ndim == 1
+        dimensions = None if self.R is None else self.R.ndim
+        p = self.problem = native_problem(N, D, dtype, dimensions, options)
+        p.threads, p.split = torch.get_num_threads(), split
         p.k = inputs.scale.to(dtype).item()
         p.b = 0.0 if inputs.bias is None else inputs.bias.to(dtype).item()
-        p.alpha, p.beta = options.alpha, options.beta
         p.T, p.A = native.address(self.T), native.address(self.A)
         p.R, p.w, p.code = (native.address(x) for x in (self.R, self.w, self.code))
         p.state, row = self.state.data_ptr(), N * dtype.itemsize

@@ -15,42 +15,31 @@ from ... import native
 from ...options import Options
 from ...reference import accumulator_dtype
 from .. import statistics
-from ..call import Backend, Tensors
+from ..call import Backend, Tensors, cast_like, gradient_elements
 from ..panel import PLACEHOLDER
 from ..state import STATE_ROWS
+from .call import native_problem
 
 
 @functools.lru_cache(maxsize=256)
 def plan(
-    N: int, D: int, dtype: torch.dtype, dimensions: int, options: Options, threads: int
+    N: int, D: int, dtype: torch.dtype, dimensions: int | None, options: Options, threads: int
 ) -> tuple[Any, int]:
-    """The native problem without its pointers, and the bytes of its working memory. `dimensions`:
-    of the radius; -1 without one."""
-    has_radius = dimensions >= 0
-    p = native.module().CpuProblem()
-    p.N, p.D, p.is_double, p.threads = N, D, dtype == torch.float64, threads
-    p.infonce, p.svr = options.infonce, options.support(has_radius)
-    p.mirror, p.shared = options.mirror(has_radius), options.shared(has_radius)
-    p.renormalize, p.per_row_radius = options.renormalize, dimensions == 1
-    p.mean, p.per_row = options.reduction == "mean", options.reduction == "none"
-    p.alpha, p.beta = options.alpha, options.beta
+    """The native problem and the bytes of its working memory, remembered from step to step."""
+    p = native_problem(N, D, dtype, dimensions, options)
+    p.threads = threads
     return p, native.module().small_bytes(p, options.normalize)
 
 
 def plan_of(inputs: Tensors, options: Options) -> tuple[Any, int]:
     N, D = inputs.audio.shape
-    dimensions = -1 if inputs.radius is None else inputs.radius.ndim
+    dimensions = None if inputs.radius is None else inputs.radius.ndim
     dtype = accumulator_dtype(inputs.audio.dtype)
     return plan(N, D, dtype, dimensions, options, torch.get_num_threads())
 
 
 def native_for(x: Tensor) -> Any:
     return native.Unlaunched(native.module()) if x.is_meta else native.module()
-
-
-def gradient_elements(N: Any, D: int) -> Any:
-    """Length of the buffer for the gradients of audio and text (N, D), radius (N,), scale, bias."""
-    return 2 * N * D + N + 2
 
 
 class Small(Backend):
@@ -106,10 +95,7 @@ class Small(Backend):
         native_for(state).scale_gradients(
             plan_of(inputs, options)[0], saved.data_ptr(), upstream.data_ptr(), *addresses
         )
-        return tuple(
-            g if g is None or x is None or g.dtype is x.dtype else g.to(x.dtype)
-            for g, x in zip(gradients, inputs[:5], strict=True)
-        )
+        return cast_like(gradients, inputs)
 
 
 def plain(x: Tensor, dtype: torch.dtype) -> Tensor:

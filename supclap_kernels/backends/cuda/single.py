@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import native
 from ...options import Options
 from .. import statistics
-from ..call import Backend, Tensors
+from ..call import Backend, Tensors, cast_like
 from ..device_call import similarity_of
 from ..panel import PLACEHOLDER
 from ..state import ROW_SUMS, STATE_ROWS
@@ -166,7 +166,4 @@ def finish(arguments: CudaArguments, needs: tuple[bool, ...]) -> tuple[Tensor | 
         of_rows = rows.data_ptr() + 2 * rows.stride(0) * rows.itemsize
         p.give(row_radius=of_rows, out_radius=native.address(radius))
     arguments.native.finish_gradients(p, native.stream(rows.device))
-    return tuple(
-        value if value is None or x is None or value.dtype == x.dtype else value.to(x.dtype)
-        for value, x in zip(gradients, sources, strict=True)
-    )
+    return cast_like(gradients, arguments.inputs)
