@@ -10,6 +10,7 @@ from .loss import SVRLoss, fused_svr_loss
 from .radius import DynamicRadius, StaticRadius
 from .reference import svr_loss_reference
 from .stats import SVRStats
+from .tuning import tune
 
 try:
     __version__ = version("supclap-kernels")
@@ -31,4 +32,5 @@ __all__ = [
     "fused_svr_loss",
     "memory_estimate",
     "svr_loss_reference",
+    "tune",
 ]

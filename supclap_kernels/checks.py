@@ -78,7 +78,24 @@ def checked_inputs(
         check_values(
             audio=audio, text=text, radius=R, logit_scale=scale, logit_bias=bias, weight=weight
         )
-    return Tensors(audio, text, R, scale, bias, ids, weight)
+    inputs = Tensors(audio, text, R, scale, bias, ids, weight)
+    if any(x is not None and is_lazy(x) for x in inputs):
+        given = {name: x for name, x in inputs._asdict().items() if x is not None}
+        inputs = inputs._replace(**{name: written_out(x) for name, x in given.items()})
+    return inputs
+
+
+def is_lazy(x: Tensor) -> bool:
+    """Whether a tensor's memory does not hold its values: negated in name only, or zeros that have
+    no memory. The kernels read memory."""
+    return not torch.compiler.is_compiling() and (x.is_neg() or x._is_zerotensor())
+
+
+def written_out(x: Tensor) -> Tensor:
+    """The same values in memory, with autograd."""
+    if x._is_zerotensor():
+        return x + torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.resolve_neg()
 
 
 def group_size(group: Any) -> int:

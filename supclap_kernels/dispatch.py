@@ -11,17 +11,23 @@ name of its own, by which tests and benchmarks ask for it:
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from . import native
+from . import automatic, native, tables
+from .automatic import MODELLED, numbers
 from .backends import available
 from .backends.call import Backend, Route, Tensors
 from .backends.cuda import route as cuda_route
+from .backends.estimate import Kind, eager_bytes
+from .backends.machine import Machine, described, device_index, machine_at
 from .backends.panel import PLACEHOLDER
 from .backends.tile_sizes import CPU_SMALL
-from .options import PLAIN, Options, check_choices
+from .options import Options, check_choices
+from .selfcheck import can_check, checked, trusted
+from .tables import HERE
 
 NOT_STAGED = "backend={name!r} is {one} for the batch of one process; with a group use {family!r}"
 
@@ -41,7 +47,7 @@ def choose(
     check_choices(backend=backend)
     device = torch.device(where)
     if backend == "auto":
-        return choose_automatically(device, dtype)
+        return automatic.family(device, dtype)
     family = backend.partition(":")[0]
     reason = available.state(backend, device.index)
     if reason != "ok":
@@ -68,118 +74,129 @@ def choose(
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_automatically(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    if device.type == "cpu":
-        reason = available.state("cpu")
-        if reason != "ok":
-            return "reference", f"fallback: {reason}"
-        return "cpu", "panels with C++ epilogues"
-    if device.type != "cuda":
-        return "reference", f"fallback: no kernel for {device.type} tensors here"
-    if dtype == torch.float64:
-        return "reference", "float64: the kernels compute in float32"
-    if available.hopper(device.index) == "ok":
-        return "cuda", "the CUDA kernels: measured on an H200"
-    if available.state("panel") == "ok":
-        return (
-            "reference",
-            "the GPU backends can run here, but were measured on Hopper only, with kernels "
-            "compiled for sm_90a: ask for backend='cuda', 'triton' or 'panel'",
-        )
-    return "reference", "fallback: no kernel for cuda tensors here"
-
-
 def routes(
     backend: str,
     device: torch.device,
-    dtype: torch.dtype,
-    D: int,
-    mode: int,
-    infonce: bool,
+    kind: Kind,
     staged: bool = False,
+    machine: Machine | None = None,
 ) -> tuple[Route, ...]:
-    """The ways of such calls by the size of the batch, smallest first.
+    """The ways of such calls by the size of the batch, smallest first; eager PyTorch may be one.
 
     `staged`: the pass is called stage by stage (distributed.py), so it cannot be one launch.
+    `machine`: that "auto" on a GPU is asked for; by default the one of the device.
     """
-    name, reason = choose(backend, device, dtype)
+    if backend == "auto":
+        return automatic.routes(device, kind, staged, machine)
+    name, reason = choose(backend, device, kind.dtype)
     if name == "triton":
         return (Route("triton:tile", None, reason),)
     if name == "panel":
         takes = device.type == "cuda" or native.on_host()
-        way = "cuda:panel" if takes and available.cuda() == "ok" else "triton:panel"
-        return (Route(way, None, reason),)
+        cuda = takes and available.state("cuda", device.index) == "ok"
+        return (Route("cuda:panel" if cuda else "triton:panel", None, reason),)
     if name.startswith("cpu"):
         return cpu_routes(name, reason, staged)
-    call = (device_index(device), dtype, D, mode, infonce)
     if name.startswith("cuda:single"):
         if staged:
             raise RuntimeError(NOT_STAGED.format(name=name, family="cuda", one="one launch"))
-        return (cuda_route.single_route(name, *call, reason),)
-    if name == "cuda:hopper" and dtype.itemsize != 2:
-        raise RuntimeError(f"backend={name!r} takes float16 and bfloat16, got {dtype}; use 'cuda'")
+        return (cuda_route.single_route(name, device_index(device), kind, reason),)
+    if name == "cuda:hopper" and kind.dtype.itemsize != 2:
+        raise RuntimeError(
+            f"backend={name!r} takes float16 and bfloat16, got {kind.dtype}; use 'cuda'"
+        )
     if name != "cuda":
         return (Route(name, None, reason),)
-    *smaller, large = cuda_route.routes(*call, staged)
-    if backend == "auto" and mode == PLAIN and infonce and dtype.itemsize == 2:
-        if available.triton() == "ok":
-            reason = "measured fastest on an H200 for large batches of the plain InfoNCE in 16 bits"
-            large = Route("triton:tile", None, reason)
-    return *smaller, large
+    return tuple(cuda_route.routes(device_index(device), kind, staged))
 
 
 def cpu_routes(name: str, reason: str, staged: bool) -> tuple[Route, ...]:
-    small = Route("cpu:small", CPU_SMALL, "one native call, since the batch is small")
-    large = Route("cpu:panel", None, "panels with C++ epilogues; measured faster than eager")
     if name == "cpu":
-        return (large,) if staged else (small, large)
+        return automatic.CPU_WAYS[staged:]
     if name == "cpu:small" and staged:
         raise RuntimeError(NOT_STAGED.format(name=name, family="cpu", one="one call"))
-    return ((small if name == "cpu:small" else large)._replace(reason=reason),)
-
-
-def device_index(device: torch.device) -> int:
-    """Of a CUDA device; -1 on the host."""
-    if device.type != "cuda":
-        return -1
-    return native.current_device() if device.index is None else device.index
+    return (Route(name, CPU_SMALL if name == "cpu:small" else None, reason),)
 
 
 def call_of(
     device: str | torch.device, dtype: torch.dtype, D: int, options: Options, radius: bool
-) -> tuple[torch.device, torch.dtype, int, int, bool]:
+) -> tuple[torch.device, Kind]:
     """What `routes` asks of a call that is only described; "cuda" is the current device."""
     where = torch.device(device)
     if where.type == "cuda" and native.has_device():
         where = torch.device("cuda", device_index(where))
-    return where, dtype, D, options.mode(radius), options.infonce
+    return where, Kind(D, dtype, options.mode(radius), options.infonce)
 
 
-def routes_of(inputs: Tensors, options: Options, staged: bool = False) -> tuple[Route, ...]:
-    audio = inputs.audio
-    D = audio.shape[1]
-    if type(D) is not int:  # a compiler's symbol; only what fits on a chip depends on it
-        name = choose(options.backend, audio.device, audio.dtype)[0]
-        D = int(D) if name.startswith("cuda") else 0
-    return remembered_routes(
-        options, audio.device, audio.dtype, D, inputs.radius is not None, staged
-    )
+Remembered = tuple[Options, torch.device, torch.dtype, int, bool, bool]
+"""Options, device, dtype, D, whether there is a radius, `staged`."""
 
 
 @functools.lru_cache(maxsize=1024)
-def remembered_routes(
-    options: Options, device: torch.device, dtype: torch.dtype, D: int, radius: bool, staged: bool
-) -> tuple[Route, ...]:
-    mode = options.mode(radius)
-    return routes(options.backend, device, dtype, D, mode, options.infonce, staged)
+def remembered_routes(*call: Any) -> tuple[Route, ...]:
+    options, device, dtype, D, radius, staged = call
+    kind = Kind(D, dtype, options.mode(radius), options.infonce)
+    return routes(options.backend, device, kind, staged)
 
 
-def runs_reference(inputs: Tensors, options: Options) -> bool:
+@functools.lru_cache(maxsize=1024)
+def remembered_kernels(*call: Any) -> tuple[Route, ...]:
+    """The same for an operator, which cannot be eager PyTorch: the way of larger batches takes its
+    place."""
+    every = remembered_routes(*call)
+    kernels = [way for way in every if way.way != "reference"]
+    larger = kernels[1:]
+    return tuple(x for x, y in zip(kernels, larger, strict=False) if x.way != y.way) + tuple(
+        kernels[-1:] or every
+    )
+
+
+def forget() -> None:
+    """What is remembered of the machine: it was tuned, or a test changed it."""
+    remembered_routes.cache_clear()
+    remembered_kernels.cache_clear()
+
+
+def remembered_as(inputs: Tensors, options: Options, staged: bool = False) -> Remembered:
+    audio = inputs.audio
+    D = audio.shape[1]
+    if type(D) is not int:  # a compiler's symbol, for which a number would be a constant
+        asks = options.backend.startswith("cuda") or (options.backend == "auto" and audio.is_cuda)
+        D = int(D) if asks else 0
+    return options, audio.device, audio.dtype, D, inputs.radius is not None, staged
+
+
+def runs_reference(inputs: Tensors, options: Options, staged: bool = False) -> bool:
     """Whether eager PyTorch computes the loss of these tensors."""
+    audio = inputs.audio
     if torch.compiler.is_compiling():
-        audio = inputs.audio
         return choose(options.backend, audio.device, audio.dtype)[0] == "reference"
-    return routes_of(inputs, options)[0].way == "reference"
+    ways = remembered_routes(*remembered_as(inputs, options, staged))
+    way = ways[-1].way if staged else route(len(audio), ways).way
+    if way == "reference":
+        return True
+    unproven = options.backend == "auto" and audio.is_cuda
+    return unproven and not trusted(way, implementation(way), *kind_to_prove(inputs, options))
+
+
+def kind_to_prove(inputs: Tensors, options: Options) -> tuple[torch.device, Kind]:
+    """What a self-check is made for; it holds for every D."""
+    audio = inputs.audio
+    mode = options.mode(inputs.radius is not None)
+    return audio.device, Kind(0, audio.dtype, mode, options.infonce)
+
+
+def refuse_unproven(inputs: Tensors, options: Options) -> None:
+    """Of a compiled call, which did not ask `runs_reference`: an error, not eager PyTorch."""
+    audio = inputs.audio
+    if options.backend != "auto" or not audio.is_cuda or not can_check(audio.device):
+        return
+    way = route(len(audio), remembered_kernels(*remembered_as(inputs, options))).way
+    if not trusted(way, implementation(way), *kind_to_prove(inputs, options)):
+        raise RuntimeError(
+            f"{way} failed its self-check on {audio.device}, and a compiled call cannot change its "
+            "backend; use backend='reference'"
+        )
 
 
 def route(N: int, ways: tuple[Route, ...]) -> Route:
@@ -214,12 +231,13 @@ def implementation(way: str) -> Backend:
 
 def backend_for(inputs: Tensors, options: Options) -> Backend:
     """What computes the operators for these tensors."""
-    return implementation(route(len(inputs.audio), routes_of(inputs, options)).way)
+    ways = remembered_kernels(*remembered_as(inputs, options))
+    return implementation(route(len(inputs.audio), ways).way)
 
 
-def staged_backend(inputs: Tensors, options: Options) -> Backend:
+def staged_way(inputs: Tensors, options: Options) -> str:
     """What computes a pass over a process group, stage by stage."""
-    return implementation(routes_of(inputs, options, staged=True)[-1].way)
+    return remembered_kernels(*remembered_as(inputs, options, staged=True))[-1].way
 
 
 def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:
@@ -227,7 +245,7 @@ def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:
     on it, so that torch.compile compiles once for every N."""
     N, D = inputs.audio.shape
     call = (D, inputs.audio.dtype, inputs.radius is not None, options, keep)
-    *smaller, last = routes_of(inputs, options)
+    *smaller, last = remembered_kernels(*remembered_as(inputs, options))
     elements = implementation(last.way).saved_elements(N, *call) - PLACEHOLDER
     for way in reversed(smaller):
         assert way.largest is not None
@@ -247,6 +265,9 @@ def explain(
     objective: str = "infonce",
     bilateral: str = "mirror",
     radius: bool = True,
+    capability: tuple[int, int] | None = None,
+    built: Sequence[str] | None = None,
+    memory: int | None = None,
 ) -> str:
     """One line: which way takes such a call on this device, and why.
 
@@ -255,18 +276,37 @@ def explain(
         N, D, dtype: of the embeddings; without N the ways of every size are named.
         objective, bilateral: as in `fused_svr_loss`.
         radius: whether there are support vectors.
+        capability: compute capability of a GPU that need not be here, such as (8, 0): what "auto"
+            would take on it.
+        built: which of "cuda" and "triton" would be installed there; default both.
+        memory: bytes that would be free there; default all that such a card has.
     """
     check_choices(objective=objective, bilateral=bilateral)
     options = Options(objective=objective, bilateral=bilateral)
-    ways = routes(backend, *call_of(device, dtype, D, options, radius))
-    if N is not None:
-        way = route(N, ways)
-        return f"{way.way}: {way.reason}"
-    steps = [
-        f"{way.way}{'' if way.largest is None else f' up to N = {way.largest}'}: {way.reason}"
-        for way in ways
-    ]
-    return "; then ".join(steps)
+    if capability is not None:
+        device = "cuda"
+    elif built is not None or memory is not None:
+        raise ValueError("built and memory describe a GPU; name its compute capability, too")
+    where, kind = call_of(device, dtype, D, options, radius)
+    machine = None if capability is None else described(capability, built, memory)
+    ways = routes(backend, where, kind, machine=machine)
+    if N is None:
+        steps = [
+            f"{way.way}{'' if way.largest is None else f' up to N = {way.largest}'}: {way.reason}"
+            for way in ways
+        ]
+        return "; then ".join(steps)
+    way = route(N, ways)
+    line = f"{way.way}: {way.reason}"
+    if way.reason == HERE:
+        table = tables.load(where)
+        measured = None if table is None else table.of(kind)
+        line += "" if measured is None else f" ({measured.numbers(N)})"
+    elif way.reason in MODELLED:
+        model = machine or machine_at(device_index(where))
+        line += f" ({numbers(model, kind, N, way.way)})"
+    on_this_gpu = backend == "auto" and where.type == "cuda" and machine is None
+    return f"{line}; {checked(way.way, where, kind)}" if on_this_gpu else line
 
 
 def memory_estimate(
@@ -301,8 +341,5 @@ def memory_estimate(
         from .backends.footprint import peak_bytes
 
         return peak_bytes(implementation(way), N, D, dtype, radius, settings)
-    # Eager autograd: about four matrices for each direction (product, logits, hidden pairs,
-    # softmax), and their gradients.
-    directions = 2 + radius * (1 + (settings.bilateral != "none"))
-    itemsize = max(4, dtype.itemsize)
-    return (4 * directions + 2) * N * N * itemsize
+    directions = Kind(D, dtype, settings.mode(radius), settings.infonce).directions
+    return eager_bytes(N, directions, max(4, dtype.itemsize))

@@ -25,6 +25,7 @@ from . import dispatch
 from .backends import statistics
 from .backends.call import Call, Tensors, in_own_dtypes
 from .backends.state import STATE_GEOMETRY
+from .checks import is_lazy, written_out
 from .collectives import Mail, agree, describe, mean_over_ranks
 from .ops import for_autograd, without_autograd
 from .options import Options
@@ -96,7 +97,7 @@ class Pass:
 
     def __init__(self, plan: Plan, inputs: Tensors, memory: Memory | None = None) -> None:
         self.plan, self.inputs, self.memory = plan, inputs, memory or {}
-        self.backend = dispatch.staged_backend(inputs, plan.options)
+        self.backend = dispatch.implementation(dispatch.staged_way(inputs, plan.options))
         # Sums: what N divides is not known to a visit.
         within = plan.options._replace(reduction="none" if plan.per_row else "sum")
         self.own: Call = self.backend.call(inputs, within, self.memory.get(("state", 0, 0)))
@@ -310,6 +311,8 @@ class GroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if is_lazy(upstream):
+            upstream = written_out(upstream)
         # Read once: activation checkpointing unpacks the saved tensors a single time.
         saved, count = ctx.saved_tensors, len(Tensors._fields)
         inputs = Tensors(*saved[:count])
@@ -338,7 +341,7 @@ def group_loss(
     """The loss over a process group of several ranks, after all of them agreed on the call."""
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in inputs[:5]]
-    way = dispatch.routes_of(inputs, options, staged=True)[-1].way
+    way = dispatch.staged_way(inputs, options)
     call = describe(*inputs[:3], *inputs[5:], **options._asdict())
     call |= {"backend": way, "exchange": exchange, "bias": inputs.bias is not None}
     towers = {"audio": needs[0], "text": needs[1]}

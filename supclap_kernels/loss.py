@@ -96,7 +96,7 @@ def fused_svr_loss(
         )  # fmt: skip
         tensors = (audio, text, radius, logit_scale, logit_bias, ids, weight)
         inputs = checked_inputs(*tensors, options.objective)
-        runs_reference = dispatch.runs_reference(inputs, options)
+        runs_reference = dispatch.runs_reference(inputs, options, staged=across)
     if runs_reference:
         named = options._asdict()
         return svr_loss_reference(

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from . import dispatch
 from .backends.call import Tensors
 from .backends.state import STATE_ROWS
+from .checks import is_lazy, written_out
 from .options import Options
 from .reference import accumulator_dtype
 from .stats import SVRStats
@@ -64,6 +65,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Tensors, tuple[Any, ...]]:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (needs, *values) = _split(arguments)
     options = Options(*values)
+    dispatch.refuse_unproven(inputs, options)
     backend = dispatch.backend_for(inputs, options)
     outputs = without_autograd(inputs.audio, backend.forward, inputs, options, tuple(needs))
     loss, stats, state, saved = outputs
@@ -146,6 +148,8 @@ class SVRFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if is_lazy(upstream):
+            upstream = written_out(upstream)
         # Read once: activation checkpointing unpacks the saved tensors a single time.
         *tensors, state, saved = ctx.saved_tensors
         inputs, needs, options = Tensors(*tensors), ctx.needs, ctx.options

@@ -48,6 +48,31 @@ def cuda() -> str:
     return "ok" if native.has_device() else NO_DEVICE
 
 
+def compiled_for(capability: tuple[int, int]) -> bool:
+    """Whether the module's machine code, or its PTX, runs on a device of this capability."""
+    if native.on_host():
+        return True
+    number = 10 * capability[0] + capability[1]
+    for target in native.cuda().architectures():
+        name, _, ptx = target.partition("+")
+        base = int(name.rstrip("af"))
+        same_family = number // 10 == base // 10 and number >= base
+        if number == base or (same_family and not name.endswith("a")) or (ptx and number >= base):
+            return True
+    return False
+
+
+def cuda_on(index: int | None) -> str:
+    """Whether the kernels of csrc/cuda run on this device (default: the current one)."""
+    if cuda() != "ok" or native.on_host():
+        return cuda()
+    here = capability(native.current_device() if index is None else index)
+    if compiled_for(here):
+        return "ok"
+    targets = ", ".join(native.cuda().architectures())
+    return f"not built for compute capability {here[0]}.{here[1]}: installed with {targets}"
+
+
 def hopper(index: int | None = None) -> str:
     """Whether the kernels for Hopper run on this device (default: the current one)."""
     if cuda() != "ok":
@@ -75,9 +100,9 @@ def state(name: str, index: int | None = None) -> str:
         return native.load()[1]
     if family == "triton":
         return triton()
-    if family == "panel" and cuda() != "ok":
+    if family == "panel" and cuda_on(index) != "ok":
         return triton()
-    return hopper(index) if kind == "hopper" else cuda()
+    return hopper(index) if kind == "hopper" else cuda_on(index)
 
 
 def takes_cpu_tensors(family: str) -> bool:

@@ -1,18 +1,12 @@
 """The GPU backends without a GPU: passes on CPU tensors, with the kernels' launches left out."""
 
-import contextlib
-from types import SimpleNamespace
-
 import pytest
 import torch
 from allocations import traced
 
-import supclap_kernels as sk
-from supclap_kernels import dispatch, native
-from supclap_kernels.backends import available
 from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.footprint import peak_bytes
-from supclap_kernels.options import MIRROR, PLAIN, WAYS, Options
+from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, make_inputs
 
 triton = pytest.importorskip("triton")
@@ -104,71 +98,3 @@ def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
     case = Case(N=700, D=512, options={"workspace": 2**17})
     guess = peak_bytes(backend, 700, 512, torch.float32, True, Options(**case.options))
     assert 0.9 <= guess / measured(case, backend) <= 1.1
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """As if there were two GPUs, the second one of Hopper, and everything were built."""
-    launchers = SimpleNamespace(
-        hopper_tile=None, CudaProblem=SimpleNamespace, single_limit=lambda problem, side: 100
-    )
-    monkeypatch.setattr(available, "triton", lambda: "ok")
-    monkeypatch.setattr(available, "cuda", lambda: "ok")
-    monkeypatch.setattr(available, "capability", lambda index: (9, 0) if index == 1 else (8, 0))
-    monkeypatch.setattr(native, "cuda", lambda: launchers)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    dispatch.remembered_routes.cache_clear()
-    yield launchers
-    dispatch.remembered_routes.cache_clear()
-
-
-def ways(backend: str, device: str, dtype: torch.dtype, mode: int, **more) -> dict[str, int | None]:
-    routes = dispatch.routes(backend, torch.device(device), dtype, 64, mode, True, **more)
-    return {route.way: route.largest for route in routes}
-
-
-def test_auto_takes_what_was_measured(hopper):
-    """On Hopper the CUDA kernels, and Triton's for large batches of the plain InfoNCE."""
-    half, single = torch.bfloat16, torch.float32
-    assert ways("auto", "cuda:1", half, MIRROR) == {"cuda:single": 100, "cuda:hopper": None}
-    assert ways("auto", "cuda:1", half, PLAIN) == {"cuda:single": 100, "triton:tile": None}
-    assert ways("auto", "cuda:1", single, PLAIN) == {"cuda:single": 100, "cuda:panel": None}
-    assert ways("auto", "cuda:1", single, MIRROR) == {"cuda:single": 100, "cuda:panel": None}
-    assert ways("cuda", "cuda:1", half, PLAIN) == {"cuda:single": 100, "cuda:panel": None}
-    assert ways("auto", "cuda:0", half, MIRROR) == {"reference": None}
-    assert ways("auto", "cuda:1", torch.float64, MIRROR) == {"reference": None}
-    del hopper.hopper_tile  # compiled for other targets
-    dispatch.remembered_routes.cache_clear()
-    assert ways("auto", "cuda:1", half, MIRROR) == {"reference": None}
-
-
-def test_every_way_has_a_name(hopper):
-    for name in WAYS:
-        if name.startswith("cpu"):
-            continue
-        largest = 100 if "single" in name else None
-        assert ways(name, "cuda:1", torch.bfloat16, MIRROR) == {name: largest}
-    assert ways("panel", "cuda:0", torch.float32, MIRROR) == {"cuda:panel": None}
-    assert ways("triton", "cuda:0", torch.float32, MIRROR) == {"triton:tile": None}
-    with pytest.raises(RuntimeError, match="no Hopper GPU"):
-        ways("cuda:hopper", "cuda:0", torch.bfloat16, MIRROR)
-    with pytest.raises(RuntimeError, match="takes float16 and bfloat16"):
-        ways("cuda:hopper", "cuda:1", torch.float32, MIRROR)
-
-
-def test_a_group_takes_no_single_launch(hopper):
-    staged = ways("auto", "cuda:1", torch.bfloat16, MIRROR, staged=True)
-    assert staged == {"cuda:hopper": None}
-    with pytest.raises(RuntimeError, match="one launch for the batch of one process"):
-        ways("cuda:single", "cuda:1", torch.bfloat16, MIRROR, staged=True)
-
-
-def test_explain_names_the_way_of_a_call(hopper):
-    call = {"device": "cuda:1", "dtype": torch.bfloat16, "D": 64}
-    assert sk.explain(**call, N=24).startswith("cuda:single: ")
-    assert sk.explain(**call, N=101).startswith("cuda:hopper: ")
-    assert sk.explain(**call, N=101, radius=False).startswith("triton:tile: ")
-    assert sk.explain(**call, N=101, radius=False, objective="siglip").startswith("cuda:panel: ")
-    assert sk.explain(**call).startswith("cuda:single up to N = 100: one launch")
-    assert "; then cuda:hopper: measured fastest on an H200" in sk.explain(**call)
-    assert "not compared" in sk.explain(**{**call, "dtype": torch.float32}, N=101)

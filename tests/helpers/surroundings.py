@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import supclap_kernels as sk
-from supclap_kernels import gradients, testing
+from supclap_kernels import dispatch, gradients, tables, testing
 from supclap_kernels.autocast import autocast_off
 from supclap_kernels.integrations import laion_clap, open_clip, sentence_transformers, transformers
 from supclap_kernels.options import Options
@@ -241,6 +241,7 @@ def of_one_process(audio: Tensor, text: Tensor) -> dict[str, Call]:
         found[f"make_inputs {name}"] = functools.partial(values_of, case)
     found["memory_estimate"] = lambda: sk.memory_estimate(500, 64)
     found["explain and available_backends"] = lambda: [sk.explain(), sk.available_backends()]
+    found["tune"] = tuned
     found["cached_step"] = lambda: cached(audio, text)
     with_radius = functools.partial(hung, nn.Identity(), sk.StaticRadius(0.2))
     found["attach_radius and detach_radius"] = with_gradients(with_radius, audio, text)
@@ -249,6 +250,15 @@ def of_one_process(audio: Tensor, text: Tensor) -> dict[str, Call]:
         loss = functools.partial(compiled, objective=objective)
         found[f"compiled {objective}"] = with_gradients(loss, audio, text)
     return found
+
+
+def tuned() -> bool:
+    """Whether `tune` writes a table; it is removed, since nothing else shall depend on it."""
+    path, device = sk.tune("cpu", budget=0.1, report=lambda line: None), torch.device("cpu")
+    written = path.is_file() and tables.load(device) is not None
+    tables.reset(device)
+    dispatch.forget()
+    return written
 
 
 def hung(model: nn.Module, radius: nn.Module, audio: Tensor, text: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Mixed precision, scaling, and what autograd may ask of the loss."""
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -281,6 +282,30 @@ def test_memory_layout_does_not_matter(layout, dtype):
     case = Case(N=70, dtype=dtype, radius="row")
     plain = fused(case, make_inputs(case))
     assert same(fused(case, make_inputs(replace(case, layout=layout))), plain)
+
+
+@pytest.mark.parametrize("backend", ["cpu:small", "cpu:panel"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tensors_whose_memory_is_not_their_values(backend, reduction):
+    """PyTorch negates in name only (the imaginary part of a conjugate), and knows zeros that have
+    no memory at all."""
+    case = Case(radius="scalar", weighted=True, options={"reduction": reduction})
+    inputs = make_inputs(case)
+    loss = functools.partial(sk.fused_svr_loss, backend=backend)
+    plain = evaluate(loss, inputs, **case.options)
+    changed = {
+        name: torch._neg_view(-x) if x is not None and x.is_floating_point() else x
+        for name, x in vars(inputs).items()
+    }
+    negated = evaluate(loss, replace(inputs, **changed), **case.options)
+    assert all(torch.equal(plain[name], negated[name]) for name in plain)
+    zeros = torch._efficientzerotensor(inputs.audio.shape)
+    same = loss(zeros, inputs.text, inputs.radius, **case.options)
+    assert torch.equal(loss(torch.zeros(37, 19), inputs.text, inputs.radius, **case.options), same)
+    audio = inputs.audio.clone().requires_grad_()
+    value = loss(audio, inputs.text, **case.options)
+    nothing = torch._efficientzerotensor(value.shape)
+    assert torch.autograd.grad(value, audio, nothing)[0].count_nonzero() == 0
 
 
 def test_expanded_and_reversed_inputs():

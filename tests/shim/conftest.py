@@ -53,7 +53,7 @@ class Device:
         module.set_multiprocessors(multiprocessors)
         module.set_schedule(schedule)
         self.way = f"cuda:single:{side}" if side else "cuda"
-        dispatch.remembered_routes.cache_clear()
+        dispatch.forget()
 
     def vary(self, n: int) -> None:
         """Every combination, one after the other."""

@@ -33,13 +33,22 @@ def side_of(way: str) -> int:
 
 
 def limit(
-    D: int, dtype: torch.dtype, mode: int, infonce: bool, index: int = -1, side: int = 0
+    D: int,
+    dtype: torch.dtype,
+    mode: int,
+    infonce: bool,
+    index: int = -1,
+    side: int = 0,
+    chip: tuple[int, int] | None = None,
 ) -> int:
     """The largest batch whose tiles of `side` (0: any side) fit on the chip of the device `index`
-    (-1: there is none, the kernels run on the host)."""
+    (-1: there is none, the kernels run on the host), or on one that is only described, by its
+    multiprocessors and its bytes of shared memory for a block."""
     module = native.cuda()
     p = module.CudaProblem()
     p.width, p.dtype, p.mode, p.infonce = width_of(D, dtype), DTYPES[dtype], mode, infonce
+    if chip is not None:
+        return int(module.single_limit(p, side, *chip))
     if index < 0:
         return int(module.single_limit(p, side))
     with torch.cuda.device(index):
