@@ -1,69 +1,18 @@
 // The Python module `supclap_kernels._native`: pointers in, nothing of torch.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "cpu/bf16_gemm.h"
-#include "cpu/kernels.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cuda_module.h"
+#include "direct.h"
 
 namespace py = pybind11;
 using namespace supclap;
 
 namespace {
-
-struct Isa {
-  std::string name;
-  bool runs;  // on this processor
-  const Kernels* kernels;
-};
-
-// The compiled instruction sets, widest last.
-const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = [] {
-    std::vector<Isa> found{{"baseline", true, &baseline::kernels()}};
-#if SUPCLAP_HAVE_AVX2
-    found.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-                     &avx2::kernels()});
-#endif
-#if SUPCLAP_HAVE_AVX512
-    found.push_back({"avx512",
-                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-                     &avx512::kernels()});
-#endif
-    return found;
-  }();
-  return all;
-}
-
-const Isa* widest() {
-  const Isa* best = nullptr;
-  for (const Isa& isa : isas())
-    if (isa.runs) best = &isa;
-  return best;
-}
-
-const Isa*& active() {
-  static const Isa* isa = widest();
-  return isa;
-}
-
-const Kernels& kernels() { return *active()->kernels; }
-
-void set_isa(const std::string& name) {
-  for (const Isa& isa : isas())
-    if (isa.name == name && isa.runs) {
-      active() = &isa;
-      return;
-    }
-  throw std::invalid_argument("instruction set '" + name +
-                              "' is not compiled in, or not of this processor");
-}
 
 py::list isa_names(bool only_running) {
   py::list names;
@@ -247,7 +196,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.attr("isa_compiled") = compiled;
   m.attr("isa_running") = isa_names(true);
-  m.def("isa", [] { return active()->name; }, "Instruction set in use.");
+  m.def("isa", [] { return isa_in_use().name; }, "Instruction set in use.");
   m.def("set_isa", &set_isa, "Chooses an instruction set by hand.");
   m.def("parallel_runtime", &parallel_runtime, "Where the threads come from.");
   m.attr("MAX_TILE") = kMaxTile;
@@ -330,6 +279,7 @@ PYBIND11_MODULE(_native, m) {
       },
       Release());
   bind_small(m);
+  bind_cpu_direct(m);
   bind_bf16(m);
   bind_cuda(m);
 }

@@ -48,7 +48,8 @@ def with_plain_values(options: Options) -> Options:
         raise ValueError(f"workspace must not be negative, got {workspace} bytes")
     return Options(
         options.objective, options.bilateral, float(alpha), float(beta), bool(options.normalize),
-        bool(options.renormalize), options.reduction, workspace, options.backend, options.stats,
+        bool(options.renormalize), options.reduction, workspace, options.backend,
+        bool(options.stats),
     )  # fmt: skip
 
 

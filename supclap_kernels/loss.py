@@ -3,9 +3,10 @@
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import collectives, dispatch, distributed, ops
+from . import collectives, direct, dispatch, distributed, ops
 from .checks import check_embeddings, checked_inputs, checked_options, group_size
 from .groups import GroupHandle, looked_up
 from .options import CHOICES, OPTION_NAMES, WORKSPACE, check_choices
@@ -86,15 +87,20 @@ def fused_svr_loss(
         TypeError, ValueError: arguments that do not fit, before any work. RuntimeError: a backend
             that cannot run.
     """
+    values = (
+        objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace, backend,
+        return_stats,
+    )  # fmt: skip
+    tensors = (audio, text, radius, logit_scale, logit_bias, ids, weight)
+    if group is None and exchange == "gather" and not torch.compiler.is_compiling():
+        ordinary = direct.loss_of(tensors, values)
+        if ordinary is not None:
+            return ordinary
     group = looked_up(group)
     across = group is not None and group_size(group) > 1
     with collectives.together(group) if across else ALONE:
         check_choices(exchange=exchange)
-        options = checked_options(
-            objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace,
-            backend, bool(return_stats),
-        )  # fmt: skip
-        tensors = (audio, text, radius, logit_scale, logit_bias, ids, weight)
+        options = checked_options(*values)
         inputs = checked_inputs(*tensors, options.objective)
         runs_reference = dispatch.runs_reference(inputs, options, staged=across)
     if runs_reference:

@@ -145,6 +145,10 @@ const Kernels& kernels() {
       },
       [](const CpuProblem& p, const void* kept, const void* upstream, void* const* out) {
         SUPCLAP_REAL(scale_gradients)(p, kept, upstream, out);
+      },
+      [](bool is_double, void* x, int64_t n, const void* factor) {
+        is_double ? scale(static_cast<double*>(x), n, *static_cast<const double*>(factor))
+                  : scale(static_cast<float*>(x), n, *static_cast<const float*>(factor));
       }};
   return table;
 }

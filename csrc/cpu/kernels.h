@@ -40,6 +40,8 @@ struct Kernels {
   // Multiplies the gradients that small_pass left by the upstream gradient [1].
   void (*scale_gradients)(const CpuProblem&, const void* kept, const void* upstream,
                           void* const* out);
+  // Multiplies x [n] Real by `factor` [1].
+  void (*scale)(bool is_double, void* x, int64_t n, const void* factor);
 };
 
 namespace baseline {

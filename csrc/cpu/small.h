@@ -176,3 +176,9 @@ void scale_gradients(const CpuProblem& p, const void* kept, const void* upstream
     for (int64_t i = 0; to && i < sizes[n]; ++i) to[i] = factor * from[i];
   }
 }
+
+template <class Real>
+void scale(Real* x, int64_t n, Real factor) {
+  if (factor == Real(1)) return;
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}

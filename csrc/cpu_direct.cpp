@@ -1,0 +1,239 @@
+// The direct calls of small batches on a CPU (cpu/small.h).
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "cpu/isa.h"
+#include "direct.h"
+
+namespace py = pybind11;
+
+namespace supclap {
+
+namespace {
+
+constexpr size_t kLine = 64;
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kLine)); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(int64_t bytes) {
+  return Memory(::operator new(size_t(bytes), std::align_val_t(kLine)));
+}
+
+void* memory_of(const py::object& tensor) {
+  TensorView view;
+  if (!view_of(tensor.ptr(), view)) throw std::runtime_error("a tensor has no memory");
+  return view.start();
+}
+
+// One call. Forward computes the gradients, too, for an upstream gradient of 1; the first backward
+// gives them away, and any later one computes them again.
+class SmallCall {
+ public:
+  SmallCall(const CpuProblem& options, bool normalize, const Arguments& arguments, int threads)
+      : real_(arguments.views[kAudioRow].type_bits / 8), gradient_(arguments.any_needs()) {
+    CpuProblem& p = batch_.problem = options;
+    p.N = arguments.N;
+    p.D = arguments.D;
+    p.is_double = real_ == 8;
+    p.threads = threads;
+    p.svr = p.svr && arguments.present[kRadius];
+    p.mirror = p.mirror && p.svr;
+    p.shared = p.shared && p.svr;
+    p.per_row_radius = arguments.is_tensor[kRadius] && arguments.views[kRadius].ndim == 1;
+    batch_.normalize = normalize;
+    for (int n = 0; n < kDifferentiable; ++n) needs_[n] = arguments.needs[n];
+    for (int n = 0; n < kArguments; ++n) {
+      is_number_[n] = arguments.present[n] && !arguments.is_tensor[n];
+      if (is_number_[n]) {
+        doubles_[n] = arguments.numbers[n];
+        singles_[n] = float(arguments.numbers[n]);
+      }
+      if (arguments.is_tensor[n])
+        tensors_[n] = py::reinterpret_borrow<py::object>(arguments.objects[n]);
+      values_[n] = arguments.is_tensor[n] ? arguments.views[n].start()
+                   : !is_number_[n]       ? nullptr
+                   : p.is_double          ? static_cast<void*>(&doubles_[n])
+                                          : static_cast<void*>(&singles_[n]);
+    }
+  }
+
+  // The loss. From here on autograd keeps the tensors.
+  py::object forward() {
+    if (!tensors_[kAudioRow]) throw std::logic_error("forward was called before");
+    const py::object loss = new_empty(tensors_[kAudioRow].ptr(), py::tuple());
+    compute(memory_of(loss), tensors_[kAudioRow].ptr());
+    for (py::object& tensor : tensors_) tensor = py::object();
+    return loss;
+  }
+
+  // The gradients of the differentiable arguments, None for those without; or None where something
+  // looks at operators. `inputs`: the tensors that forward had.
+  py::object backward(const py::object& upstream, const py::tuple& inputs) {
+    TensorView arrives;
+    if (!unwatched() || !view_of(upstream.ptr(), arrives) || !is_plain(upstream.ptr(), arrives) ||
+        arrives.type_code != kFloat || arrives.type_bits != 8 * real_)
+      return py::none();
+    if (!ready_) {
+      double loss;
+      for (int n = 0; n < kArguments; ++n)
+        if (values_[n] && !is_number_[n]) values_[n] = memory_of(inputs[n]);
+      compute(&loss, py::object(inputs[kAudioRow]).ptr());
+    }
+    ready_ = false;
+    const CpuProblem& p = batch_.problem;
+    const int64_t sizes[] = {p.N * p.D, p.N * p.D, p.per_row_radius ? p.N : 1, 1, 1};
+    py::tuple gradients(kDifferentiable);
+    for (int n = 0; n < kDifferentiable; ++n) {
+      if (needs_[n])
+        kernels().scale(p.is_double, memory_of(gradients_[n]), sizes[n], arrives.start());
+      gradients[n] = needs_[n] ? std::move(gradients_[n]) : py::none();
+    }
+    return gradients;
+  }
+
+  // The arguments that are tensors, and those that are numbers; None for the others.
+  py::tuple tensors() const {
+    py::tuple found(kArguments);
+    for (int n = 0; n < kArguments; ++n) found[n] = tensors_[n] ? tensors_[n] : py::none();
+    return found;
+  }
+  py::tuple numbers() const {
+    py::tuple found(kArguments);
+    for (int n = 0; n < kArguments; ++n)
+      found[n] = is_number_[n] ? py::object(py::float_(doubles_[n])) : py::none();
+    return found;
+  }
+  py::tuple needs() const {
+    py::tuple found(kDifferentiable);
+    for (int n = 0; n < kDifferentiable; ++n) found[n] = needs_[n];
+    return found;
+  }
+  bool gradient() const { return gradient_; }
+
+ private:
+  // The pass: the loss, and gradients_ where any is needed.
+  void compute(void* loss, PyObject* like) {
+    CpuProblem& p = batch_.problem;
+    double scalars[2];
+    void* out[kDifferentiable] = {};
+    if (gradient_) {
+      const py::tuple rows = py::make_tuple(p.N, p.D), number;
+      const py::tuple radius = p.per_row_radius ? py::make_tuple(p.N) : number;
+      const py::tuple* const shapes[] = {&rows, &rows, &radius, &number, &number};
+      for (int n = 0; n < kDifferentiable; ++n) {
+        if (!needs_[n]) continue;
+        gradients_[n] = new_empty(like, *shapes[n]);
+        out[n] = memory_of(gradients_[n]);
+      }
+    }
+    batch_.text = values_[kTextRow];
+    batch_.audio = values_[kAudioRow];
+    p.R = values_[kRadius];
+    p.w = values_[kWeight];
+    batch_.scale = values_[kScale];
+    batch_.bias = values_[kBiasArgument];
+    batch_.ids = static_cast<const int64_t*>(values_[kIds]);
+    batch_.loss = loss;
+    {
+      py::gil_scoped_release release;
+      const Memory memory = allocate(kernels().small_bytes(batch_));
+      const Memory rows = allocate((kStateRows + 1) * p.N * real_);  // and dR, unless it is wanted
+      batch_.memory = memory.get();
+      p.state = rows.get();
+      if (gradient_) {
+        batch_.dA = out[kAudioRow];
+        batch_.dT = out[kTextRow];
+        void* const spare = static_cast<char*>(rows.get()) + kStateRows * p.N * real_;
+        batch_.dR = p.per_row_radius && out[kRadius] ? out[kRadius] : spare;
+        batch_.scalars = scalars;
+      }
+      kernels().small_pass(batch_);
+      if (out[kRadius] && out[kRadius] != batch_.dR)
+        std::memcpy(out[kRadius], batch_.dR, size_t(real_));
+    }
+    for (const int n : {kScale, kBiasArgument})
+      if (out[n])
+        std::memcpy(out[n], reinterpret_cast<char*>(scalars) + (n - kScale) * real_, size_t(real_));
+    ready_ = true;
+  }
+
+  SmallBatch batch_{};
+  int64_t real_;  // bytes of a Real
+  bool gradient_, needs_[kDifferentiable], ready_ = false;
+  py::object tensors_[kArguments];  // until forward
+  bool is_number_[kArguments];
+  double doubles_[kArguments];  // those numbers
+  float singles_[kArguments];
+  const void* values_[kArguments];
+  py::object gradients_[kDifferentiable];  // from forward until backward
+};
+
+// The calls with some options.
+class SmallCalls {
+ public:
+  SmallCalls(bool infonce, bool support, bool mirror, bool shared, bool renormalize, bool normalize,
+             bool mean, double alpha, double beta, py::object decide, py::object threads)
+      : normalize_(normalize), decisions_(std::move(decide)), threads_(std::move(threads)) {
+    options_.infonce = infonce;
+    options_.svr = support;
+    options_.mirror = mirror;
+    options_.shared = shared;
+    options_.renormalize = renormalize;
+    options_.mean = mean;
+    options_.alpha = alpha;
+    options_.beta = beta;
+  }
+
+  // A SmallCall, or None if the call is not an ordinary one of a small batch.
+  py::object operator()(py::handle audio, py::handle text, py::handle radius, py::handle scale,
+                        py::handle bias, py::handle ids, py::handle weight) {
+    PyObject* const objects[] = {audio.ptr(), text.ptr(), radius.ptr(), scale.ptr(),
+                                 bias.ptr(),  ids.ptr(),  weight.ptr()};
+    Arguments arguments;
+    if (!unwatched() || !examine(objects, options_.infonce, arguments)) return py::none();
+    const TensorView& rows = arguments.views[kAudioRow];
+    const int bits = rows.type_bits;
+    if (rows.device_type != kOnCpu || rows.type_code != kFloat || (bits != 32 && bits != 64))
+      return py::none();
+    for (const int n : {kRadius, kScale, kBiasArgument, kWeight}) {
+      const TensorView& view = arguments.views[n];
+      if (arguments.is_tensor[n] && (view.type_code != kFloat || view.type_bits != bits))
+        return py::none();
+    }
+    if (!decisions_.ours(arguments)) return py::none();
+    const int threads = threads_().cast<int>();
+    return py::cast(std::make_unique<SmallCall>(options_, normalize_, arguments, threads));
+  }
+
+ private:
+  CpuProblem options_{};
+  bool normalize_;
+  Decisions decisions_;
+  py::object threads_;
+};
+
+}  // namespace
+
+void bind_cpu_direct(py::module_& m) {
+  py::class_<SmallCall>(m, "SmallCall", "An ordinary call of a small batch: see cpu_direct.cpp.")
+      .def("forward", &SmallCall::forward)
+      .def("backward", &SmallCall::backward)
+      .def_property_readonly("tensors", &SmallCall::tensors)
+      .def_property_readonly("numbers", &SmallCall::numbers)
+      .def_property_readonly("needs", &SmallCall::needs)
+      .def_property_readonly("gradient", &SmallCall::gradient);
+  py::class_<SmallCalls>(m, "SmallCalls", "Ordinary calls with some options.")
+      .def(py::init<bool, bool, bool, bool, bool, bool, bool, double, double, py::object,
+                    py::object>())
+      .def("__call__", &SmallCalls::operator());
+  m.def(
+      "has_exchange", [] { return exchange_table() != nullptr; },
+      "Whether this PyTorch hands out tensors through DLPack's table.");
+}
+
+}  // namespace supclap

@@ -1,0 +1,69 @@
+// Ordinary calls of the loss, from Python's arguments to the kernels without Python in between.
+//
+// A call is ordinary if nothing has to be converted, nothing looks at what PyTorch does, and every
+// argument is what the documentation asks for. Any other call is declined, and Python's own way
+// through checks.py and ops.py takes it: so errors and conversions are written once, there.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <map>
+#include <tuple>
+
+#include "exchange.h"
+
+namespace supclap {
+
+// The arguments, in the order of backends/call.py's Tensors.
+enum Argument { kAudioRow, kTextRow, kRadius, kScale, kBiasArgument, kIds, kWeight };
+constexpr int kArguments = 7, kDifferentiable = 5;
+
+struct Arguments {
+  PyObject* objects[kArguments];  // borrowed
+  TensorView views[kArguments];
+  bool present[kArguments], is_tensor[kArguments];
+  double numbers[kArguments];  // of those that are Python floats
+  bool needs[kDifferentiable];
+  int64_t N, D;
+
+  bool any_needs() const {
+    for (const bool need : needs)
+      if (need) return true;
+    return false;
+  }
+};
+
+// Whether nothing looks at operators: no mode, transform, tracer or tangent, and no debugging.
+bool unwatched();
+
+// Whether a gradient is recorded.
+bool grad_enabled();
+
+// A tensor's memory holds its values: it is neither negated in name only, nor zeros without memory.
+bool is_plain(PyObject* tensor, const TensorView& view);
+
+// Fills `out` from the objects; false if the call is not ordinary.
+bool examine(PyObject* const* objects, bool infonce, Arguments& out);
+
+// An uninitialised tensor of this shape, of the dtype and on the device of `like`.
+pybind11::object new_empty(PyObject* like, const pybind11::tuple& shape);
+pybind11::object new_empty(PyObject* like, int64_t elements);
+
+// Which of the ways of dispatch.py computes a kind of call, asked for once: `decide(audio,
+// has_radius)` says whether it is ours (None: not now, ask again).
+class Decisions {
+ public:
+  explicit Decisions(pybind11::object decide) : decide_(std::move(decide)) {}
+  bool ours(const Arguments& arguments);
+
+ private:
+  using Kind = std::tuple<int32_t, int32_t, int, int64_t, int64_t, bool>;
+  pybind11::object decide_;
+  std::map<Kind, bool> known_;
+};
+
+// The direct calls of the CPU.
+void bind_cpu_direct(pybind11::module_& m);
+
+}  // namespace supclap
