@@ -35,6 +35,12 @@ def calls_for(*values: Any) -> Any:
     return calls, options
 
 
+def forget() -> None:
+    """What is remembered of the machine: it was tuned, or a test changed it."""
+    dispatch.forget()
+    calls_for.cache_clear()
+
+
 def is_small(options: Options, audio: Tensor, radius: bool) -> bool:
     """Whether such embeddings are a small batch on a CPU."""
     call = (options, audio.device, audio.dtype, audio.shape[1], radius, False)

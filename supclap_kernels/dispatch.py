@@ -152,7 +152,7 @@ def remembered_kernels(*call: Any) -> tuple[Route, ...]:
 
 
 def forget() -> None:
-    """What is remembered of the machine: it was tuned, or a test changed it."""
+    """The ways that are remembered; direct.py's `forget` forgets its own, too."""
     remembered_routes.cache_clear()
     remembered_kernels.cache_clear()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, native, tables
+from . import direct, dispatch, native, tables
 from .backends import available
 from .backends.call import Tensors
 from .backends.cuda import route as cuda_route
@@ -141,7 +141,7 @@ def tune(
         Triton, CUDA or this package change.
     """
     where = tuned_device(device)
-    dispatch.forget()
+    direct.forget()
     tables.reset(where)
     start = time.perf_counter()
     kinds: dict[str, dict[int, dict[str, float]]] = {}
@@ -157,7 +157,7 @@ def tune(
         if name.startswith(like):
             kinds["float16" + name.removeprefix(like)] = rows
     path = tables.save(where, kinds)
-    dispatch.forget()
+    direct.forget()
     return path
 
 

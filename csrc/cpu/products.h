@@ -18,6 +18,7 @@ constexpr int64_t kBlockRows = 512;  // rows of C whose sums are kept aside unti
 template <class Real>
 struct Lanes {
   typedef Real Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+  typedef Real Quarter __attribute__((vector_size(16), aligned(sizeof(Real)), may_alias));
   static constexpr int kCount = kVectorBytes / int(sizeof(Real));
   static constexpr int kPatchColumns = kPatchVectors * kCount;
 };
@@ -106,6 +107,93 @@ Patch<Real> patch_for(int64_t rows) {
   return multiply_patch<Real, kRowMajor, kRows>;
 }
 
+// Products of few rows with few rows, both contiguous along the terms: sixteen at a time, each sum
+// in a vector of its own, so nothing is packed.
+
+#if defined(__AVX512F__)
+constexpr int kDotRowsOfX = 4;    // in registers at a time
+constexpr int64_t kDotRows = 64;  // up to so many of either: beyond, a copy is used often enough
+#else
+constexpr int kDotRowsOfX = 2;
+constexpr int64_t kDotRows = 48;
+#endif
+constexpr int kDotRowsOfY = 4;
+constexpr int64_t kDotTerms = 64;  // of a lane's partial sum
+
+// The sums over the lanes of four vectors.
+template <class Real>
+void sum_lanes(const typename Lanes<Real>::Vector* sum, Real* out) {
+  constexpr int kQuarters = kVectorBytes / 16, kLanes = 16 / int(sizeof(Real));
+  using Quarter = typename Lanes<Real>::Quarter;
+  Quarter part[4];
+  for (int n = 0; n < 4; ++n) {
+    const auto* quarters = reinterpret_cast<const Quarter*>(sum + n);
+    part[n] = quarters[0];
+    for (int q = 1; q < kQuarters; ++q) part[n] += quarters[q];
+  }
+#if defined(__SSE__)
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    __m128 row[4];
+    for (int n = 0; n < 4; ++n) row[n] = (__m128)part[n];
+    _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(row[0], row[1]), _mm_add_ps(row[2], row[3])));
+    return;
+  }
+#endif
+  for (int n = 0; n < 4; ++n) {
+    out[n] = part[n][0];
+    for (int lane = 1; lane < kLanes; ++lane) out[n] += part[n][lane];
+  }
+}
+
+// out [kDotRowsOfX, kDotRowsOfY] = products of rows x with rows y over K terms. Rows that are not
+// there may be repeated.
+template <class Real>
+void multiply_dots(const Real* const* x, const Real* const* y, int64_t K, Real* out) {
+  using Vector = typename Lanes<Real>::Vector;
+  constexpr int64_t kLanes = Lanes<Real>::kCount, kBlock = kLanes * kDotTerms;
+  const int64_t whole = K / kLanes * kLanes;
+  for (int n = 0; n < kDotRowsOfX * kDotRowsOfY; ++n) out[n] = 0;
+  for (int64_t k0 = 0; k0 < whole; k0 += kBlock) {
+    const int64_t end = k0 + kBlock < whole ? k0 + kBlock : whole;
+    Vector sum[kDotRowsOfX][kDotRowsOfY] = {};
+    for (int64_t k = k0; k < end; k += kLanes) {
+      Vector right[kDotRowsOfY];
+      for (int j = 0; j < kDotRowsOfY; ++j) right[j] = *reinterpret_cast<const Vector*>(y[j] + k);
+      for (int i = 0; i < kDotRowsOfX; ++i) {
+        const Vector left = *reinterpret_cast<const Vector*>(x[i] + k);
+        for (int j = 0; j < kDotRowsOfY; ++j) sum[i][j] += left * right[j];
+      }
+    }
+    for (int i = 0; i < kDotRowsOfX; ++i) {
+      Real part[kDotRowsOfY];
+      sum_lanes<Real>(sum[i], part);
+      for (int j = 0; j < kDotRowsOfY; ++j) out[i * kDotRowsOfY + j] += part[j];
+    }
+  }
+  for (int64_t k = whole; k < K; ++k)
+    for (int i = 0; i < kDotRowsOfX; ++i)
+      for (int j = 0; j < kDotRowsOfY; ++j) out[i * kDotRowsOfY + j] += x[i][k] * y[j][k];
+}
+
+// C [M, N] = X Y^T of few rows X [M, K], Y [N, K]. `upper`: patches below the diagonal are left
+// out.
+template <class Real>
+void multiply_few(const Real* X, int64_t ldx, const Real* Y, int64_t ldy, int64_t M, int64_t N,
+                  int64_t K, Real* C, int64_t ldc, bool upper) {
+  for (int64_t i0 = 0; i0 < M; i0 += kDotRowsOfX)
+    for (int64_t j0 = upper ? i0 / kDotRowsOfY * kDotRowsOfY : 0; j0 < N; j0 += kDotRowsOfY) {
+      const Real *x[kDotRowsOfX], *y[kDotRowsOfY];
+      for (int64_t n = 0; n < kDotRowsOfX; ++n) x[n] = X + (i0 + n < M ? i0 + n : M - 1) * ldx;
+      for (int64_t n = 0; n < kDotRowsOfY; ++n) y[n] = Y + (j0 + n < N ? j0 + n : N - 1) * ldy;
+      Real sums[kDotRowsOfX * kDotRowsOfY];
+      multiply_dots(x, y, K, sums);
+      for (int64_t i = 0; i < kDotRowsOfX && i0 + i < M; ++i)
+        for (int64_t j = 0; j < kDotRowsOfY && j0 + j < N; ++j)
+          C[(i0 + i) * ldc + j0 + j] = sums[i * kDotRowsOfY + j];
+    }
+}
+
 // C [M, N] = X Y, or C += X Y; X [M, K], Y [K, N]. `upper`: patches below the diagonal are left
 // out.
 template <class Real, class Source, class Out>
@@ -114,6 +202,9 @@ __attribute__((noinline)) void multiply(const Matrix<Real>& X, const Matrix<Sour
                                         bool upper, int threads) {
   constexpr bool same = sizeof(Source) == sizeof(Real);
   constexpr int64_t width = Lanes<Real>::kPatchColumns;
+  if constexpr (same && sizeof(Out) == sizeof(Real))
+    if (X.column == 1 && Y.row == 1 && !add && M <= kDotRows && N <= kDotRows)
+      return multiply_few(X.data, X.row, Y.data, Y.column, M, N, K, C, ldc, upper);
   // Rows [r0, r1) of the block of columns from j0 on.
   const auto multiply_block = [&](int64_t r0, int64_t r1, int64_t j0, int64_t columns) {
     Real sums[kBlockRows * width], copy[kDepth * width];

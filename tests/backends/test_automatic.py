@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import supclap_kernels as sk
-from supclap_kernels import automatic, dispatch, native, ops, selfcheck
+from supclap_kernels import automatic, direct, dispatch, native, ops, selfcheck
 from supclap_kernels.backends import available, machine
 from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.estimate import MARGIN, SHARE, Kind, eager_bytes, seconds
@@ -42,9 +42,9 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(automatic.tables, "load", lambda device: None)
     monkeypatch.setattr(selfcheck, "CHECKED", {})
-    dispatch.forget()
+    direct.forget()
     yield launchers
-    dispatch.forget()
+    direct.forget()
 
 
 def ways(backend: str, device: str, dtype: torch.dtype, mode: int, **more) -> dict[str, int | None]:

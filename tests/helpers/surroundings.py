@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import supclap_kernels as sk
-from supclap_kernels import dispatch, gradients, tables, testing
+from supclap_kernels import direct, gradients, tables, testing
 from supclap_kernels.autocast import autocast_off
 from supclap_kernels.integrations import laion_clap, open_clip, sentence_transformers, transformers
 from supclap_kernels.options import Options
@@ -257,7 +257,7 @@ def tuned() -> bool:
     path, device = sk.tune("cpu", budget=0.1, report=lambda line: None), torch.device("cpu")
     written = path.is_file() and tables.load(device) is not None
     tables.reset(device)
-    dispatch.forget()
+    direct.forget()
     return written
 
 

@@ -11,7 +11,7 @@ import torch
 from interface_cases import META, A, D, N, T, rows
 
 import supclap_kernels as sk
-from supclap_kernels import dispatch, native, ops
+from supclap_kernels import direct, native, ops
 
 # --------------------------------------------------------------------------------------- the errors
 
@@ -249,13 +249,13 @@ def test_without_the_compiled_module(monkeypatch):
     """auto falls back to the specification, 'cpu' says how to get the module."""
     reason = "the compiled module is missing (here); reinstall with `pip install -e .`"
     monkeypatch.setattr(native, "load", lambda: (None, reason))
-    dispatch.forget()
+    direct.forget()
     assert sk.available_backends()["cpu"] == sk.available_backends()["cuda"] == reason
     assert sk.explain() == f"reference: fallback: {reason}"
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         sk.fused_svr_loss(A, T, backend="cpu")
     assert torch.equal(sk.fused_svr_loss(A, T, 0.1), sk.svr_loss_reference(A, T, 0.1))
-    dispatch.forget()
+    direct.forget()
 
 
 @pytest.mark.parametrize("radius", [0.1, torch.tensor(0.1), "static"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import supclap_kernels as sk
-from supclap_kernels import dispatch, selfcheck, tables, tuning
+from supclap_kernels import direct, selfcheck, tables, tuning
 from supclap_kernels.backends.estimate import Kind
 from supclap_kernels.backends.machine import described
 from supclap_kernels.options import MIRROR, ONE_SIDED, PLAIN, SHARED
@@ -24,10 +24,10 @@ def cache(tmp_path, monkeypatch):
     """An empty cache folder."""
     monkeypatch.setenv("SUPCLAP_CACHE", str(tmp_path))
     tables.load_from.cache_clear()
-    dispatch.forget()
+    direct.forget()
     yield tmp_path
     tables.load_from.cache_clear()
-    dispatch.forget()
+    direct.forget()
 
 
 def written(**changes) -> None:
@@ -36,7 +36,7 @@ def written(**changes) -> None:
     path = tables.path_of(CPU)
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, **changes}))
-    dispatch.forget()
+    direct.forget()
 
 
 def test_tune_writes_what_auto_takes(cache, monkeypatch):

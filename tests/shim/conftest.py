@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from covering import thin_out
 
-from supclap_kernels import dispatch, native
+from supclap_kernels import direct, native
 
 LIMIT = int(os.environ.get("SHIM_LIMIT", "60"))
 """Seconds a case may take."""
@@ -53,7 +53,7 @@ class Device:
         module.set_multiprocessors(multiprocessors)
         module.set_schedule(schedule)
         self.way = f"cuda:single:{side}" if side else "cuda"
-        dispatch.forget()
+        direct.forget()
 
     def vary(self, n: int) -> None:
         """Every combination, one after the other."""

@@ -20,7 +20,7 @@ from gpu_integration import (  # noqa: F401 - tests
 from integration_cases import fused, same
 
 import supclap_kernels as sk
-from supclap_kernels import dispatch, native
+from supclap_kernels import direct, dispatch, native
 from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.cuda import single, sweeps
 from supclap_kernels.backends.footprint import peak_bytes
@@ -50,7 +50,7 @@ def test_results_do_not_depend_on_the_grid_or_the_order(options, dtype, device):
 @by_mode
 def test_a_batch_that_does_not_fit_takes_the_panels(options, monkeypatch):
     monkeypatch.setattr(single, "limit", lambda *_: 299)
-    dispatch.forget()
+    direct.forget()
     for N in (299, 300):
         case = Case(N=N, D=40, radius="row", options=options)
         inputs = make_inputs(case)
@@ -58,7 +58,7 @@ def test_a_batch_that_does_not_fit_takes_the_panels(options, monkeypatch):
         assert same(taken, fused(case, inputs, backend="cuda:panel")) == (N == 300)
     with pytest.raises(RuntimeError, match="takes up to 299 pairs here, got 300"):
         fused(case, inputs, backend="cuda:single")
-    dispatch.forget()
+    direct.forget()
 
 
 @by_mode
