@@ -12,6 +12,7 @@ from allocations import traced
 from covering import covering
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,6 +148,18 @@ def test_backward_again_and_other_upstream_gradients(taken, monkeypatch):
         torch.autograd.grad(loss, leaves)
 
 
+def test_saved_tensors_may_be_packed(taken):
+    """What hooks bring back for a second backward is what it computes from."""
+    audio, text = rows()
+    given = 2 * audio
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        loss = sk.fused_svr_loss(given, text, torch.tensor(0.1), ids=torch.arange(N) // 2)
+    first = torch.autograd.grad(loss, (given, text), retain_graph=True)
+    given.data.fill_(float("nan"))
+    second = torch.autograd.grad(loss, (given, text))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)) and taken == [True]
+
+
 def test_inputs_changed_before_backward_are_an_error(taken):
     audio, text = rows()
     doubled = audio * 2
@@ -264,8 +277,16 @@ def test_a_mode_sees_the_operators(taken):
     assert taken == [False]
     loss = sk.fused_svr_loss(audio, text)  # ordinary, but its backward is not
     wanted = torch.autograd.grad(loss, (audio, text), retain_graph=True)
-    with FlopCounterMode(display=False):
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            seen.append(str(operation))
+            return operation(*arguments, **(named or {}))
+
+    with Recorder():
         found = torch.autograd.grad(loss, (audio, text))
+    assert "supclap_kernels.svr_loss_backward.default" in seen
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
