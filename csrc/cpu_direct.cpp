@@ -223,6 +223,7 @@ void bind_cpu_direct(py::module_& m) {
   py::class_<SmallCall>(m, "SmallCall", "An ordinary call of a small batch: see cpu_direct.cpp.")
       .def("forward", &SmallCall::forward)
       .def("backward", &SmallCall::backward)
+      .def_property_readonly("kept", [](const SmallCall&) { return py::none(); })
       .def_property_readonly("tensors", &SmallCall::tensors)
       .def_property_readonly("numbers", &SmallCall::numbers)
       .def_property_readonly("needs", &SmallCall::needs)

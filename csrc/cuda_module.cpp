@@ -11,6 +11,7 @@
 
 #if SUPCLAP_WITH_CUDA
 #include "cuda/launchers.h"
+#include "cuda_direct.h"
 #endif
 
 namespace py = pybind11;
@@ -252,6 +253,7 @@ void bind_cuda(py::module_& parent) {
   bind_literal(m, "literal_statistics", &literal_statistics);
   bind_literal(m, "literal_gradients", &literal_gradients);
   bind_single(m);
+  bind_direct(m);
 }
 
 #else

@@ -5,34 +5,57 @@ that goes through checks.py and ops.py, where errors and conversions are. Both c
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, native
+from .backends import available
 from .backends.call import Tensors
 from .checks import as_scalar, checked_options
 from .ops import for_autograd
 from .options import Options
 
 
+class Calls(NamedTuple):
+    """What takes the ordinary calls with some options, by the device; None: nothing does."""
+
+    options: Options
+    cpu: Any
+    cuda: Any
+
+
 @functools.lru_cache(maxsize=256, typed=True)
-def calls_for(*values: Any) -> Any:
-    """What takes the ordinary calls with these options (in the order of Options), or None."""
+def calls_for(*values: Any) -> Calls | None:
+    """Of options in the order of Options; None: no call with them is ordinary."""
     options = checked_options(*values)
-    small = options.backend in ("auto", "cpu", "cpu:small") and native.load()[0] is not None
-    if options.reduction == "none" or options.stats or not small:
+    module, _ = native.load()
+    if options.reduction == "none" or options.stats or module is None or not module.has_exchange():
         return None
-    module = native.module()
-    if not module.has_exchange():
+    return Calls(options, small_calls(options), single_calls(options))
+
+
+def small_calls(options: Options) -> Any:
+    """One native call on a CPU (backends/cpu/small.py)."""
+    if options.backend not in ("auto", "cpu", "cpu:small"):
         return None
-    calls = module.SmallCalls(
+    return native.module().SmallCalls(
         options.infonce, options.support(True), options.mirror(True), options.shared(True),
         options.renormalize, options.normalize, options.reduction == "mean", options.alpha,
-        options.beta, functools.partial(is_small, options), torch.get_num_threads,
+        options.beta, functools.partial(is_ours, options, "cpu:small"), torch.get_num_threads,
     )  # fmt: skip
-    return calls, options
+
+
+def single_calls(options: Options) -> Any:
+    """One launch on a GPU (backends/cuda/single.py), or where the host stands in for it."""
+    if options.backend not in ("auto", "cuda", "cuda:single") or available.cuda() != "ok":
+        return None
+    return native.cuda().SingleCalls(
+        options.infonce, options.mode(True), options.renormalize, options.normalize,
+        options.reduction == "mean", options.alpha, options.beta, native.on_host(),
+        functools.partial(is_ours, options, "cuda:single"),
+    )  # fmt: skip
 
 
 def forget() -> None:
@@ -41,10 +64,12 @@ def forget() -> None:
     calls_for.cache_clear()
 
 
-def is_small(options: Options, audio: Tensor, radius: bool) -> bool:
-    """Whether such embeddings are a small batch on a CPU."""
+def is_ours(options: Options, way: str, audio: Tensor, radius: bool) -> bool | None:
+    """Whether this way takes such embeddings; None: ask again."""
     call = (options, audio.device, audio.dtype, audio.shape[1], radius, False)
-    return dispatch.route(len(audio), dispatch.remembered_routes(*call)).way == "cpu:small"
+    if dispatch.route(len(audio), dispatch.remembered_routes(*call)).way != way:
+        return False
+    return True if dispatch.is_trusted(way, audio, radius, options) else None
 
 
 def loss_of(tensors: tuple[Any, ...], values: tuple[Any, ...]) -> Tensor | None:
@@ -55,12 +80,13 @@ def loss_of(tensors: tuple[Any, ...], values: tuple[Any, ...]) -> Tensor | None:
         return None
     if found is None:
         return None
-    calls, options = found
-    call = calls(*tensors)
+    on_gpu = getattr(tensors[0], "is_cuda", False) or found.cpu is None
+    calls = found.cuda if on_gpu else found.cpu
+    call = None if calls is None else calls(*tensors)
     if call is None:
         return None
     if call.gradient:
-        loss: Tensor = apply(*call.tensors, call, options)
+        loss: Tensor = apply(*call.tensors, call, found.options)
         return loss
     return call.forward()
 
@@ -71,8 +97,8 @@ class DirectFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.call, ctx.options = arguments
-        ctx.save_for_backward(*tensors)
         loss: Tensor = ctx.call.forward()
+        ctx.save_for_backward(*tensors, ctx.call.kept)
         return loss
 
     @staticmethod
@@ -82,9 +108,9 @@ class DirectFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             gradients = ctx.call.backward(upstream, inputs)
         if gradients is None:
-            gradients = by_operator(ctx.call, ctx.options, Tensors(*inputs), upstream)
+            gradients = by_operator(ctx.call, ctx.options, Tensors(*inputs[:-1]), upstream)
         if torch.is_grad_enabled():
-            gradients = for_autograd(gradients, ctx.call.needs, upstream, Tensors(*inputs))
+            gradients = for_autograd(gradients, ctx.call.needs, upstream, Tensors(*inputs[:-1]))
         return *gradients, None, None, None, None  # of ids, weight, call, options
 
 

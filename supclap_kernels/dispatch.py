@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import automatic, native, tables
 from .automatic import MODELLED, numbers
@@ -175,15 +176,16 @@ def runs_reference(inputs: Tensors, options: Options, staged: bool = False) -> b
     way = ways[-1].way if staged else route(len(audio), ways).way
     if way == "reference":
         return True
-    unproven = options.backend == "auto" and audio.is_cuda
-    return unproven and not trusted(way, implementation(way), *kind_to_prove(inputs, options))
+    return not is_trusted(way, audio, inputs.radius is not None, options)
 
 
-def kind_to_prove(inputs: Tensors, options: Options) -> tuple[torch.device, Kind]:
-    """What a self-check is made for; it holds for every D."""
-    audio = inputs.audio
-    mode = options.mode(inputs.radius is not None)
-    return audio.device, Kind(0, audio.dtype, mode, options.infonce)
+def is_trusted(way: str, audio: Tensor, radius: bool, options: Options) -> bool:
+    """Whether a way may be used for such embeddings: one that "auto" chose for a GPU must pass its
+    self-check first, which holds for every D."""
+    if options.backend != "auto" or not audio.is_cuda:
+        return True
+    kind = Kind(0, audio.dtype, options.mode(radius), options.infonce)
+    return trusted(way, implementation(way), audio.device, kind)
 
 
 def refuse_unproven(inputs: Tensors, options: Options) -> None:
@@ -192,7 +194,7 @@ def refuse_unproven(inputs: Tensors, options: Options) -> None:
     if options.backend != "auto" or not audio.is_cuda or not can_check(audio.device):
         return
     way = route(len(audio), remembered_kernels(*remembered_as(inputs, options))).way
-    if not trusted(way, implementation(way), *kind_to_prove(inputs, options)):
+    if not is_trusted(way, audio, inputs.radius is not None, options):
         raise RuntimeError(
             f"{way} failed its self-check on {audio.device}, and a compiled call cannot change its "
             "backend; use backend='reference'"

@@ -66,7 +66,7 @@ def cuda() -> Any:
 class Unlaunched:
     """A compiled module whose functions do nothing but those that only calculate."""
 
-    CALCULATE = ("CpuProblem", "CudaProblem", "plan_single", "single_limit")
+    CALCULATE = ("CpuProblem", "CudaProblem", "SingleCalls", "plan_single", "single_limit")
 
     def __init__(self, launchers: Any) -> None:
         self.launchers = launchers

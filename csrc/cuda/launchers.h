@@ -16,6 +16,7 @@ using Stream = uintptr_t;
 
 // Devices the driver offers; 0 also where there is no driver.
 int device_count();
+int current_device();  // -1 without one
 
 // The rows (rows/rows.cu).
 std::string pack_rows(const CudaProblem& p, bool text, Stream stream);  // p.T or p.A

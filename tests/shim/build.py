@@ -27,6 +27,8 @@ def sources() -> list[Path]:
     return [
         *sorted(ROOT.glob("csrc/cuda/**/*.cu")),
         ROOT / "csrc/cuda_module.cpp",
+        ROOT / "csrc/cuda_direct.cpp",
+        ROOT / "csrc/direct.cpp",
         SHIM / "async.cpp",
         SHIM / "shim.cpp",
         SHIM / "module.cpp",

@@ -14,6 +14,14 @@ int device_count() {
   return 0;
 }
 
+int current_device() {
+  int device = -1;
+#ifdef __CUDACC__
+  if (cudaGetDevice(&device) != cudaSuccess) cudaGetLastError();
+#endif
+  return device;
+}
+
 std::string pack_rows(const CudaProblem& p, bool text, Stream stream) {
   return by_dtype(p.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
