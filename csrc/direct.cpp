@@ -54,10 +54,6 @@ py::object called(const py::object& function) {
 
 bool is_true(const py::object& value) { return value.ptr() == Py_True; }
 
-bool is_float(const TensorView& view, int bits) {
-  return view.type_code == kFloat && view.type_bits == bits && view.type_lanes == 1;
-}
-
 bool same_type(const TensorView& a, const TensorView& b) {
   return a.type_code == b.type_code && a.type_bits == b.type_bits;
 }

@@ -52,7 +52,7 @@ pybind11::object new_empty(PyObject* like, int64_t elements);
 
 // Which of the ways of dispatch.py computes a kind of call, asked for once: `decide(audio,
 // has_radius)` says whether it is ours (None: not now, ask again).
-class Decisions {
+class __attribute__((visibility("hidden"))) Decisions {
  public:
   explicit Decisions(pybind11::object decide) : decide_(std::move(decide)) {}
   bool ours(const Arguments& arguments);

@@ -1,0 +1,131 @@
+"""The short way of the single launch: the same bits as the long way, by the same launches."""
+
+from typing import Any
+
+import pytest
+import torch
+from covering import covering
+from torch.utils.flop_counter import FlopCounterMode
+
+import supclap_kernels as sk
+from supclap_kernels import direct
+from supclap_kernels.testing import Case, evaluate, make_inputs
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[bool]:
+    """For each call of the loss, whether it went the short way."""
+    seen: list[bool] = []
+    original = direct.loss_of
+
+    def loss_of(*arguments: Any) -> Any:
+        loss = original(*arguments)
+        seen.append(loss is not None)
+        return loss
+
+    monkeypatch.setattr(direct, "loss_of", loss_of)
+    return seen
+
+
+def fused(*arguments: Any, **options: Any) -> Any:
+    return sk.fused_svr_loss(*arguments, backend="cuda", **options)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    covering(
+        45,
+        objective=("infonce", "siglip"),
+        bilateral=("none", "mirror", "shared"),
+        reduction=("mean", "sum"),
+        renormalize=(False, True),
+        normalize=(False, True),
+        alpha=(1.0, 0.3, 0.0),
+        beta=(0.0, 0.2),
+        radius=("none", "scalar", "row"),
+        weighted=(False, True),
+        duplicates=(False, True),
+        dtype=(torch.float32, torch.bfloat16, torch.float16),
+        N=(1, 2, 23, 65),
+        D=(1, 16, 48, 100),
+        gap=(0.3, 0.02, 0.0),
+    ),
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
+def test_the_same_bits_as_the_long_way(chosen, taken, monkeypatch, poisoned_memory):
+    chosen = dict(chosen)
+    fields = {name: chosen.pop(name) for name in
+              ("N", "D", "gap", "radius", "weighted", "duplicates", "dtype")}  # fmt: skip
+    case = Case(**fields, options=chosen)
+    inputs = make_inputs(case)
+    short = evaluate(fused, inputs, **case.options)
+    numbers = (inputs.radius, inputs.logit_scale, inputs.logit_bias)
+    fixed = {"ids": inputs.ids, "weight": inputs.weight}
+    value = fused(inputs.audio, inputs.text, *numbers, **fixed, **case.options)
+    assert taken == [True, True]
+    monkeypatch.setattr(direct, "loss_of", lambda *_: None)
+    long = evaluate(fused, inputs, **case.options)
+    for name, wanted in long.items():
+        assert torch.equal(short[name], wanted) and short[name].dtype == wanted.dtype, name
+    wanted = fused(inputs.audio, inputs.text, *numbers, **fixed, **case.options)
+    assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize("frozen", ["audio", "text", "radius", "logit_scale", "logit_bias"])
+def test_what_is_frozen_gets_no_gradient(frozen, taken, monkeypatch):
+    case = Case(N=24, D=32, radius="row", options={"objective": "siglip"})
+
+    def gradients() -> dict[str, Any]:
+        inputs = make_inputs(case)
+        for name, x in inputs.differentiable().items():
+            x.requires_grad_(name != frozen)
+        fused(**inputs.differentiable(), **case.options).backward()
+        return {name: x.grad for name, x in inputs.differentiable().items()}
+
+    short = gradients()
+    monkeypatch.setattr(direct, "loss_of", lambda *_: None)
+    long = gradients()
+    assert taken == [True] and short[frozen] is long[frozen] is None
+    assert all(torch.equal(short[name], long[name]) for name in short if name != frozen)
+
+
+def test_backward_again_under_hooks_and_in_a_mode(taken):
+    audio, text = (torch.randn(24, 32, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(5.0, requires_grad=True)
+    leaves, given = (audio, text, scale), 2 * audio
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        loss = fused(given, text, torch.tensor(0.1), scale)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    given.data.fill_(float("nan"))
+    second = torch.autograd.grad(loss, leaves, torch.tensor(4.0), retain_graph=True)
+    assert all(torch.equal(4 * x, y) for x, y in zip(first, second, strict=True))
+    with FlopCounterMode(display=False):
+        third = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(x, y) for x, y in zip(first, third, strict=True)) and taken == [True]
+
+
+def test_calls_that_are_not_ordinary(taken):
+    audio, text = (torch.randn(24, 32) for _ in range(2))
+    scale = torch.tensor(5.0)
+    wanted = fused(audio, text, torch.tensor(0.1), scale)
+    for arguments in (
+        (audio, text, 0.1, scale),  # a number is sent to the device first
+        (audio, text, torch.tensor(0.1), 5.0),
+        (audio.t().contiguous().t(), text, torch.tensor(0.1), scale),
+        (audio, text, torch.tensor(0.1, dtype=torch.float64), scale),
+    ):
+        assert torch.equal(fused(*arguments), wanted)
+    fused(torch.randn(24, 32), text, None, scale, return_stats=True)
+    assert taken == [True] + [False] * 5
+
+
+def test_a_batch_that_does_not_fit(taken, monkeypatch):
+    from supclap_kernels.backends.cuda import single
+
+    monkeypatch.setattr(single, "limit", lambda *_: 23)
+    direct.forget()
+    audio, text = (torch.randn(24, 32) for _ in range(2))
+    fused(audio, text, None, torch.tensor(5.0))
+    fused(audio[:23], text[:23], None, torch.tensor(5.0))
+    direct.forget()
+    assert taken == [False, True]
