@@ -8,7 +8,8 @@ compiles what changed and no more. torch is not needed: `csrc/` includes none of
 
 Environment variables:
     SUPCLAP_CUDA        0: no CUDA; 1: CUDA required; unset: CUDA if nvcc is found
-    SUPCLAP_CUDA_ARCHS  GPU targets, "80;90a;100;90+PTX" if unset
+    SUPCLAP_CUDA_ARCHS  GPU targets; unset: the GPUs that are here (not for a wheel), or else
+                        "80;90a;100;90+PTX" (a wheel: and 89)
     CXX                 C++ compiler
     CXXFLAGS, LDFLAGS   appended to the compiler's and the linker's flags
     MAX_JOBS            how many compilations run at once
@@ -82,7 +83,8 @@ class NativeBuild(build_ext):
         folder = Path("build") / tag
         module = folder / Path(self.get_ext_filename(ext.name)).name
         try:
-            native_graph(folder, module).run()
+            stays = bool(self.inplace or self.editable_mode)
+            native_graph(folder, module, stays).run()
         except BuildError as error:
             raise BaseError(str(error)) from None  # setuptools prints these without a traceback
         destination = Path(self.get_ext_fullpath(ext.name)).absolute()
@@ -93,8 +95,8 @@ class NativeBuild(build_ext):
         fresh.replace(destination)
 
 
-def native_graph(folder: Path, module: Path) -> NinjaGraph:
-    """Every compile step of the native module, and its link."""
+def native_graph(folder: Path, module: Path, stays: bool) -> NinjaGraph:
+    """Every compile step of the native module, and its link. `stays`: it is for this machine."""
     import pybind11
 
     cxx = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
@@ -109,7 +111,7 @@ def native_graph(folder: Path, module: Path) -> NinjaGraph:
     )
     users = shlex.split(os.environ.get("CXXFLAGS", ""))
     have = add_cpu(graph, compiler, users)
-    have += add_cuda(graph, toolkit)
+    have += add_cuda(graph, toolkit, stays)
 
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     for source in sources("csrc/*.cpp"):
@@ -146,15 +148,16 @@ def isa_macro(isa: str) -> list[str]:
     return [f"-DSUPCLAP_ISA={isa}"]
 
 
-def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None) -> list[str]:
+def add_cuda(graph: NinjaGraph, toolkit: Toolkit | None, stays: bool) -> list[str]:
     """Compiles `csrc/cuda`; returns the definitions that tell what was compiled."""
     if toolkit is None:
         why = "SUPCLAP_CUDA=0" if os.environ.get("SUPCLAP_CUDA") == "0" else "nvcc not found"
         notice(f"{why}: no CUDA C++ kernels")
         return []
-    archs = toolkit.archs(os.environ)
+    archs = toolkit.archs(os.environ, stays)
     names = ";".join(map(str, archs))
-    notice(f"CUDA {toolkit.version[0]}.{toolkit.version[1]} in {toolkit.home} for {names}")
+    version = f"{toolkit.version[0]}.{toolkit.version[1]}"
+    notice(f"CUDA {version} in {toolkit.home}: kernels for {names}, a minute or two")
     smaller = ["--compress-mode=size"] if toolkit.version >= (12, 8) else []
     hopper = [arch for arch in archs if arch.name == "90a"]
     for source in sources("csrc/cuda/**/*.cu"):

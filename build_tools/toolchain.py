@@ -27,6 +27,8 @@ DEFAULT_CUDA_HOMES = (Path("/usr/local/cuda"),)
 # data-centre Blackwell (10.x). Every later GPU compiles the 9.0 PTX on first use: PTX of 9.0a would
 # not run on anything but 9.0.
 DEFAULT_CUDA_ARCHS = "80;90a;100;90+PTX"
+# Of a wheel, which goes to other machines: Ada (8.9) has machine code of its own.
+WHEEL_CUDA_ARCHS = "80;89;90a;100;90+PTX"
 
 # The first toolkit that knows sm_90a.
 OLDEST_CUDA = (12, 0)
@@ -157,6 +159,24 @@ def parse_archs(text: str) -> list[Arch]:
     return archs
 
 
+def gpus_here(env: Mapping[str, str]) -> list[Arch]:
+    """The targets of this machine's GPUs, as nvidia-smi names them; empty if nothing answers, or
+    if one of them is older than the kernels."""
+    program = shutil.which("nvidia-smi", path=env.get("PATH", ""))
+    if program is None:
+        return []
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    numbers = {line.strip().replace(".", "") for line in answer.stdout.splitlines()}
+    known = answer.returncode == 0 and all(re.fullmatch(r"\d{2,3}", n) for n in numbers)
+    if not known or not numbers or int(min(numbers, key=int)) < 80:
+        return []
+    return [Arch(int(n), "a" if n == "90" else "") for n in sorted(numbers, key=int)]
+
+
 def gencode(archs: list[Arch]) -> list[str]:
     """nvcc's flags for `archs`: machine code for each, and PTX where asked for.
 
@@ -185,11 +205,14 @@ class Toolkit:
     numbers: frozenset[int]  # compute capabilities it compiles for
     cudart: Path  # libcudart_static.a
 
-    def archs(self, env: Mapping[str, str]) -> list[Arch]:
-        """The targets asked for in `env`, else those defaults that this toolkit knows."""
+    def archs(self, env: Mapping[str, str], stays: bool = True) -> list[Arch]:
+        """The targets asked for in `env`; else, for a module that stays on this machine, its GPUs;
+        else those defaults that this toolkit knows."""
         text = env.get("SUPCLAP_CUDA_ARCHS")
         if text is None:
-            return [a for a in parse_archs(DEFAULT_CUDA_ARCHS) if a.number in self.numbers]
+            here = [arch for arch in gpus_here(env) if arch.number in self.numbers] if stays else []
+            default = DEFAULT_CUDA_ARCHS if stays else WHEEL_CUDA_ARCHS
+            return here or [a for a in parse_archs(default) if a.number in self.numbers]
         archs = parse_archs(text)
         for arch in archs:
             if arch.number not in self.numbers:

@@ -74,7 +74,7 @@ std::string launch(const char* name, void (*kernel)(Parameters...), const Grid& 
                    const Arguments&... arguments) {
   (void)name;
   shim::launch(grid.blocks, grid.threads, grid.shared, grid.cooperative,
-               [&] { kernel(arguments...); });
+               [=] { kernel(arguments...); });
   return "";
 }
 

@@ -205,6 +205,25 @@ def test_cuda_graph(backend, options):
     assert all(torch.equal(x, wanted[name]) for name, x in result.items())
 
 
+@by_mode
+def test_make_graphed_callables(backend, options):
+    """The module as one graph for forward and one for backward, on new batches."""
+    case = Case(N=64, D=128, dtype=torch.bfloat16, options=options)
+    first, second = (make_inputs(replace(case, seed=seed), "cuda") for seed in (0, 1))
+    objective = sk.SVRLoss(radius=sk.StaticRadius(0.15), backend=backend, **options).cuda()
+    numbers = [x for x in (first.logit_scale, first.logit_bias) if x is not None]
+    names = [x.detach().requires_grad_() for x in (first.audio, first.text, *numbers)]
+    graphed = torch.cuda.make_graphed_callables(objective, tuple(names))
+    batch = [x.detach().requires_grad_() for x in (second.audio, second.text, *numbers)]
+    leaves = [*batch, *objective.parameters()]
+    found = [graphed(*batch)]
+    found += torch.autograd.grad(found[0], leaves)
+    plain = sk.SVRLoss(radius=sk.StaticRadius(0.15), backend=backend, **options).cuda()
+    wanted = [plain(*batch)]
+    wanted += torch.autograd.grad(wanted[0], [*batch, *plain.parameters()])
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
 def test_on_a_side_stream(backend):
     """Memory that a stream of ours uses must not be given away early."""
     case = Case(N=2500, D=128, dtype=torch.bfloat16)

@@ -5,6 +5,7 @@ setup.py, and both are called with compilers made for the purpose.
 """
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -277,6 +278,31 @@ class TestNvcc:
         assert [str(a) for a in toolkit.archs({"SUPCLAP_CUDA_ARCHS": "120"})] == ["120"]
         with pytest.raises(BuildError, match="does not compile for 100; it knows 80, 90, 120"):
             toolkit.archs({"SUPCLAP_CUDA_ARCHS": "100"})
+
+    @pytest.mark.parametrize(
+        "answer, names",
+        [
+            ("echo 9.0; echo 9.0", ["90a"]),
+            ("echo 12.0; echo 8.0", ["80", "120"]),
+            ("echo 10.3", ["80", "90a", "90+PTX"]),  # one that this toolkit does not know
+            ("echo 9.0; echo 7.5", ["80", "90a", "90+PTX"]),  # too old
+            ("echo '[N/A]'", ["80", "90a", "90+PTX"]),
+            ("exit 9", ["80", "90a", "90+PTX"]),
+            ("true", ["80", "90a", "90+PTX"]),
+        ],
+    )
+    def test_a_module_that_stays_here_is_for_the_gpus_that_are_here(self, tmp_path, answer, names):
+        toolkit = toolchain.cuda_toolkit({"CUDA_HOME": str(fake_nvcc(tmp_path))})
+        script(tmp_path / "driver" / "nvidia-smi", answer)
+        env = {"PATH": f"{tmp_path / 'driver'}:{os.environ['PATH']}"}
+        assert [str(arch) for arch in toolkit.archs(env)] == names
+        assert [str(arch) for arch in toolkit.archs(env, stays=False)] == ["80", "90a", "90+PTX"]
+        asked = {**env, "SUPCLAP_CUDA_ARCHS": "80"}
+        assert [str(arch) for arch in toolkit.archs(asked)] == ["80"]
+
+    def test_a_wheel_has_code_for_every_gpu(self):
+        names = [str(arch) for arch in toolchain.parse_archs(toolchain.WHEEL_CUDA_ARCHS)]
+        assert names == ["80", "89", "90a", "100", "90+PTX"]
 
     def test_a_kernel_that_does_not_compile_stops_the_build(self, tmp_path):
         for compiles in (True, False):

@@ -12,4 +12,6 @@ PYBIND11_MODULE(supclap_shim, m) {
   cuda.def("set_schedule", &shim::set_schedule);
   cuda.def("remove_barrier", &shim::remove_barrier, "(\"file:line\" or \"\", log)");
   cuda.def("set_multiprocessors", &shim::set_multiprocessors);
+  cuda.def("record", &shim::record);
+  cuda.def("replay", &shim::replay);
 }

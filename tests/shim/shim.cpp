@@ -321,8 +321,24 @@ bool arrive_last(unsigned* counter, unsigned blocks) {
   return old == blocks - 1;
 }
 
+bool recording = false;
+std::vector<std::function<void()>> recorded;
+
+void record(bool on) {
+  recording = on;
+  if (on) recorded.clear();
+}
+
+void replay() {
+  for (const auto& again : recorded) again();
+}
+
 void launch(dim3 blocks, unsigned threads, size_t shared, bool cooperative,
             const std::function<void()>& body) {
+  if (recording) {
+    const auto again = [=] { launch(blocks, threads, shared, cooperative, body); };
+    recorded.push_back(again);
+  }
   Launch launch;
   running = &launch;
   launch.body = &body;

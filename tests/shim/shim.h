@@ -71,6 +71,10 @@ void set_schedule(int schedule);
 void remove_barrier(const char* file_and_line, const char* log);
 int multiprocessors();
 void set_multiprocessors(int count);
+// From the one call to the other launches are noted down, as a CUDA graph does; `replay` runs them
+// again with the arguments that they had.
+void record(bool on);
+void replay();
 
 template <class To, class From>
 inline To bit_cast(const From& from) {

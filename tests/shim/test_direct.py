@@ -8,7 +8,7 @@ from covering import covering
 from torch.utils.flop_counter import FlopCounterMode
 
 import supclap_kernels as sk
-from supclap_kernels import direct
+from supclap_kernels import direct, native
 from supclap_kernels.testing import Case, evaluate, make_inputs
 
 
@@ -129,3 +129,38 @@ def test_a_batch_that_does_not_fit(taken, monkeypatch):
     fused(audio[:23], text[:23], None, torch.tensor(5.0))
     direct.forget()
     assert taken == [False, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"bilateral": "none"}, {"objective": "siglip"}], ids=str)
+def test_a_graph_of_the_launches_computes_new_batches(options, monkeypatch):
+    """What torch.cuda.make_graphed_callables asks for: a step is its launches and nothing else, and
+    no number of the batch is a constant in one of them."""
+    first, second = (
+        make_inputs(Case(N=40, D=32, radius="scalar", seed=seed, scale=scale, options=options))
+        for seed, scale in ((0, 14.0), (1, 9.0))
+    )
+    leaves = [x.requires_grad_() for x in first.differentiable().values()]
+    alive = []  # a graph's memory is its own
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+            patch.setattr(owner, name, keeping(getattr(owner, name), alive))
+        native.cuda().record(True)
+        loss = fused(*leaves, **options)
+        gradients = torch.autograd.grad(loss, leaves, first.upstream)
+        native.cuda().record(False)
+    with torch.no_grad():
+        for x, other in zip(leaves, second.differentiable().values(), strict=True):
+            x.copy_(other)
+    native.cuda().replay()
+    wanted = evaluate(fused, second, **options)
+    found = dict(zip(wanted, (loss, *gradients), strict=True))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def keeping(function: Any, alive: list[Any]) -> Any:
+    def kept(*arguments: Any, **named: Any) -> Any:
+        made = function(*arguments, **named)
+        alive.append(made)
+        return made
+
+    return kept
