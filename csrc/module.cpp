@@ -1,6 +1,10 @@
 // The Python module `supclap_kernels._native`: pointers in, nothing of torch.
 #include <pybind11/pybind11.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <utility>
 
 #include "cpu/bf16_gemm.h"
@@ -67,19 +71,21 @@ void bind_bf16(py::module_& m) {
 #endif
 }
 
-// Whether the processor is one whose library may not know its widest instructions.
-bool is_amd() {
+// The family of an AMD processor, 0 of any other: 25 is Zen 3 and 4, 26 is Zen 5.
+int amd_family() {
 #if defined(__x86_64__)
-  return __builtin_cpu_is("amd");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  return int((a >> 8 & 15) + (a >> 20 & 255));
 #else
-  return false;
+  return 0;
 #endif
 }
 
 // Products, and the pass of a small batch: SmallBatch's fields in their order.
 void bind_small(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.attr("amd") = is_amd();
+  m.attr("amd_family") = amd_family();
   m.def(
       "multiply",
       [](bool is_double, uintptr_t X, int64_t x_row, int64_t x_column, uintptr_t Y, int64_t y_row,

@@ -118,6 +118,9 @@ def fused_svr_loss(
 class SVRLoss(nn.Module):
     """`fused_svr_loss` as a module that owns its radius.
 
+    Small batches on a GPU wait for the host: `torch.cuda.make_graphed_callables(criterion, (audio,
+    text, logit_scale))` returns a callable whose forward and backward are one CUDA graph each.
+
     Args:
         radius: StaticRadius(), DynamicRadius(...), or None for the plain loss. See `attach_radius`
             where an optimizer gets the parameters of a model only.
