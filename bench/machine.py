@@ -14,6 +14,7 @@ import torch
 
 import supclap_kernels as sk
 from supclap_kernels import native
+from supclap_kernels.tables import cpu_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -37,9 +38,10 @@ def cpu_info() -> str:
         return ""
 
 
-def cpu_model() -> str:
-    line = re.search(r"^model name\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
-    return line[1].strip() if line else platform.processor() or platform.machine()
+def cpu_family() -> str:
+    """As the processor numbers it: a cloud's AMD EPYC is 25 (Zen 3, Zen 4) or 26 (Zen 5)."""
+    line = re.search(r"^cpu family\s*:\s*(\d+)$", cpu_info(), re.MULTILINE)
+    return line[1] if line else "unknown"
 
 
 def has_bfloat16() -> bool:
@@ -70,7 +72,7 @@ def environment() -> dict[str, Any]:
     """What the numbers depend on, without a name of the machine or a path."""
     module, reason = native.load()
     values = {
-        "cpu": cpu_model(), "cores": cores(), "threads": torch.get_num_threads(),
+        "cpu": cpu_model(), "family": cpu_family(), "cores": cores(), "threads": torch.get_num_threads(),
         "isa": reason if module is None else module.isa(), "bfloat16_instructions": has_bfloat16(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
         "supclap_kernels": sk.__version__, "python": platform.python_version(),

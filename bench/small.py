@@ -1,6 +1,6 @@
 """Small batches on a CPU, beside the least they could take.
 
-    python -m bench.small [--threads 1] [--rounds 21] [--compile] [--out FILE]
+    python -m bench.small [--threads 1] [--rounds 21] [--isa avx2] [--compile] [--out FILE]
 
 Forward and backward, in turns, each of ours checked against the specification first. The floor is a
 Function that does nothing for the same tensors, and the pass's products alone by `torch.mm`: 3 of
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from supclap_kernels import native
 
 from . import gate, timer
 from .cases import MODES, Case
@@ -73,10 +75,13 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--isa", help="of our kernels, such as avx2; default the widest")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    if chosen.isa:
+        native.module().set_isa(chosen.isa)
     names = ["eager", *(["compile"] if chosen.compile else []), "cpu:panel", "cpu:small"]
     rows = []
     print("microseconds; ours over the floor, over eager PyTorch, over its panels")
