@@ -72,7 +72,8 @@ def environment() -> dict[str, Any]:
     """What the numbers depend on, without a name of the machine or a path."""
     module, reason = native.load()
     values = {
-        "cpu": cpu_model(), "family": cpu_family(), "cores": cores(), "threads": torch.get_num_threads(),
+        "cpu": cpu_model(), "family": cpu_family(), "cores": cores(),
+        "threads": torch.get_num_threads(),
         "isa": reason if module is None else module.isa(), "bfloat16_instructions": has_bfloat16(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
         "supclap_kernels": sk.__version__, "python": platform.python_version(),

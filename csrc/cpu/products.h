@@ -69,10 +69,10 @@ void pack(const Matrix<Source>& Y, const Source* y, int64_t depth, int64_t colum
     }
 }
 
-// out [kRows, kPatchColumns] = or += X Y over K terms, in whole vectors.
+// out [kRows, kPatchColumns], in rows of ldo, = or += X Y over K terms, in whole vectors.
 template <class Real, bool kRowMajor, int kRows>
 void multiply_patch(const Matrix<Real>& X, const Real* x, const Real* y, int64_t step, int64_t K,
-                    Real* out, bool add) {
+                    Real* out, int64_t ldo, bool add) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int kLanes = Lanes<Real>::kCount;
   const int64_t row = kRowMajor ? X.row : 1, column = kRowMajor ? 1 : X.column;
@@ -88,7 +88,7 @@ void multiply_patch(const Matrix<Real>& X, const Real* x, const Real* y, int64_t
     x += column;
     y += step;
   }
-  for (int r = 0; r < kRows; ++r, out += Lanes<Real>::kPatchColumns)
+  for (int r = 0; r < kRows; ++r, out += ldo)
     for (int v = 0; v < kPatchVectors; ++v) {
       Vector& total = *reinterpret_cast<Vector*>(out + v * kLanes);
       total = add ? total + sum[r][v] : sum[r][v];
@@ -97,7 +97,7 @@ void multiply_patch(const Matrix<Real>& X, const Real* x, const Real* y, int64_t
 
 template <class Real>
 using Patch = void (*)(const Matrix<Real>&, const Real*, const Real*, int64_t, int64_t, Real*,
-                       bool);
+                       int64_t, bool);
 
 // The kernel for `rows` rows: kPatchRows, or a smaller power of 2.
 template <class Real, bool kRowMajor, int kRows = kPatchRows>
@@ -200,13 +200,14 @@ template <class Real, class Source, class Out>
 __attribute__((noinline)) void multiply(const Matrix<Real>& X, const Matrix<Source>& Y, int64_t M,
                                         int64_t N, int64_t K, Out* C, int64_t ldc, bool add,
                                         bool upper, int threads) {
-  constexpr bool same = sizeof(Source) == sizeof(Real);
+  constexpr bool same = sizeof(Source) == sizeof(Real), same_out = sizeof(Out) == sizeof(Real);
   constexpr int64_t width = Lanes<Real>::kPatchColumns;
-  if constexpr (same && sizeof(Out) == sizeof(Real))
+  if constexpr (same && same_out)
     if (X.column == 1 && Y.row == 1 && !add && M <= kDotRows && N <= kDotRows)
       return multiply_few(X.data, X.row, Y.data, Y.column, M, N, K, C, ldc, upper);
   // Rows [r0, r1) of the block of columns from j0 on.
   const auto multiply_block = [&](int64_t r0, int64_t r1, int64_t j0, int64_t columns) {
+    const bool at_once = same_out && K <= kDepth && columns == width;  // no sum is left partial
     Real sums[kBlockRows * width], copy[kDepth * width];
     for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
       const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
@@ -222,10 +223,16 @@ __attribute__((noinline)) void multiply(const Matrix<Real>& X, const Matrix<Sour
         while (rows > r1 - i) rows /= 2;
         const Patch<Real> patch =
             X.column == 1 ? patch_for<Real, true>(rows) : patch_for<Real, false>(rows);
-        patch(X, X.data + i * X.row + k0 * X.column, y, step, depth, sums + (i - r0) * width,
-              k0 > 0);
+        const Real* x = X.data + i * X.row + k0 * X.column;
+        if constexpr (same_out)
+          if (at_once) {
+            patch(X, x, y, step, depth, C + i * ldc + j0, ldc, add);
+            continue;
+          }
+        patch(X, x, y, step, depth, sums + (i - r0) * width, width, k0 > 0);
       }
     }
+    if (at_once) return;
     for (int64_t i = r0; i < r1; ++i) {
       const Real* sum = sums + (i - r0) * width;
       Out* c = C + i * ldc + j0;
