@@ -24,96 +24,57 @@ Memory allocate(int64_t bytes) {
   return Memory(::operator new(size_t(bytes), std::align_val_t(kLine)));
 }
 
-void* memory_of(const py::object& tensor) {
-  TensorView view;
-  if (!view_of(tensor.ptr(), view)) throw std::runtime_error("a tensor has no memory");
-  return view.start();
-}
-
 // One call. Forward computes the gradients, too, for an upstream gradient of 1; the first backward
 // gives them away, and any later one computes them again.
-class SmallCall {
+class SmallCall : public DirectCall {
  public:
   SmallCall(const CpuProblem& options, bool normalize, const Arguments& arguments, int threads)
-      : real_(arguments.views[kAudioRow].type_bits / 8), gradient_(arguments.any_needs()) {
+      : DirectCall(arguments, arguments.views[kAudioRow].type_bits / 8) {
     CpuProblem& p = batch_.problem = options;
-    p.N = arguments.N;
-    p.D = arguments.D;
+    p.N = N_;
+    p.D = D_;
     p.is_double = real_ == 8;
     p.threads = threads;
     p.svr = p.svr && arguments.present[kRadius];
     p.mirror = p.mirror && p.svr;
     p.shared = p.shared && p.svr;
-    p.per_row_radius = arguments.is_tensor[kRadius] && arguments.views[kRadius].ndim == 1;
+    p.per_row_radius = per_row_radius_;
     batch_.normalize = normalize;
-    for (int n = 0; n < kDifferentiable; ++n) needs_[n] = arguments.needs[n];
-    for (int n = 0; n < kArguments; ++n) {
-      is_number_[n] = arguments.present[n] && !arguments.is_tensor[n];
-      if (is_number_[n]) {
-        doubles_[n] = arguments.numbers[n];
-        singles_[n] = float(arguments.numbers[n]);
-      }
-      if (arguments.is_tensor[n])
-        tensors_[n] = py::reinterpret_borrow<py::object>(arguments.objects[n]);
-      values_[n] = arguments.is_tensor[n] ? arguments.views[n].start()
-                   : !is_number_[n]       ? nullptr
-                   : p.is_double          ? static_cast<void*>(&doubles_[n])
-                                          : static_cast<void*>(&singles_[n]);
-    }
   }
 
-  // The loss. From here on autograd keeps the tensors.
+  // The loss.
   py::object forward() {
-    if (!tensors_[kAudioRow]) throw std::logic_error("forward was called before");
-    const py::object loss = new_empty(tensors_[kAudioRow].ptr(), py::tuple());
-    compute(memory_of(loss), tensors_[kAudioRow].ptr());
-    for (py::object& tensor : tensors_) tensor = py::object();
+    PyObject* const like = tensors_[kAudioRow].ptr();
+    if (!like) throw std::logic_error("forward was called before");
+    const py::object loss = new_empty(like, py::tuple());
+    compute(memory_of(loss.ptr()), like);
+    let_go();
     return loss;
   }
+
+  // Autograd keeps nothing but the arguments.
+  py::object kept() { return py::none(); }
 
   // The gradients of the differentiable arguments, None for those without; or None where something
   // looks at operators. `inputs`: the tensors that forward had.
   py::object backward(const py::object& upstream, const py::tuple& inputs) {
     TensorView arrives;
-    if (!unwatched() || !view_of(upstream.ptr(), arrives) || !is_plain(upstream.ptr(), arrives) ||
-        arrives.type_code != kFloat || arrives.type_bits != 8 * real_)
-      return py::none();
+    if (!takes(upstream, arrives)) return py::none();
     if (!ready_) {
       double loss;
-      for (int n = 0; n < kArguments; ++n)
-        if (values_[n] && !is_number_[n]) values_[n] = memory_of(inputs[n]);
+      found_again(inputs);
       compute(&loss, py::object(inputs[kAudioRow]).ptr());
     }
     ready_ = false;
-    const CpuProblem& p = batch_.problem;
-    const int64_t sizes[] = {p.N * p.D, p.N * p.D, p.per_row_radius ? p.N : 1, 1, 1};
+    const int64_t sizes[] = {N_ * D_, N_ * D_, per_row_radius_ ? N_ : 1, 1, 1};
     py::tuple gradients(kDifferentiable);
     for (int n = 0; n < kDifferentiable; ++n) {
       if (needs_[n])
-        kernels().scale(p.is_double, memory_of(gradients_[n]), sizes[n], arrives.start());
+        kernels().scale(real_ == 8, memory_of(gradients_[n].ptr()), sizes[n], arrives.start());
       gradients[n] = needs_[n] ? std::move(gradients_[n]) : py::none();
     }
     return gradients;
   }
-
-  // The arguments that are tensors, and those that are numbers; None for the others.
-  py::tuple tensors() const {
-    py::tuple found(kArguments);
-    for (int n = 0; n < kArguments; ++n) found[n] = tensors_[n] ? tensors_[n] : py::none();
-    return found;
-  }
-  py::tuple numbers() const {
-    py::tuple found(kArguments);
-    for (int n = 0; n < kArguments; ++n)
-      found[n] = is_number_[n] ? py::object(py::float_(doubles_[n])) : py::none();
-    return found;
-  }
-  py::tuple needs() const {
-    py::tuple found(kDifferentiable);
-    for (int n = 0; n < kDifferentiable; ++n) found[n] = needs_[n];
-    return found;
-  }
-  bool gradient() const { return gradient_; }
 
  private:
   // The pass: the loss, and gradients_ where any is needed.
@@ -121,15 +82,10 @@ class SmallCall {
     CpuProblem& p = batch_.problem;
     double scalars[2];
     void* out[kDifferentiable] = {};
-    if (gradient_) {
-      const py::tuple rows = py::make_tuple(p.N, p.D), number;
-      const py::tuple radius = p.per_row_radius ? py::make_tuple(p.N) : number;
-      const py::tuple* const shapes[] = {&rows, &rows, &radius, &number, &number};
-      for (int n = 0; n < kDifferentiable; ++n) {
-        if (!needs_[n]) continue;
-        gradients_[n] = new_empty(like, *shapes[n]);
-        out[n] = memory_of(gradients_[n]);
-      }
+    for (int n = 0; n < kDifferentiable; ++n) {
+      if (!needs_[n]) continue;
+      gradients_[n] = new_empty(like, shape_of(n));
+      out[n] = memory_of(gradients_[n].ptr());
     }
     batch_.text = values_[kTextRow];
     batch_.audio = values_[kAudioRow];
@@ -142,14 +98,14 @@ class SmallCall {
     {
       py::gil_scoped_release release;
       const Memory memory = allocate(kernels().small_bytes(batch_));
-      const Memory rows = allocate((kStateRows + 1) * p.N * real_);  // and dR, unless it is wanted
+      const Memory rows = allocate((kStateRows + 1) * N_ * real_);  // and dR, unless it is wanted
       batch_.memory = memory.get();
       p.state = rows.get();
       if (gradient_) {
         batch_.dA = out[kAudioRow];
         batch_.dT = out[kTextRow];
-        void* const spare = static_cast<char*>(rows.get()) + kStateRows * p.N * real_;
-        batch_.dR = p.per_row_radius && out[kRadius] ? out[kRadius] : spare;
+        void* const spare = static_cast<char*>(rows.get()) + kStateRows * N_ * real_;
+        batch_.dR = per_row_radius_ && out[kRadius] ? out[kRadius] : spare;
         batch_.scalars = scalars;
       }
       kernels().small_pass(batch_);
@@ -163,13 +119,7 @@ class SmallCall {
   }
 
   SmallBatch batch_{};
-  int64_t real_;  // bytes of a Real
-  bool gradient_, needs_[kDifferentiable], ready_ = false;
-  py::object tensors_[kArguments];  // until forward
-  bool is_number_[kArguments];
-  double doubles_[kArguments];  // those numbers
-  float singles_[kArguments];
-  const void* values_[kArguments];
+  bool ready_ = false;
   py::object gradients_[kDifferentiable];  // from forward until backward
 };
 
@@ -220,14 +170,7 @@ class SmallCalls {
 }  // namespace
 
 void bind_cpu_direct(py::module_& m) {
-  py::class_<SmallCall>(m, "SmallCall", "An ordinary call of a small batch: see cpu_direct.cpp.")
-      .def("forward", &SmallCall::forward)
-      .def("backward", &SmallCall::backward)
-      .def_property_readonly("kept", [](const SmallCall&) { return py::none(); })
-      .def_property_readonly("tensors", &SmallCall::tensors)
-      .def_property_readonly("numbers", &SmallCall::numbers)
-      .def_property_readonly("needs", &SmallCall::needs)
-      .def_property_readonly("gradient", &SmallCall::gradient);
+  bind_call<SmallCall>(m, "SmallCall");
   py::class_<SmallCalls>(m, "SmallCalls", "Ordinary calls with some options.")
       .def(py::init<bool, bool, bool, bool, bool, bool, bool, double, double, py::object,
                     py::object>())

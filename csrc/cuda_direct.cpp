@@ -21,12 +21,6 @@ constexpr int64_t kAlignment = 32;  // floats, as in plan.cu
 
 int64_t aligned(int64_t floats) { return (floats + kAlignment - 1) / kAlignment * kAlignment; }
 
-void* memory_of(PyObject* tensor) {
-  TensorView view;
-  if (!view_of(tensor, view)) throw std::runtime_error("a tensor has no memory");
-  return view.start();
-}
-
 Stream stream_of(const TensorView& view) {
   if (view.device_type != kOnCuda) return 0;
   void* stream = nullptr;
@@ -72,16 +66,13 @@ int dtype_of(const TensorView& view) {
 
 // One call: its forward also takes the sums of the gradients, for an upstream gradient of 1, from
 // which every backward makes them.
-class SingleCall {
+class SingleCall : public DirectCall {
  public:
   SingleCall(const CudaProblem& options, const Arguments& arguments)
-      : problem_(options),
-        where_(arguments.views[kAudioRow]),
-        gradient_(arguments.any_needs()),
-        per_row_radius_(arguments.present[kRadius] && arguments.views[kRadius].ndim == 1) {
+      : DirectCall(arguments, 4), problem_(options), where_(arguments.views[kAudioRow]) {
     CudaProblem& p = problem_;
-    p.N = arguments.N;
-    p.D = arguments.D;
+    p.N = N_;
+    p.D = D_;
     p.dtype = dtype_of(where_);
     const int64_t piece = p.dtype == kFloat32 ? 4 : 8;
     p.width = (p.D + piece - 1) / piece * piece;
@@ -90,18 +81,12 @@ class SingleCall {
     p.row_scale = p.row_scale > 0 ? float(1.0 / double(p.N)) : 1.0f;
     p.text_n = p.audio_n = p.D;
     p.text_d = p.audio_d = 1;
-    for (int n = 0; n < kDifferentiable; ++n) needs_[n] = arguments.needs[n];
-    for (int n = 0; n < kArguments; ++n) {
-      if (!arguments.present[n]) continue;
-      tensors_[n] = py::reinterpret_borrow<py::object>(arguments.objects[n]);
-      values_[n] = arguments.views[n].start();
-    }
   }
 
-  // The loss. From here on autograd keeps the tensors.
+  // The loss.
   py::object forward() {
-    if (!tensors_[kScale]) throw std::logic_error("forward was called before");
     PyObject* const like = tensors_[kScale].ptr();  // a number in float32
+    if (!like) throw std::logic_error("forward was called before");
     const py::object loss = new_empty(like, py::tuple());
     CudaProblem p = described();
     const SinglePlan plan = plan_of(p, gradient_);
@@ -114,7 +99,7 @@ class SingleCall {
     const auto memory = reinterpret_cast<uintptr_t>(memory_of(scratch.ptr()));
     const Stream stream = stream_of(where_);
     launch([&] { return single(p, plan, memory, out, gradient_, stream); });
-    for (py::object& tensor : tensors_) tensor = py::object();
+    let_go();
     return loss;
   }
 
@@ -125,11 +110,8 @@ class SingleCall {
   // looks at operators. `inputs`: the tensors that forward had, and what it kept.
   py::object backward(const py::object& upstream, const py::tuple& inputs) {
     TensorView arrives;
-    if (!unwatched() || !view_of(upstream.ptr(), arrives) || !is_plain(upstream.ptr(), arrives) ||
-        dtype_of(arrives) != kFloat32)
-      return py::none();
-    for (int n = 0; n < kArguments; ++n)
-      if (values_[n]) values_[n] = memory_of(py::object(inputs[n]).ptr());
+    if (!takes(upstream, arrives)) return py::none();
+    found_again(inputs);
     CudaProblem p = described();
     const py::object kept = inputs[kArguments], audio = inputs[kAudioRow];
     p.state = static_cast<float*>(memory_of(kept.ptr()));
@@ -137,15 +119,12 @@ class SingleCall {
     give_sums(p, sums);
     p.after = static_cast<const float*>(arrives.start());
     p.row_scalars = sums + sums_elements();
-    const py::tuple rows = py::make_tuple(p.N, p.D), number;
-    const py::tuple radius = per_row_radius_ ? py::make_tuple(p.N) : number;
-    const py::tuple* const shapes[] = {&rows, &rows, &radius, &number, &number};
     py::tuple gradients(kDifferentiable);
     void* out[kDifferentiable] = {};
     for (int n = 0; n < kDifferentiable; ++n) {
       py::object gradient = py::none();
       if (needs_[n]) {
-        gradient = new_empty((n <= kTextRow ? audio : kept).ptr(), *shapes[n]);
+        gradient = new_empty((n <= kTextRow ? audio : kept).ptr(), shape_of(n));
         out[n] = memory_of(gradient.ptr());
       }
       gradients[n] = std::move(gradient);
@@ -163,23 +142,6 @@ class SingleCall {
     launch([&] { return finish_gradients(p, stream); });
     return gradients;
   }
-
-  py::tuple tensors() const {
-    py::tuple found(kArguments);
-    for (int n = 0; n < kArguments; ++n) found[n] = tensors_[n] ? tensors_[n] : py::none();
-    return found;
-  }
-  py::tuple numbers() const {
-    py::tuple found(kArguments);
-    for (int n = 0; n < kArguments; ++n) found[n] = py::none();
-    return found;
-  }
-  py::tuple needs() const {
-    py::tuple found(kDifferentiable);
-    for (int n = 0; n < kDifferentiable; ++n) found[n] = needs_[n];
-    return found;
-  }
-  bool gradient() const { return gradient_; }
 
  private:
   int64_t sums_elements() const {
@@ -210,9 +172,7 @@ class SingleCall {
 
   CudaProblem problem_;
   TensorView where_;
-  bool gradient_, per_row_radius_, needs_[kDifferentiable];
-  py::object tensors_[kArguments], kept_ = py::none();  // until forward; from there until `kept`
-  const void* values_[kArguments] = {};
+  py::object kept_ = py::none();  // from forward until `kept`
 };
 
 // The calls with some options.
@@ -257,14 +217,7 @@ class SingleCalls {
 }  // namespace
 
 void bind_direct(py::module_& m) {
-  py::class_<SingleCall>(m, "SingleCall", py::module_local(), "See csrc/cuda_direct.cpp.")
-      .def("forward", &SingleCall::forward)
-      .def("backward", &SingleCall::backward)
-      .def_property_readonly("kept", &SingleCall::kept)
-      .def_property_readonly("tensors", &SingleCall::tensors)
-      .def_property_readonly("numbers", &SingleCall::numbers)
-      .def_property_readonly("needs", &SingleCall::needs)
-      .def_property_readonly("gradient", &SingleCall::gradient);
+  bind_call<SingleCall>(m, "SingleCall");
   py::class_<SingleCalls>(m, "SingleCalls", py::module_local(), "Ordinary calls with some options.")
       .def(py::init<bool, int, bool, bool, bool, float, float, bool, py::object>())
       .def("__call__", &SingleCalls::operator());

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 namespace py = pybind11;
 
@@ -150,6 +151,12 @@ bool examine(PyObject* const* objects, bool infonce, Arguments& out) {
   return true;
 }
 
+void* memory_of(PyObject* tensor) {
+  TensorView view;
+  if (!view_of(tensor, view)) throw std::runtime_error("a tensor has no memory");
+  return view.start();
+}
+
 py::object new_empty(PyObject* like, const py::tuple& shape) {
   PyObject* made = PyObject_CallMethodOneArg(like, torch().new_empty.ptr(), shape.ptr());
   if (!made) throw py::error_already_set();
@@ -171,6 +178,66 @@ bool Decisions::ours(const Arguments& arguments) {
   if (answer.is_none()) return false;
   if (known_.size() > 4096) known_.clear();
   return known_[kind] = answer.cast<bool>();
+}
+
+DirectCall::DirectCall(const Arguments& arguments, int64_t real)
+    : N_(arguments.N),
+      D_(arguments.D),
+      real_(real),
+      gradient_(arguments.any_needs()),
+      per_row_radius_(arguments.is_tensor[kRadius] && arguments.views[kRadius].ndim == 1) {
+  for (int n = 0; n < kDifferentiable; ++n) needs_[n] = arguments.needs[n];
+  for (int n = 0; n < kArguments; ++n) {
+    values_[n] = nullptr;
+    is_number_[n] = arguments.present[n] && !arguments.is_tensor[n];
+    if (is_number_[n]) {
+      doubles_[n] = arguments.numbers[n];
+      singles_[n] = float(arguments.numbers[n]);
+      values_[n] = real == 8 ? static_cast<void*>(&doubles_[n]) : &singles_[n];
+    }
+    if (arguments.is_tensor[n]) {
+      tensors_[n] = py::reinterpret_borrow<py::object>(arguments.objects[n]);
+      values_[n] = arguments.views[n].start();
+    }
+  }
+}
+
+void DirectCall::let_go() {
+  for (py::object& tensor : tensors_) tensor = py::object();
+}
+
+void DirectCall::found_again(const py::tuple& inputs) {
+  for (int n = 0; n < kArguments; ++n)
+    if (values_[n] && !is_number_[n]) values_[n] = memory_of(py::object(inputs[n]).ptr());
+}
+
+bool DirectCall::takes(const py::object& upstream, TensorView& view) const {
+  return unwatched() && view_of(upstream.ptr(), view) && is_plain(upstream.ptr(), view) &&
+         view.type_code == kFloat && view.type_bits == 8 * real_;
+}
+
+py::tuple DirectCall::shape_of(int argument) const {
+  if (argument == kAudioRow || argument == kTextRow) return py::make_tuple(N_, D_);
+  return argument == kRadius && per_row_radius_ ? py::make_tuple(N_) : py::tuple();
+}
+
+py::tuple DirectCall::tensors() const {
+  py::tuple found(kArguments);
+  for (int n = 0; n < kArguments; ++n) found[n] = tensors_[n] ? tensors_[n] : py::none();
+  return found;
+}
+
+py::tuple DirectCall::numbers() const {
+  py::tuple found(kArguments);
+  for (int n = 0; n < kArguments; ++n)
+    found[n] = is_number_[n] ? py::object(py::float_(doubles_[n])) : py::none();
+  return found;
+}
+
+py::tuple DirectCall::needs() const {
+  py::tuple found(kDifferentiable);
+  for (int n = 0; n < kDifferentiable; ++n) found[n] = needs_[n];
+  return found;
 }
 
 }  // namespace supclap

@@ -46,6 +46,9 @@ bool is_plain(PyObject* tensor, const TensorView& view);
 // Fills `out` from the objects; false if the call is not ordinary.
 bool examine(PyObject* const* objects, bool infonce, Arguments& out);
 
+// Where a tensor's memory starts. Raises where it has none.
+void* memory_of(PyObject* tensor);
+
 // An uninitialised tensor of this shape, of the dtype and on the device of `like`.
 pybind11::object new_empty(PyObject* like, const pybind11::tuple& shape);
 pybind11::object new_empty(PyObject* like, int64_t elements);
@@ -62,6 +65,52 @@ class __attribute__((visibility("hidden"))) Decisions {
   pybind11::object decide_;
   std::map<Kind, bool> known_;
 };
+
+// What a call keeps of its arguments from forward to backward.
+class __attribute__((visibility("hidden"))) DirectCall {
+ public:
+  // The arguments that are tensors, until forward; those that are numbers; None for the others.
+  pybind11::tuple tensors() const;
+  pybind11::tuple numbers() const;
+  // Which of the differentiable ones want a gradient, and whether any does.
+  pybind11::tuple needs() const;
+  bool gradient() const { return gradient_; }
+
+ protected:
+  // `real` bytes of a number: 4 or 8.
+  DirectCall(const Arguments& arguments, int64_t real);
+  // From here on autograd keeps the tensors.
+  void let_go();
+  // The arguments as autograd hands them back, which may lie elsewhere.
+  void found_again(const pybind11::tuple& inputs);
+  // Whether `upstream` is a number as the kernels read it, and nothing looks at operators.
+  bool takes(const pybind11::object& upstream, TensorView& view) const;
+  // The shape of the gradient of a differentiable argument.
+  pybind11::tuple shape_of(int argument) const;
+
+  int64_t N_, D_, real_;
+  bool gradient_, per_row_radius_, needs_[kDifferentiable];
+  pybind11::object tensors_[kArguments];
+  void* values_[kArguments];  // memory of a tensor or of a number; null: there is none
+
+ private:
+  bool is_number_[kArguments];
+  double doubles_[kArguments];
+  float singles_[kArguments];
+};
+
+// Binds what Python asks of every direct call.
+template <class Call>
+pybind11::class_<Call> bind_call(pybind11::module_& m, const char* name) {
+  return pybind11::class_<Call>(m, name, pybind11::module_local(), "An ordinary call.")
+      .def("forward", &Call::forward)
+      .def("backward", &Call::backward)
+      .def_property_readonly("kept", &Call::kept)
+      .def_property_readonly("tensors", &Call::tensors)
+      .def_property_readonly("numbers", &Call::numbers)
+      .def_property_readonly("needs", &Call::needs)
+      .def_property_readonly("gradient", &Call::gradient);
+}
 
 // The direct calls of the CPU.
 void bind_cpu_direct(pybind11::module_& m);
