@@ -1,12 +1,12 @@
-"""Which way computes which call, and why: the only place that chooses.
+"""Which way computes which call, and why: the only place that chooses ("auto": automatic.py).
 
 A backend that a user names ("triton", "cuda", "panel") has one or several ways, and every way has a
 name of its own, by which tests and benchmarks ask for it:
 
-    cpu:small      one native call                 cpu:panel      panels with C++ epilogues
-    triton:tile    Triton's tile kernels               triton:panel   panels with Triton's epilogues
+    cpu:small      one native call             cpu:panel      panels with C++ epilogues
+    triton:tile    Triton's tile kernels       triton:panel   panels with Triton's epilogues
     cuda:single    one launch, up to what fits on the chip (cuda:single:16, :32, :64 name its tiles)
-    cuda:hopper    the sweeps for Hopper               cuda:panel     panels with CUDA's epilogues
+    cuda:hopper    the sweeps for Hopper       cuda:panel     panels with CUDA's epilogues
     reference      eager PyTorch
 """
 

@@ -46,15 +46,12 @@ def outputs(backend: Backend, case: Case, inputs: Inputs) -> Outputs:
 def failure(backend: Backend, device: torch.device, kind: Kind, rows: int) -> str:
     """Why the acceptance rule of testing.py rejects the case; empty if it accepts it."""
     case = case_of(kind, rows)
-    kind_of_device: Any = device.type
     with torch.inference_mode(False), torch.enable_grad():
-        with torch.autocast(kind_of_device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             inputs = make_inputs(case, str(device))
             try:
                 result = outputs(backend, case, inputs)
-            except (
-                Exception
-            ) as error:  # of a compiler, a driver: whatever it is, the way is no good
+            except Exception as error:  # of a compiler or a driver: the way is no good
                 return f"{type(error).__name__}: {error}".splitlines()[0]
             exact = truth(case, inputs)
             base = baseline(case, inputs, rounded_weights=kind.dtype.itemsize == 2)
