@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,25 @@ def siglip_kernel(audio: Tensor, text: Tensor, _: None, scale: Tensor, bias: Ten
     return fused_siglip_loss(audio, text, scale.log(), bias)
 
 
+@functools.cache
+def clip_loss() -> Any:
+    """open_clip's ClipLoss, from its file alone: the package itself wants torchvision."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations is not None
+    path = Path(next(iter(package.submodule_search_locations))) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ClipLoss()
+
+
+def open_clip(audio: Tensor, text: Tensor, _: None, scale: Tensor, bias: None) -> Tensor:
+    """Half of ours: the mean over the two directions."""
+    loss: Tensor = clip_loss()(audio, text, scale)
+    return loss
+
+
 @dataclass(frozen=True)
 class Rival:
     """A public kernel of one plain loss."""
@@ -203,6 +223,7 @@ PEERS: dict[str, Literal | Ours | Rival] = {
     "linear_cross_entropy": Rival(
         "infonce", linear_cross_entropy, hasattr(F, "linear_cross_entropy")
     ),
+    "open_clip": package("infonce", open_clip),
     "inf_cl": package("infonce", inf_cl),
     "memeff": package("infonce", memeff),
     "siglip-kernel": package("siglip", siglip_kernel),

@@ -1,6 +1,7 @@
 """Small batches on a CPU, beside the least they could take.
 
     python -m bench.small [--threads 1] [--rounds 21] [--isa avx2] [--compile] [--out FILE]
+                          [--only mirror:24:1024 ...]
 
 Forward and backward, in turns, each of ours checked against the specification first. The floor is a
 Function that does nothing for the same tensors, and the pass's products alone by `torch.mm`: 3 of
@@ -77,19 +78,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--isa", help="of our kernels, such as avx2; default the widest")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--only", nargs="+", help="cases, each MODE:N:D")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.isa:
         native.module().set_isa(chosen.isa)
-    names = ["eager", *(["compile"] if chosen.compile else []), "cpu:panel", "cpu:small"]
+    names = ["eager", *(["compile"] if chosen.compile else []), "open_clip", "cpu:panel"]
+    cases = CASES
+    if chosen.only:
+        cases = [Case(x, int(N), int(D)) for x, N, D in (only.split(":") for only in chosen.only)]
     rows = []
-    print("microseconds; ours over the floor, over eager PyTorch, over its panels")
-    for case in CASES:
-        row = measure(case, names, chosen.rounds)
+    print("microseconds; ours over the floor, and over", ", ".join(names))
+    for case in cases:
+        there = [name for name in names if PEERS[name].state(case.mode) == "ok"]
+        row = measure(case, [*there, "cpu:small"], chosen.rounds)
         rows.append({"mode": case.mode, "N": case.N, "D": case.D, **row})
         ours = row["cpu:small"]
-        ratios = [f"{ours / row[name]:.2f}" for name in ("floor", *names[:-1])]
+        ratios = [f"{ours / row[name]:.2f}" if name in row else "-" for name in ("floor", *names)]
         print(f"{case.mode:13s} N={case.N:<4d} D={case.D:<5d} {ours:8.1f}  {'  '.join(ratios)}")
     if chosen.out:
         write_json(chosen.out, {"machine": environment(), "microseconds": rows})
