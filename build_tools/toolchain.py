@@ -210,9 +210,11 @@ class Toolkit:
         else those defaults that this toolkit knows."""
         text = env.get("SUPCLAP_CUDA_ARCHS")
         if text is None:
-            here = [arch for arch in gpus_here(env) if arch.number in self.numbers] if stays else []
+            here = gpus_here(env) if stays else []
+            if here and all(arch.number in self.numbers for arch in here):
+                return here
             default = DEFAULT_CUDA_ARCHS if stays else WHEEL_CUDA_ARCHS
-            return here or [a for a in parse_archs(default) if a.number in self.numbers]
+            return [a for a in parse_archs(default) if a.number in self.numbers]
         archs = parse_archs(text)
         for arch in archs:
             if arch.number not in self.numbers:

@@ -3,6 +3,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "direct.h"
@@ -47,12 +48,12 @@ class SmallCall : public DirectCall {
     PyObject* const like = tensors_[kAudioRow].ptr();
     if (!like) throw std::logic_error("forward was called before");
     const py::object loss = new_empty(like, py::tuple());
-    compute(memory_of(loss.ptr()), like);
+    gradients_ = compute(values_, memory_of(loss.ptr()), like);
     let_go();
     return loss;
   }
 
-  // Autograd keeps nothing but the arguments.
+  // Autograd keeps the arguments. The gradients wait here: they are given away.
   py::object kept() { return py::none(); }
 
   // The gradients of the differentiable arguments, None for those without; or None where something
@@ -60,67 +61,71 @@ class SmallCall : public DirectCall {
   py::object backward(const py::object& upstream, const py::tuple& inputs) {
     TensorView arrives;
     if (!takes(upstream, arrives)) return py::none();
-    if (!ready_) {
+    Gradients ready;
+    ready.swap(gradients_);  // at once: another thread may go backward, too
+    if (ready.empty()) {
       double loss;
-      found_again(inputs);
-      compute(&loss, py::object(inputs[kAudioRow]).ptr());
+      const py::object audio = inputs[kAudioRow];
+      ready = compute(found_again(inputs), &loss, audio.ptr());
     }
-    ready_ = false;
     const int64_t sizes[] = {N_ * D_, N_ * D_, per_row_radius_ ? N_ : 1, 1, 1};
     py::tuple gradients(kDifferentiable);
     for (int n = 0; n < kDifferentiable; ++n) {
       if (needs_[n])
-        kernels().scale(real_ == 8, memory_of(gradients_[n].ptr()), sizes[n], arrives.start());
-      gradients[n] = needs_[n] ? std::move(gradients_[n]) : py::none();
+        kernels().scale(real_ == 8, memory_of(ready[n].ptr()), sizes[n], arrives.start());
+      gradients[n] = needs_[n] ? std::move(ready[n]) : py::none();
     }
     return gradients;
   }
 
  private:
-  // The pass: the loss, and gradients_ where any is needed.
-  void compute(void* loss, PyObject* like) {
-    CpuProblem& p = batch_.problem;
+  using Gradients = std::vector<py::object>;
+
+  // The pass: the loss, and the gradients where any is needed. Several threads may be here.
+  Gradients compute(const Values& values, void* loss, PyObject* like) const {
+    SmallBatch batch = batch_;
+    CpuProblem& p = batch.problem;
     double scalars[2];
     void* out[kDifferentiable] = {};
+    Gradients gradients(gradient_ ? kDifferentiable : 0);
     for (int n = 0; n < kDifferentiable; ++n) {
       if (!needs_[n]) continue;
-      gradients_[n] = new_empty(like, shape_of(n));
-      out[n] = memory_of(gradients_[n].ptr());
+      gradients[n] = new_empty(like, shape_of(n));
+      out[n] = memory_of(gradients[n].ptr());
     }
-    batch_.text = values_[kTextRow];
-    batch_.audio = values_[kAudioRow];
-    p.R = values_[kRadius];
-    p.w = values_[kWeight];
-    batch_.scale = values_[kScale];
-    batch_.bias = values_[kBiasArgument];
-    batch_.ids = static_cast<const int64_t*>(values_[kIds]);
-    batch_.loss = loss;
+    batch.text = values[kTextRow];
+    batch.audio = values[kAudioRow];
+    p.R = values[kRadius];
+    p.w = values[kWeight];
+    batch.scale = values[kScale];
+    batch.bias = values[kBiasArgument];
+    batch.ids = static_cast<const int64_t*>(values[kIds]);
+    batch.loss = loss;
     {
       py::gil_scoped_release release;
-      const Memory memory = allocate(kernels().small_bytes(batch_));
+      const Memory memory = allocate(kernels().small_bytes(batch));
       const Memory rows = allocate((kStateRows + 1) * N_ * real_);  // and dR, unless it is wanted
-      batch_.memory = memory.get();
+      batch.memory = memory.get();
       p.state = rows.get();
       if (gradient_) {
-        batch_.dA = out[kAudioRow];
-        batch_.dT = out[kTextRow];
+        batch.dA = out[kAudioRow];
+        batch.dT = out[kTextRow];
         void* const spare = static_cast<char*>(rows.get()) + kStateRows * N_ * real_;
-        batch_.dR = per_row_radius_ && out[kRadius] ? out[kRadius] : spare;
-        batch_.scalars = scalars;
+        batch.dR = per_row_radius_ && out[kRadius] ? out[kRadius] : spare;
+        batch.scalars = scalars;
       }
-      kernels().small_pass(batch_);
-      if (out[kRadius] && out[kRadius] != batch_.dR)
-        std::memcpy(out[kRadius], batch_.dR, size_t(real_));
+      kernels().small_pass(batch);
+      if (out[kRadius] && out[kRadius] != batch.dR)
+        std::memcpy(out[kRadius], batch.dR, size_t(real_));
     }
     for (const int n : {kScale, kBiasArgument})
       if (out[n])
         std::memcpy(out[n], reinterpret_cast<char*>(scalars) + (n - kScale) * real_, size_t(real_));
-    ready_ = true;
+    return gradients;
   }
 
   SmallBatch batch_{};
-  bool ready_ = false;
-  py::object gradients_[kDifferentiable];  // from forward until backward
+  Gradients gradients_;  // from forward until the first backward
 };
 
 // The calls with some options.
@@ -155,8 +160,9 @@ class SmallCalls {
       if (arguments.is_tensor[n] && (view.type_code != kFloat || view.type_bits != bits))
         return py::none();
     }
-    if (!decisions_.ours(arguments)) return py::none();
     const int threads = threads_().cast<int>();
+    if (!decisions_.ours(arguments, threads)) return py::none();
+    if (arguments.any_needs() && !saves_plainly()) return py::none();
     return py::cast(std::make_unique<SmallCall>(options_, normalize_, arguments, threads));
   }
 

@@ -88,7 +88,7 @@ class SingleCall : public DirectCall {
     PyObject* const like = tensors_[kScale].ptr();  // a number in float32
     if (!like) throw std::logic_error("forward was called before");
     const py::object loss = new_empty(like, py::tuple());
-    CudaProblem p = described();
+    CudaProblem p = described(values_);
     const SinglePlan plan = plan_of(p, gradient_);
     const py::object scratch = new_empty(like, (plan.scratch + 3) / 4);
     const int64_t state = aligned(kStateRows * p.N);
@@ -111,8 +111,7 @@ class SingleCall : public DirectCall {
   py::object backward(const py::object& upstream, const py::tuple& inputs) {
     TensorView arrives;
     if (!takes(upstream, arrives)) return py::none();
-    found_again(inputs);
-    CudaProblem p = described();
+    CudaProblem p = described(found_again(inputs));
     const py::object kept = inputs[kArguments], audio = inputs[kAudioRow];
     p.state = static_cast<float*>(memory_of(kept.ptr()));
     float* const sums = p.state + aligned(kStateRows * p.N);
@@ -148,15 +147,15 @@ class SingleCall : public DirectCall {
     return 2 * problem_.N * problem_.width + (kRowSums + 1) * problem_.N + 2;
   }
 
-  CudaProblem described() const {
+  CudaProblem described(const Values& values) const {
     CudaProblem p = problem_;
-    p.text = values_[kTextRow];
-    p.audio = values_[kAudioRow];
-    p.radius = static_cast<const float*>(values_[kRadius]);
-    p.scale = static_cast<const float*>(values_[kScale]);
-    p.bias = static_cast<const float*>(values_[kBiasArgument]);
-    p.weight = static_cast<const float*>(values_[kWeight]);
-    p.ids = static_cast<const int64_t*>(values_[kIds]);
+    p.text = values[kTextRow];
+    p.audio = values[kAudioRow];
+    p.radius = static_cast<const float*>(values[kRadius]);
+    p.scale = static_cast<const float*>(values[kScale]);
+    p.bias = static_cast<const float*>(values[kBiasArgument]);
+    p.weight = static_cast<const float*>(values[kWeight]);
+    p.ids = static_cast<const int64_t*>(values[kIds]);
     return p;
   }
 
@@ -205,6 +204,7 @@ class SingleCalls {
         return py::none();  // a number must be sent to the device first
     if (!on_host_ && rows.device_index != current_device()) return py::none();
     if (!decisions_.ours(arguments)) return py::none();
+    if (arguments.any_needs() && !saves_plainly()) return py::none();
     return py::cast(std::make_unique<SingleCall>(options_, arguments));
   }
 

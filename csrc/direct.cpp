@@ -1,5 +1,7 @@
 #include "direct.h"
 
+#include <cfloat>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -12,7 +14,8 @@ namespace {
 
 // What is asked of PyTorch in every call; looked up once.
 struct Torch {
-  py::object tensor, parameter, grad_enabled, modes, transforms, tracing, forward_mode, is_neg;
+  py::object tensor, parameter, grad_enabled, modes, transforms, tracing, forward_mode, is_neg,
+      saving_hooks;
   py::str requires_grad{"requires_grad"}, new_empty{"new_empty"}, level{"_current_level"};
   const ExchangeTable* table = nullptr;
 
@@ -24,6 +27,7 @@ struct Torch {
     modes = c.attr("_len_torch_dispatch_stack");
     transforms = c.attr("_are_functorch_transforms_active");
     tracing = c.attr("_is_tracing");
+    saving_hooks = c.attr("_autograd").attr("_top_saved_tensors_default_hooks");
     forward_mode = py::module_::import("torch.autograd.forward_ad");
     is_neg = tensor.attr("is_neg");
     const char* name = "__dlpack_c_exchange_api__";
@@ -43,7 +47,8 @@ struct Torch {
 
 // Never destroyed: Python may be gone by then.
 const Torch& torch() {
-  static const Torch* found = new Torch;
+  static const Torch* found = nullptr;  // no static guard: to import may hand the GIL over
+  if (!found) found = new Torch;
   return *found;
 }
 
@@ -96,6 +101,13 @@ bool unwatched() {
 
 bool grad_enabled() { return is_true(called(torch().grad_enabled)); }
 
+bool saves_plainly() {
+  PyObject* hooks = PyObject_CallOneArg(torch().saving_hooks.ptr(), Py_True);
+  if (!hooks) throw py::error_already_set();
+  Py_DECREF(hooks);
+  return hooks == Py_None;
+}
+
 bool is_plain(PyObject* tensor, const TensorView& view) {
   if (!view.data) return false;
   PyObject* negated = PyObject_CallOneArg(torch().is_neg.ptr(), tensor);
@@ -117,6 +129,7 @@ bool examine(PyObject* const* objects, bool infonce, Arguments& out) {
       const bool number_allowed = n == kRadius || n == kScale || n == kBiasArgument;
       if (!number_allowed || !PyFloat_CheckExact(object)) return false;
       out.numbers[n] = PyFloat_AS_DOUBLE(object);
+      if (std::isfinite(out.numbers[n]) && std::fabs(out.numbers[n]) > FLT_MAX) return false;
       continue;
     }
     TensorView& view = out.views[n];
@@ -167,10 +180,15 @@ py::object new_empty(PyObject* like, int64_t elements) {
   return new_empty(like, py::make_tuple(elements));
 }
 
-bool Decisions::ours(const Arguments& arguments) {
+bool Decisions::ours(const Arguments& arguments, int threads) {
   const TensorView& audio = arguments.views[kAudioRow];
-  const Kind kind{audio.device_type, audio.device_index, audio.type_code * 256 + audio.type_bits,
-                  arguments.N,       arguments.D,        arguments.present[kRadius]};
+  const Kind kind{audio.device_type,
+                  audio.device_index,
+                  audio.type_code * 256 + audio.type_bits,
+                  arguments.N,
+                  arguments.D,
+                  arguments.present[kRadius],
+                  threads};
   const auto found = known_.find(kind);
   if (found != known_.end()) return found->second;
   const py::object answer =
@@ -206,9 +224,13 @@ void DirectCall::let_go() {
   for (py::object& tensor : tensors_) tensor = py::object();
 }
 
-void DirectCall::found_again(const py::tuple& inputs) {
-  for (int n = 0; n < kArguments; ++n)
-    if (values_[n] && !is_number_[n]) values_[n] = memory_of(py::object(inputs[n]).ptr());
+Values DirectCall::found_again(const py::tuple& inputs) const {
+  Values found;
+  for (int n = 0; n < kArguments; ++n) {
+    found[n] = values_[n];
+    if (values_[n] && !is_number_[n]) found[n] = memory_of(py::object(inputs[n]).ptr());
+  }
+  return found;
 }
 
 bool DirectCall::takes(const py::object& upstream, TensorView& view) const {

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <tuple>
@@ -37,6 +38,10 @@ struct Arguments {
 // Whether nothing looks at operators: no mode, transform, tracer or tangent, and no debugging.
 bool unwatched();
 
+// Whether what autograd saves is kept as it is. Otherwise a hook may want to move or to drop all
+// that forward leaves for backward, and a direct call leaves more than it saves.
+bool saves_plainly();
+
 // Whether a gradient is recorded.
 bool grad_enabled();
 
@@ -58,13 +63,16 @@ pybind11::object new_empty(PyObject* like, int64_t elements);
 class __attribute__((visibility("hidden"))) Decisions {
  public:
   explicit Decisions(pybind11::object decide) : decide_(std::move(decide)) {}
-  bool ours(const Arguments& arguments);
+  bool ours(const Arguments& arguments, int threads = 0);
 
  private:
-  using Kind = std::tuple<int32_t, int32_t, int, int64_t, int64_t, bool>;
+  using Kind = std::tuple<int32_t, int32_t, int, int64_t, int64_t, bool, int>;
   pybind11::object decide_;
   std::map<Kind, bool> known_;
 };
+
+// Memory of each argument, of a tensor or of a number; null: there is none.
+using Values = std::array<void*, kArguments>;
 
 // What a call keeps of its arguments from forward to backward.
 class __attribute__((visibility("hidden"))) DirectCall {
@@ -81,8 +89,8 @@ class __attribute__((visibility("hidden"))) DirectCall {
   DirectCall(const Arguments& arguments, int64_t real);
   // From here on autograd keeps the tensors.
   void let_go();
-  // The arguments as autograd hands them back, which may lie elsewhere.
-  void found_again(const pybind11::tuple& inputs);
+  // The memory of the arguments as autograd hands them back.
+  Values found_again(const pybind11::tuple& inputs) const;
   // Whether `upstream` is a number as the kernels read it, and nothing looks at operators.
   bool takes(const pybind11::object& upstream, TensorView& view) const;
   // The shape of the gradient of a differentiable argument.
@@ -91,7 +99,7 @@ class __attribute__((visibility("hidden"))) DirectCall {
   int64_t N_, D_, real_;
   bool gradient_, per_row_radius_, needs_[kDifferentiable];
   pybind11::object tensors_[kArguments];
-  void* values_[kArguments];  // memory of a tensor or of a number; null: there is none
+  Values values_;
 
  private:
   bool is_number_[kArguments];

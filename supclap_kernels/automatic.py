@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import tables
+from . import native, tables
 from .backends import available
 from .backends.call import Route
 from .backends.cuda import route as cuda_route
@@ -28,7 +28,7 @@ BY_MODEL = f"by model at least {MARGIN} times faster than eager PyTorch"
 BY_MEMORY = f"eager PyTorch would take more than {SHARE:.0%} of the free memory"
 EAGER = f"by model no kernel is {MARGIN} times faster than eager PyTorch"
 MODELLED = (BY_MODEL, BY_MEMORY, EAGER)
-ONLY = "a group's rows are computed block by block"
+ONLY = "by model the fastest kernel"
 
 
 CPU_WAYS = (
@@ -48,6 +48,8 @@ def family(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         return "reference", f"fallback: no kernel for {device.type} tensors here"
     if dtype == torch.float64:
         return "reference", "float64: the kernels compute in float32"
+    if not native.has_device():
+        return "reference", "fallback: no CUDA device"
     index = device_index(device)
     found = next((x for x in ("cuda", "triton") if available.state(x, index) == "ok"), None)
     if found is None:
@@ -83,7 +85,7 @@ def routes(
 
 def cpu_pick(N: int, measured: Measured) -> Route:
     ways = tuple(x.way for x in CPU_WAYS if x.largest is None or N <= x.largest)
-    return measured.fastest(N, ways) or CPU_WAYS[-1]
+    return measured.fastest(N, ways, True) or CPU_WAYS[-1]
 
 
 class Candidates(NamedTuple):
@@ -124,11 +126,32 @@ def on_hopper(N: int, kind: Kind, able: Candidates) -> Route | None:
     return None
 
 
-def by_model(machine: Machine, N: int, kind: Kind, ways: tuple[str, ...], staged: bool) -> Route:
+def kernels(device: torch.device, kind: Kind) -> tuple[Route, ...]:
+    """The ways of operators, which cannot be eager PyTorch. Compiled programs contain them, so they
+    depend on the device and on what is installed alone: not on what was measured, on free memory,
+    or on PyTorch's settings."""
+    name, reason = family(device, kind.dtype)
+    if name == "cpu":
+        return CPU_WAYS
+    if name == "reference":
+        return (Route(name, None, reason),)
+    machine = machine_at(device_index(device))._replace(tf32=False)
+    able = candidates(machine, kind, False)
+
+    def pick(N: int) -> Route:
+        measured = on_hopper(N, kind, able) if machine.hopper else None
+        return measured or by_model(machine, N, kind, able.at(N), only_kernels=True)
+
+    return by_size(pick, able.single)
+
+
+def by_model(
+    machine: Machine, N: int, kind: Kind, ways: tuple[str, ...], only_kernels: bool
+) -> Route:
     only_measured = ("cuda:hopper", "triton:tile") if machine.cuda else ()
     times = {way: seconds(machine, way, N, kind) for way in ways if way not in only_measured}
     best = min(times, key=times.__getitem__)
-    if staged:
+    if only_kernels:
         return Route(best, None, ONLY)
     if MARGIN * times[best] <= seconds(machine, "reference", N, kind):
         return Route(best, None, BY_MODEL)
@@ -147,9 +170,12 @@ def gpu_routes(
         reason = "neither the CUDA kernels nor Triton's are installed"
         return (Route("reference", None, f"fallback: {reason}"),)
 
+    def fits(N: int) -> bool:
+        return eager_bytes(N, kind.directions) <= SHARE * machine.free
+
     def pick(N: int) -> Route:
         ways = able.at(N)
-        found = None if measured is None else measured.fastest(N, ways)
+        found = None if measured is None else measured.fastest(N, ways, fits(N))
         if found is None and machine.hopper:
             found = on_hopper(N, kind, able)
         return found or by_model(machine, N, kind, ways, staged)

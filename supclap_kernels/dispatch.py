@@ -129,27 +129,26 @@ def call_of(
     return where, Kind(D, dtype, options.mode(radius), options.infonce)
 
 
-Remembered = tuple[Options, torch.device, torch.dtype, int, bool, bool]
-"""Options, device, dtype, D, whether there is a radius, `staged`."""
+Remembered = tuple[Options, torch.device, torch.dtype, int, bool, bool, int]
+"""Options, device, dtype, D, whether there is a radius, `staged`, threads."""
 
 
 @functools.lru_cache(maxsize=1024)
 def remembered_routes(*call: Any) -> tuple[Route, ...]:
-    options, device, dtype, D, radius, staged = call
+    """... from the first call of a kind on: what memory was free then counts."""
+    options, device, dtype, D, radius, staged, _ = call
     kind = Kind(D, dtype, options.mode(radius), options.infonce)
     return routes(options.backend, device, kind, staged)
 
 
 @functools.lru_cache(maxsize=1024)
 def remembered_kernels(*call: Any) -> tuple[Route, ...]:
-    """The same for an operator, which cannot be eager PyTorch: the way of larger batches takes its
-    place."""
-    every = remembered_routes(*call)
-    kernels = [way for way in every if way.way != "reference"]
-    larger = kernels[1:]
-    return tuple(x for x, y in zip(kernels, larger, strict=False) if x.way != y.way) + tuple(
-        kernels[-1:] or every
-    )
+    """The same of an operator, whose choice is a constant of compiled programs."""
+    options, device, dtype, D, radius, *_ = call
+    kind = Kind(D, dtype, options.mode(radius), options.infonce)
+    if options.backend == "auto":
+        return automatic.kernels(device, kind)
+    return routes(options.backend, device, kind)
 
 
 def forget() -> None:
@@ -164,7 +163,8 @@ def remembered_as(inputs: Tensors, options: Options, staged: bool = False) -> Re
     if type(D) is not int:  # a compiler's symbol, for which a number would be a constant
         asks = options.backend.startswith("cuda") or (options.backend == "auto" and audio.is_cuda)
         D = int(D) if asks else 0
-    return options, audio.device, audio.dtype, D, inputs.radius is not None, staged
+    key = options, audio.device, audio.dtype, D, inputs.radius is not None, staged
+    return *key, torch.get_num_threads()
 
 
 def runs_reference(inputs: Tensors, options: Options, staged: bool = False) -> bool:
@@ -231,15 +231,21 @@ def implementation(way: str) -> Backend:
     return sweeps.HOPPER if kind == "hopper" else sweeps.PANEL
 
 
-def backend_for(inputs: Tensors, options: Options) -> Backend:
+def way_for(inputs: Tensors, options: Options) -> str:
+    """What computes a call that is neither eager PyTorch's nor an operator's."""
+    ways = remembered_routes(*remembered_as(inputs, options))
+    return route(len(inputs.audio), ways).way
+
+
+def operator_way(inputs: Tensors, options: Options) -> str:
     """What computes the operators for these tensors."""
     ways = remembered_kernels(*remembered_as(inputs, options))
-    return implementation(route(len(inputs.audio), ways).way)
+    return route(len(inputs.audio), ways).way
 
 
 def staged_way(inputs: Tensors, options: Options) -> str:
     """What computes a pass over a process group, stage by stage."""
-    return remembered_kernels(*remembered_as(inputs, options, staged=True))[-1].way
+    return remembered_routes(*remembered_as(inputs, options, staged=True))[-1].way
 
 
 def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:

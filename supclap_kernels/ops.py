@@ -66,7 +66,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (needs, *values) = _split(arguments)
     options = Options(*values)
     dispatch.refuse_unproven(inputs, options)
-    backend = dispatch.backend_for(inputs, options)
+    backend = dispatch.implementation(dispatch.operator_way(inputs, options))
     outputs = without_autograd(inputs.audio, backend.forward, inputs, options, tuple(needs))
     loss, stats, state, saved = outputs
     return loss, loss.new_empty(0) if stats is None else stats, state, saved
@@ -75,7 +75,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (state, saved, needs, *values) = _split(arguments)
     options = Options(*values)
-    backend = dispatch.backend_for(inputs, options)
+    backend = dispatch.implementation(dispatch.operator_way(inputs, options))
     call = (inputs, options, tuple(needs), upstream, state, saved)
     gradients = without_autograd(inputs.audio, backend.backward, *call)
     return tuple(state.new_empty(0, dtype=torch.float32) if g is None else g for g in gradients)
@@ -125,23 +125,24 @@ def watched(inputs: Tensors) -> bool:
 
 
 class SVRFunction(torch.autograd.Function):
-    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, needs, options, backend).
+    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, needs, options, way).
 
-    Where the backend is None the operators are called; their options are plain values.
+    Where the way is None the operators are called; their options are plain values.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, needs, options, backend = arguments
-        if backend is None:
+        *tensors, needs, options, way = arguments
+        if way is None:
             outputs = torch.ops.supclap_kernels.svr_loss(*tensors, needs, *options)
         else:
+            backend = dispatch.implementation(way)
             outputs = without_autograd(
                 tensors[0], backend.forward, Tensors(*tensors), options, needs
             )
         loss, stats, state, saved = outputs
         ctx.save_for_backward(*tensors, state, saved)
-        ctx.needs, ctx.options, ctx.backend = needs, options, backend
+        ctx.needs, ctx.options, ctx.way = needs, options, way
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -153,13 +154,16 @@ class SVRFunction(torch.autograd.Function):
         # Read once: activation checkpointing unpacks the saved tensors a single time.
         *tensors, state, saved = ctx.saved_tensors
         inputs, needs, options = Tensors(*tensors), ctx.needs, ctx.options
-        if ctx.backend is None or watched(inputs):
+        if ctx.way is None or watched(inputs):
+            if ctx.way is not None:  # forward's own, whatever an operator would choose
+                options = options._replace(backend=ctx.way)
             arguments = (upstream, *tensors, state, saved, needs, *options)
             gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
         else:
             call = (inputs, options, needs, upstream, state, saved)
-            gradients = without_autograd(upstream, ctx.backend.backward, *call)
-        no_gradient = (None,) * 5  # of ids, weight, needs, options, backend
+            backend = dispatch.implementation(ctx.way)
+            gradients = without_autograd(upstream, backend.backward, *call)
+        no_gradient = (None,) * 5  # of ids, weight, needs, options, way
         return *for_autograd(gradients, needs, upstream, inputs), *no_gradient
 
 
@@ -210,15 +214,16 @@ def svr_loss(inputs: Tensors, options: Options) -> tuple[Tensor, Tensor | None]:
         refuse_tangents(inputs)
     recording = torch.is_grad_enabled()
     needs = tuple(recording and x is not None and x.requires_grad for x in inputs[:5])
-    backend = None if watched(inputs) else dispatch.backend_for(inputs, options)
+    way = None if watched(inputs) else dispatch.way_for(inputs, options)
     if any(needs):
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "the kernels of fused_svr_loss have no rule for torch.func transforms with "
                 "gradients; use torch.autograd.grad, or backend='reference'"
             )
-        call_options = tuple(options) if backend is None else options
-        return SVRFunction.apply(*inputs, needs, call_options, backend)
-    if backend is None:
+        call_options = tuple(options) if way is None else options
+        return SVRFunction.apply(*inputs, needs, call_options, way)
+    if way is None:
         return torch.ops.supclap_kernels.svr_loss(*inputs, needs, *options)[:2]
-    return without_autograd(inputs.audio, backend.forward, inputs, options, needs)[:2]
+    forward = dispatch.implementation(way).forward
+    return without_autograd(inputs.audio, forward, inputs, options, needs)[:2]

@@ -37,13 +37,14 @@ class Measured(NamedTuple):
         """The place of the measured size that is nearest."""
         return min(range(len(self.sizes)), key=lambda n: abs(math.log(self.sizes[n] / N)))
 
-    def fastest(self, N: int, ways: tuple[str, ...]) -> Route | None:
-        """Of these ways and eager PyTorch; None where none of the ways was measured."""
+    def fastest(self, N: int, ways: tuple[str, ...], eager_fits: bool) -> Route | None:
+        """Of these ways and, if it fits into the memory, eager PyTorch; None where none of the ways
+        was measured."""
         row = self.times[self.near(N)]
         times = {way: row[way] for way in ways if way in row}
         if not times:
             return None
-        if "reference" in row and N <= REACH * self.sizes[-1]:
+        if eager_fits and "reference" in row and N <= REACH * self.sizes[-1]:
             times["reference"] = row["reference"]
         return Route(min(times, key=times.__getitem__), None, HERE)
 

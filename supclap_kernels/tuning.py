@@ -141,8 +141,6 @@ def tune(
         Triton, CUDA or this package change.
     """
     where = tuned_device(device)
-    direct.forget()
-    tables.reset(where)
     start = time.perf_counter()
     kinds: dict[str, dict[int, dict[str, float]]] = {}
     for n, (dtype, mode, infonce) in enumerate(KINDS):
@@ -166,6 +164,8 @@ def tuned_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if native.has_device() else "cpu"
     where = torch.device(device)
     if where.type == "cuda":
+        if not native.has_device():
+            raise RuntimeError("tune: there is no CUDA device")
         where = torch.device("cuda", device_index(where))
         if available.capability(where.index) < OLDEST:
             raise RuntimeError("tune: the kernels do not run on this GPU")

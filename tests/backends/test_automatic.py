@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import supclap_kernels as sk
-from supclap_kernels import automatic, direct, dispatch, native, ops, selfcheck
+from supclap_kernels import automatic, direct, dispatch, native, ops, selfcheck, tables
 from supclap_kernels.backends import available, machine
 from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.estimate import MARGIN, SHARE, Kind, eager_bytes, seconds
@@ -38,6 +38,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(machine, "card_at", lambda i: machine.CARDS[available.capability(i)])
     monkeypatch.setattr(machine, "free_memory", lambda index: 40 * 2**30)
     monkeypatch.setattr(native, "cuda", lambda: launchers)
+    monkeypatch.setattr(native, "has_device", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(automatic.tables, "load", lambda device: None)
@@ -278,17 +279,23 @@ def test_nothing_is_proven_while_a_graph_is_captured(two_gpus, monkeypatch):
     assert not dispatch.runs_reference(call, options)
 
 
-def test_an_operator_is_never_eager_pytorch(two_gpus):
-    """Its outputs have the sizes of a backend; the way of larger batches takes the gap."""
-    call = (Options(), torch.device("cuda:0"), SINGLE, 512, True, False)
-    every = dispatch.remembered_routes(*call)
-    kernels = dispatch.remembered_kernels(*call)
-    assert "reference" in [x.way for x in every]
-    assert [x.way for x in kernels] == ["cuda:single", "cuda:panel"]
-    assert kernels[-1].largest is None
-    for N in (24, 90, 101, 3000, 60000):
-        if (way := dispatch.route(N, every).way) != "reference":
-            assert dispatch.route(N, kernels).way == way
+def test_an_operator_depends_on_what_is_installed_alone(two_gpus, monkeypatch):
+    """It is never eager PyTorch, and its choice, which compiled programs contain, is the same with
+    little memory, other settings and a table of `tune`."""
+
+    def of_operators() -> list[tuple[str, int | None]]:
+        dispatch.remembered_kernels.cache_clear()
+        return [(x.way, x.largest) for x in dispatch.remembered_kernels(*call)]
+
+    call = (Options(), torch.device("cuda:0"), SINGLE, 512, True, False, 1)
+    assert "reference" in [x.way for x in dispatch.remembered_routes(*call)]
+    kernels = of_operators()
+    assert kernels == [("cuda:single", 100), ("cuda:panel", None)]
+    monkeypatch.setattr(machine, "free_memory", lambda index: 2**20)
+    monkeypatch.setattr(machine, "tf32_allowed", lambda: True)
+    table = tables.Table({"float32 mirror infonce": tables.Measured((24,), ({"reference": 1.0},))})
+    monkeypatch.setattr(automatic.tables, "load", lambda device: table)
+    assert of_operators() == kernels
 
 
 def test_the_self_check_leaves_no_trace(monkeypatch):

@@ -96,6 +96,29 @@ def test_a_compiled_call_is_no_eager_pytorch(cache):
     assert "supclap_kernels.svr_loss" in str(graphs[0].code)
 
 
+def test_a_compiled_program_does_not_depend_on_a_table(cache):
+    """Compilers keep programs on disk, with the sizes of what an operator saves."""
+    X, Y = (torch.randn(24, 8, requires_grad=True) for _ in range(2))
+    compiled = torch.compile(sk.fused_svr_loss, backend="aot_eager", fullgraph=True)
+    first = torch.autograd.grad(compiled(X, Y, 0.1), X)[0]
+    tables.save(CPU, {"float32 mirror infonce": {24: {"cpu:panel": 1.0, "cpu:small": 2.0}}})
+    direct.forget()
+    assert sk.explain(N=24).startswith("cpu:panel: measured here")
+    assert torch.equal(torch.autograd.grad(compiled(X, Y, 0.1), X)[0], first)
+
+
+def test_another_number_of_threads_is_another_choice(cache):
+    written()
+    X, before = torch.randn(24, 8, requires_grad=True), torch.get_num_threads()
+    assert "Direct" not in type(sk.fused_svr_loss(X, X, 0.1).grad_fn).__name__
+    try:
+        torch.set_num_threads(before + 1)
+        assert "Direct" in type(sk.fused_svr_loss(X, X, 0.1).grad_fn).__name__
+    finally:
+        torch.set_num_threads(before)
+    assert "Direct" not in type(sk.fused_svr_loss(X, X, 0.1).grad_fn).__name__
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -145,9 +168,10 @@ def test_a_table_is_for_its_threads(cache):
 
 def test_the_nearest_size_speaks():
     measured = Measured((16, 1024), ({"a": 1.0, "reference": 2.0}, {"a": 2.0, "reference": 1.0}))
-    taken = [measured.fastest(N, ("a",)).way for N in (1, 16, 127, 129, 1024, 2048, 2049)]
+    taken = [measured.fastest(N, ("a",), True).way for N in (1, 16, 127, 129, 1024, 2048, 2049)]
     assert taken == ["a", "a", "a", "reference", "reference", "reference", "a"]
-    assert measured.fastest(16, ("b",)) is None
+    assert measured.fastest(16, ("b",), True) is None
+    assert measured.fastest(1024, ("a",), False).way == "a"
 
 
 def test_a_way_that_cannot_be_trusted_is_not_measured(cache, monkeypatch):
@@ -173,6 +197,9 @@ def test_what_is_measured_on_a_gpu():
 def test_tune_refuses_other_devices(cache):
     with pytest.raises(ValueError, match="tune measures CPUs and CUDA GPUs, got meta"):
         sk.tune("meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="tune: there is no CUDA device"):
+            sk.tune("cuda")
 
 
 def test_command_line(cache):

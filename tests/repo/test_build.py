@@ -285,6 +285,7 @@ class TestNvcc:
             ("echo 9.0; echo 9.0", ["90a"]),
             ("echo 12.0; echo 8.0", ["80", "120"]),
             ("echo 10.3", ["80", "90a", "90+PTX"]),  # one that this toolkit does not know
+            ("echo 9.0; echo 10.3", ["80", "90a", "90+PTX"]),
             ("echo 9.0; echo 7.5", ["80", "90a", "90+PTX"]),  # too old
             ("echo '[N/A]'", ["80", "90a", "90+PTX"]),
             ("exit 9", ["80", "90a", "90+PTX"]),
