@@ -145,12 +145,9 @@ class SmallCalls {
   }
 
   // A SmallCall, or None if the call is not an ordinary one of a small batch.
-  py::object operator()(py::handle audio, py::handle text, py::handle radius, py::handle scale,
-                        py::handle bias, py::handle ids, py::handle weight) {
-    PyObject* const objects[] = {audio.ptr(), text.ptr(), radius.ptr(), scale.ptr(),
-                                 bias.ptr(),  ids.ptr(),  weight.ptr()};
+  py::object operator()(const py::tuple& objects) {
     Arguments arguments;
-    if (!unwatched() || !examine(objects, options_.infonce, arguments)) return py::none();
+    if (!examine(objects, options_.infonce, arguments)) return py::none();
     const TensorView& rows = arguments.views[kAudioRow];
     const int bits = rows.type_bits;
     if (rows.device_type != kOnCpu || rows.type_code != kFloat || (bits != 32 && bits != 64))

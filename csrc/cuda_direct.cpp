@@ -190,12 +190,9 @@ class SingleCalls {
   }
 
   // A SingleCall, or None if the call is not an ordinary one of a batch that fits on the chip.
-  py::object operator()(py::handle audio, py::handle text, py::handle radius, py::handle scale,
-                        py::handle bias, py::handle ids, py::handle weight) {
-    PyObject* const objects[] = {audio.ptr(), text.ptr(), radius.ptr(), scale.ptr(),
-                                 bias.ptr(),  ids.ptr(),  weight.ptr()};
+  py::object operator()(const py::tuple& objects) {
     Arguments arguments;
-    if (!unwatched() || !examine(objects, options_.infonce, arguments)) return py::none();
+    if (!examine(objects, options_.infonce, arguments)) return py::none();
     const TensorView& rows = arguments.views[kAudioRow];
     if (rows.device_type != (on_host_ ? kOnCpu : kOnCuda) || dtype_of(rows) < 0) return py::none();
     for (const int n : {kRadius, kScale, kBiasArgument, kWeight})

@@ -116,11 +116,12 @@ bool is_plain(PyObject* tensor, const TensorView& view) {
   return negated != Py_True;
 }
 
-bool examine(PyObject* const* objects, bool infonce, Arguments& out) {
+bool examine(const py::tuple& objects, bool infonce, Arguments& out) {
+  if (!unwatched() || objects.size() != kArguments) return false;
   const Torch& t = torch();
   const bool recording = grad_enabled();
   for (int n = 0; n < kArguments; ++n) {
-    PyObject* object = out.objects[n] = objects[n];
+    PyObject* object = out.objects[n] = PyTuple_GET_ITEM(objects.ptr(), n);
     out.present[n] = object != Py_None;
     out.is_tensor[n] = out.present[n] && t.is_tensor(object);
     if (n < kDifferentiable) out.needs[n] = false;
@@ -152,7 +153,7 @@ bool examine(PyObject* const* objects, bool infonce, Arguments& out) {
   for (const int n : {kScale, kBiasArgument})
     if (out.is_tensor[n] && out.views[n].ndim != 0) return false;
   if (out.is_tensor[kRadius]) {
-    if (Py_TYPE(objects[kRadius]) == reinterpret_cast<PyTypeObject*>(t.parameter.ptr()))
+    if (Py_TYPE(out.objects[kRadius]) == reinterpret_cast<PyTypeObject*>(t.parameter.ptr()))
       return false;  // watch.py wants to see it
     const TensorView& radius = out.views[kRadius];
     if (radius.ndim != 0 && !is_vector(radius, out.N)) return false;

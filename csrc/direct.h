@@ -48,8 +48,8 @@ bool grad_enabled();
 // A tensor's memory holds its values: it is neither negated in name only, nor zeros without memory.
 bool is_plain(PyObject* tensor, const TensorView& view);
 
-// Fills `out` from the objects; false if the call is not ordinary.
-bool examine(PyObject* const* objects, bool infonce, Arguments& out);
+// Fills `out` from the arguments in the order of Argument; false if the call is not ordinary.
+bool examine(const pybind11::tuple& objects, bool infonce, Arguments& out);
 
 // Where a tensor's memory starts. Raises where it has none.
 void* memory_of(PyObject* tensor);

@@ -83,7 +83,7 @@ def loss_of(tensors: tuple[Any, ...], values: tuple[Any, ...]) -> Tensor | None:
         return None
     on_gpu = getattr(tensors[0], "is_cuda", False) or found.cpu is None
     calls = found.cuda if on_gpu else found.cpu
-    call = None if calls is None else calls(*tensors)
+    call = None if calls is None else calls(tensors)
     if call is None:
         return None
     if call.gradient:

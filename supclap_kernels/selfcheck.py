@@ -4,6 +4,7 @@ The kernels were proven on the machines of their authors. This proves them on th
 going to train, once in a process, for each way, dtype and mode: some ten milliseconds.
 """
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -85,7 +86,8 @@ def trusted(way: str, backend: Backend, device: torch.device, kind: Kind) -> boo
     if not can_check(device):
         return False
     rows = ROWS[way.startswith("cuda:single")]
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
         reason = failure(backend, device, kind, rows)
     CHECKED[key] = not reason
     if reason:

@@ -149,8 +149,7 @@ def tune(
         rows = dict(measured(where, kind, until, report))
         if rows:
             kinds[tables.name_of(kind)] = rows
-    names = dict(kinds)
-    for name, rows in names.items():  # on a CPU float16 is widened to float32
+    for name, rows in list(kinds.items()):  # on a CPU float16 is widened to float32
         like = "float32" if where.type == "cpu" else "bfloat16"
         if name.startswith(like):
             kinds["float16" + name.removeprefix(like)] = rows

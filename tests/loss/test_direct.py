@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import traced
-from covering import covering
+from direct_cases import compare, compare_frozen, every_option, long_way, watch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import supclap_kernels as sk
-from supclap_kernels import direct, native
+from supclap_kernels import native
 from supclap_kernels.backends.cpu.call import native_problem
 from supclap_kernels.backends.state import STATE_ROWS
 from supclap_kernels.options import Options
-from supclap_kernels.testing import Case, evaluate, make_inputs
+from supclap_kernels.testing import DIFFERENTIABLE, Case, make_inputs
 
 N, D = 24, 32
 
@@ -30,20 +30,7 @@ N, D = 24, 32
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
     """For each call of the loss, whether it went the short way."""
-    seen: list[bool] = []
-    original = direct.loss_of
-
-    def loss_of(*arguments: Any) -> Any:
-        loss = original(*arguments)
-        seen.append(loss is not None)
-        return loss
-
-    monkeypatch.setattr(direct, "loss_of", loss_of)
-    return seen
-
-
-def long_way(monkeypatch) -> None:
-    monkeypatch.setattr(direct, "loss_of", lambda *_: None)
+    return watch(monkeypatch)
 
 
 def rows(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,60 +41,19 @@ def rows(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
 # --------------------------------------------------------------------------------- what it computes
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    covering(
-        60,
-        objective=("infonce", "siglip"),
-        bilateral=("none", "mirror", "shared"),
-        reduction=("mean", "sum"),
-        renormalize=(False, True),
-        normalize=(False, True),
-        alpha=(1.0, 0.3, 0.0),
-        beta=(0.0, 0.2),
-        radius=("none", "scalar", "row"),
-        weighted=(False, True),
-        duplicates=(False, True),
-        dtype=(torch.float32, torch.float64),
-        N=(1, 2, 23, 64, 65, 256),
-        D=(1, 3, 48, 130),
-        gap=(0.3, 0.02, 0.0),
-    ),
-    ids=lambda chosen: "-".join(map(str, chosen.values())),
+@every_option(
+    60,
+    dtype=(torch.float32, torch.float64),
+    N=(1, 2, 23, 64, 65, 256),
+    D=(1, 3, 48, 130),
 )
 def test_the_same_bits_as_the_long_way(chosen, taken, monkeypatch, poisoned_memory):
-    chosen = dict(chosen)
-    fields = {name: chosen.pop(name) for name in
-              ("N", "D", "gap", "radius", "weighted", "duplicates", "dtype")}  # fmt: skip
-    case = Case(**fields, options=chosen)
-    inputs = make_inputs(case)
-    short = evaluate(sk.fused_svr_loss, inputs, **case.options)
-    value = sk.fused_svr_loss(*(vars(inputs)[name] for name in (
-        "audio", "text", "radius", "logit_scale", "logit_bias")), ids=inputs.ids,
-        weight=inputs.weight, **case.options)  # fmt: skip
-    assert taken == [True, True] and torch.equal(value, short["loss"])
-    long_way(monkeypatch)
-    long = evaluate(sk.fused_svr_loss, inputs, **case.options)
-    for name, wanted in long.items():
-        assert torch.equal(short[name], wanted) and short[name].dtype == wanted.dtype, name
+    compare(chosen, sk.fused_svr_loss, taken, monkeypatch)
 
 
-@pytest.mark.parametrize("frozen", ["audio", "text", "radius", "logit_scale", "logit_bias"])
+@pytest.mark.parametrize("frozen", DIFFERENTIABLE)
 def test_what_is_frozen_gets_no_gradient(frozen, taken, monkeypatch):
-    case = Case(N=N, D=D, radius="row", options={"objective": "siglip"})
-
-    def gradients() -> dict[str, Any]:
-        inputs = make_inputs(case)
-        for name, x in inputs.differentiable().items():
-            x.requires_grad_(name != frozen)
-        sk.fused_svr_loss(**inputs.differentiable(), **case.options).backward()
-        return {name: x.grad for name, x in inputs.differentiable().items()}
-
-    short = gradients()
-    long_way(monkeypatch)
-    long = gradients()
-    assert taken == [True] and short[frozen] is long[frozen] is None
-    assert all(torch.equal(short[name], long[name]) for name in short if name != frozen)
+    compare_frozen(frozen, sk.fused_svr_loss, taken, monkeypatch)
 
 
 @pytest.mark.parametrize(

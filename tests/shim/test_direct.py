@@ -4,89 +4,37 @@ from typing import Any
 
 import pytest
 import torch
-from covering import covering
+from direct_cases import compare, compare_frozen, every_option, watch
 from torch.utils.flop_counter import FlopCounterMode
 
 import supclap_kernels as sk
 from supclap_kernels import direct, native
-from supclap_kernels.testing import Case, evaluate, make_inputs
+from supclap_kernels.testing import DIFFERENTIABLE, Case, evaluate, make_inputs
 
 
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
     """For each call of the loss, whether it went the short way."""
-    seen: list[bool] = []
-    original = direct.loss_of
-
-    def loss_of(*arguments: Any) -> Any:
-        loss = original(*arguments)
-        seen.append(loss is not None)
-        return loss
-
-    monkeypatch.setattr(direct, "loss_of", loss_of)
-    return seen
+    return watch(monkeypatch)
 
 
 def fused(*arguments: Any, **options: Any) -> Any:
     return sk.fused_svr_loss(*arguments, backend="cuda", **options)
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    covering(
-        45,
-        objective=("infonce", "siglip"),
-        bilateral=("none", "mirror", "shared"),
-        reduction=("mean", "sum"),
-        renormalize=(False, True),
-        normalize=(False, True),
-        alpha=(1.0, 0.3, 0.0),
-        beta=(0.0, 0.2),
-        radius=("none", "scalar", "row"),
-        weighted=(False, True),
-        duplicates=(False, True),
-        dtype=(torch.float32, torch.bfloat16, torch.float16),
-        N=(1, 2, 23, 65),
-        D=(1, 16, 48, 100),
-        gap=(0.3, 0.02, 0.0),
-    ),
-    ids=lambda chosen: "-".join(map(str, chosen.values())),
+@every_option(
+    45,
+    dtype=(torch.float32, torch.bfloat16, torch.float16),
+    N=(1, 2, 23, 65),
+    D=(1, 16, 48, 100),
 )
 def test_the_same_bits_as_the_long_way(chosen, taken, monkeypatch, poisoned_memory):
-    chosen = dict(chosen)
-    fields = {name: chosen.pop(name) for name in
-              ("N", "D", "gap", "radius", "weighted", "duplicates", "dtype")}  # fmt: skip
-    case = Case(**fields, options=chosen)
-    inputs = make_inputs(case)
-    short = evaluate(fused, inputs, **case.options)
-    numbers = (inputs.radius, inputs.logit_scale, inputs.logit_bias)
-    fixed = {"ids": inputs.ids, "weight": inputs.weight}
-    value = fused(inputs.audio, inputs.text, *numbers, **fixed, **case.options)
-    assert taken == [True, True]
-    monkeypatch.setattr(direct, "loss_of", lambda *_: None)
-    long = evaluate(fused, inputs, **case.options)
-    for name, wanted in long.items():
-        assert torch.equal(short[name], wanted) and short[name].dtype == wanted.dtype, name
-    wanted = fused(inputs.audio, inputs.text, *numbers, **fixed, **case.options)
-    assert torch.equal(value, wanted)
+    compare(chosen, fused, taken, monkeypatch)
 
 
-@pytest.mark.parametrize("frozen", ["audio", "text", "radius", "logit_scale", "logit_bias"])
+@pytest.mark.parametrize("frozen", DIFFERENTIABLE)
 def test_what_is_frozen_gets_no_gradient(frozen, taken, monkeypatch):
-    case = Case(N=24, D=32, radius="row", options={"objective": "siglip"})
-
-    def gradients() -> dict[str, Any]:
-        inputs = make_inputs(case)
-        for name, x in inputs.differentiable().items():
-            x.requires_grad_(name != frozen)
-        fused(**inputs.differentiable(), **case.options).backward()
-        return {name: x.grad for name, x in inputs.differentiable().items()}
-
-    short = gradients()
-    monkeypatch.setattr(direct, "loss_of", lambda *_: None)
-    long = gradients()
-    assert taken == [True] and short[frozen] is long[frozen] is None
-    assert all(torch.equal(short[name], long[name]) for name in short if name != frozen)
+    compare_frozen(frozen, fused, taken, monkeypatch)
 
 
 def test_backward_again_and_in_a_mode(taken):
