@@ -80,7 +80,7 @@ def routes(
             return CPU_WAYS[staged:]
         return by_size(lambda N: cpu_pick(N, measured), CPU_SMALL)
     machine = machine or machine_at(device_index(device))
-    return gpu_routes(machine, kind, staged, measured)
+    return gpu_routes(machine, kind, staged, measured, only_kernels=staged)
 
 
 def cpu_pick(N: int, measured: Measured) -> Route:
@@ -136,13 +136,11 @@ def kernels(device: torch.device, kind: Kind) -> tuple[Route, ...]:
     if name == "reference":
         return (Route(name, None, reason),)
     machine = machine_at(device_index(device))._replace(tf32=False)
-    able = candidates(machine, kind, False)
+    return gpu_routes(machine, kind, False, None, only_kernels=True)
 
-    def pick(N: int) -> Route:
-        measured = on_hopper(N, kind, able) if machine.hopper else None
-        return measured or by_model(machine, N, kind, able.at(N), only_kernels=True)
 
-    return by_size(pick, able.single)
+def eager_fits(machine: Machine, kind: Kind, N: int) -> bool:
+    return eager_bytes(N, kind.directions) <= SHARE * machine.free
 
 
 def by_model(
@@ -155,13 +153,13 @@ def by_model(
         return Route(best, None, ONLY)
     if MARGIN * times[best] <= seconds(machine, "reference", N, kind):
         return Route(best, None, BY_MODEL)
-    if eager_bytes(N, kind.directions) > SHARE * machine.free:
-        return Route(best, None, BY_MEMORY)
-    return Route("reference", None, EAGER)
+    if eager_fits(machine, kind, N):
+        return Route("reference", None, EAGER)
+    return Route(best, None, BY_MEMORY)
 
 
 def gpu_routes(
-    machine: Machine, kind: Kind, staged: bool, measured: Measured | None
+    machine: Machine, kind: Kind, staged: bool, measured: Measured | None, only_kernels: bool
 ) -> tuple[Route, ...]:
     if machine.capability < OLDEST:
         return (Route("reference", None, too_old(machine.capability)),)
@@ -170,15 +168,13 @@ def gpu_routes(
         reason = "neither the CUDA kernels nor Triton's are installed"
         return (Route("reference", None, f"fallback: {reason}"),)
 
-    def fits(N: int) -> bool:
-        return eager_bytes(N, kind.directions) <= SHARE * machine.free
-
     def pick(N: int) -> Route:
-        ways = able.at(N)
-        found = None if measured is None else measured.fastest(N, ways, fits(N))
+        ways, found = able.at(N), None
+        if measured is not None:
+            found = measured.fastest(N, ways, eager_fits(machine, kind, N))
         if found is None and machine.hopper:
             found = on_hopper(N, kind, able)
-        return found or by_model(machine, N, kind, ways, staged)
+        return found or by_model(machine, N, kind, ways, only_kernels)
 
     return by_size(pick, able.single)
 
