@@ -107,11 +107,14 @@ class SingleCall : public DirectCall {
   py::object kept() { return std::move(kept_); }
 
   // The gradients of the differentiable arguments, None for those without; or None where something
-  // looks at operators. `inputs`: the tensors that forward had, and what it kept.
+  // looks at operators, or the tensors are not as they were. `inputs`: those that forward had, and
+  // what it kept.
   py::object backward(const py::object& upstream, const py::tuple& inputs) {
     TensorView arrives;
     if (!takes(upstream, arrives)) return py::none();
-    CudaProblem p = described(found_again(inputs));
+    Values values;
+    if (!finds_again(inputs, values)) return py::none();
+    CudaProblem p = described(values);
     const py::object kept = inputs[kArguments], audio = inputs[kAudioRow];
     p.state = static_cast<float*>(memory_of(kept.ptr()));
     float* const sums = p.state + aligned(kStateRows * p.N);

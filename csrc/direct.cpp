@@ -215,8 +215,12 @@ DirectCall::DirectCall(const Arguments& arguments, int64_t real)
       values_[n] = real == 8 ? static_cast<void*>(&doubles_[n]) : &singles_[n];
     }
     if (arguments.is_tensor[n]) {
+      const TensorView& view = arguments.views[n];
       tensors_[n] = py::reinterpret_borrow<py::object>(arguments.objects[n]);
-      values_[n] = arguments.views[n].start();
+      values_[n] = view.start();
+      seen_[n] = {view.device_type, view.device_index, view.ndim,
+                  view.type_code,   view.type_bits,    {}};
+      for (int d = 0; d < view.ndim; ++d) seen_[n].shape[d] = view.shape[d];
     }
   }
 }
@@ -225,13 +229,24 @@ void DirectCall::let_go() {
   for (py::object& tensor : tensors_) tensor = py::object();
 }
 
-Values DirectCall::found_again(const py::tuple& inputs) const {
-  Values found;
+bool DirectCall::finds_again(const py::tuple& inputs, Values& found) const {
   for (int n = 0; n < kArguments; ++n) {
     found[n] = values_[n];
-    if (values_[n] && !is_number_[n]) found[n] = memory_of(py::object(inputs[n]).ptr());
+    if (!values_[n] || is_number_[n]) continue;
+    const py::object tensor = inputs[n];
+    const Seen& seen = seen_[n];
+    TensorView view;
+    if (!view_of(tensor.ptr(), view) || !is_plain(tensor.ptr(), view) || !is_contiguous(view))
+      return false;
+    if (view.device_type != seen.device_type || view.device_index != seen.device_index ||
+        view.type_code != seen.type_code || view.type_bits != seen.type_bits ||
+        view.ndim != seen.ndim)
+      return false;
+    for (int d = 0; d < view.ndim; ++d)
+      if (view.shape[d] != seen.shape[d]) return false;
+    found[n] = view.start();
   }
-  return found;
+  return true;
 }
 
 bool DirectCall::takes(const py::object& upstream, TensorView& view) const {

@@ -89,8 +89,9 @@ class __attribute__((visibility("hidden"))) DirectCall {
   DirectCall(const Arguments& arguments, int64_t real);
   // From here on autograd keeps the tensors.
   void let_go();
-  // The memory of the arguments as autograd hands them back.
-  Values found_again(const pybind11::tuple& inputs) const;
+  // The memory of the arguments as autograd hands them back; false where one of them has another
+  // layout now, such as by an assignment to its `data`.
+  bool finds_again(const pybind11::tuple& inputs, Values& found) const;
   // Whether `upstream` is a number as the kernels read it, and nothing looks at operators.
   bool takes(const pybind11::object& upstream, TensorView& view) const;
   // The shape of the gradient of a differentiable argument.
@@ -102,6 +103,14 @@ class __attribute__((visibility("hidden"))) DirectCall {
   Values values_;
 
  private:
+  // Of a tensor that forward had.
+  struct Seen {
+    int32_t device_type, device_index, ndim;
+    uint8_t type_code, type_bits;
+    int64_t shape[2];
+  };
+
+  Seen seen_[kArguments];
   bool is_number_[kArguments];
   double doubles_[kArguments];
   float singles_[kArguments];

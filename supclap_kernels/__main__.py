@@ -62,10 +62,13 @@ def main() -> None:
     what.add_argument("--show", action="store_true", help="print what was measured")
     what.add_argument("--reset", action="store_true", help="forget what was measured")
     arguments = parser.parse_args()
-    if arguments.command == "tune":
-        run_tune(arguments)
-    else:
+    if arguments.command != "tune":
         show_machine()
+        return
+    try:
+        run_tune(arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog} tune: {error}\n")
 
 
 if __name__ == "__main__":

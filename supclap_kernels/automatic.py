@@ -84,8 +84,8 @@ def routes(
 
 
 def cpu_pick(N: int, measured: Measured) -> Route:
-    ways = tuple(x.way for x in CPU_WAYS if x.largest is None or N <= x.largest)
-    return measured.fastest(N, ways, True) or CPU_WAYS[-1]
+    able = [x for x in CPU_WAYS if x.largest is None or N <= x.largest]
+    return measured.fastest(N, tuple(x.way for x in able), True) or able[0]
 
 
 class Candidates(NamedTuple):
@@ -110,6 +110,18 @@ def candidates(machine: Machine, kind: Kind, staged: bool) -> Candidates:
         large.append("triton:tile")
     single = cuda_route.single_limit(machine, kind) if machine.cuda and not staged else 0
     return Candidates(single, tuple(large))
+
+
+def runnable(machine: Machine, kind: Kind, N: int, staged: bool = False) -> tuple[str, ...]:
+    """Every way that can run, whether the model knows what it takes or not."""
+    ways = ["triton:panel", "triton:tile"] if machine.triton else []
+    if machine.cuda:
+        ways.append("cuda:panel")
+    if machine.cuda and not staged and N <= cuda_route.single_limit(machine, kind):
+        ways.append("cuda:single")
+    if machine.hopper and kind.dtype.itemsize == 2:
+        ways.append("cuda:hopper")
+    return tuple(ways)
 
 
 def on_hopper(N: int, kind: Kind, able: Candidates) -> Route | None:
@@ -171,7 +183,8 @@ def gpu_routes(
     def pick(N: int) -> Route:
         ways, found = able.at(N), None
         if measured is not None:
-            found = measured.fastest(N, ways, eager_fits(machine, kind, N))
+            every = runnable(machine, kind, N, staged)
+            found = measured.fastest(N, every, eager_fits(machine, kind, N))
         if found is None and machine.hopper:
             found = on_hopper(N, kind, able)
         return found or by_model(machine, N, kind, ways, only_kernels)
@@ -188,6 +201,12 @@ def by_size(pick: Callable[[int], Route], *borders: int) -> tuple[Route, ...]:
             routes.pop()
         routes.append(found)
     return *routes[:-1], routes[-1]._replace(largest=None)
+
+
+def treated_as(N: int, ways: tuple[Route, ...]) -> int:
+    """The batch that was asked about for one of N pairs."""
+    borders = {way.largest for way in ways if way.largest is not None}
+    return min((size for size in {*SIZES, *borders} if size >= N), default=N)
 
 
 def too_old(capability: tuple[int, int]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import automatic, native, tables
-from .automatic import MODELLED, numbers
+from .automatic import MODELLED, numbers, treated_as
 from .backends import available
 from .backends.call import Backend, Route, Tensors
 from .backends.cuda import route as cuda_route
@@ -26,6 +26,7 @@ from .backends.estimate import Kind, eager_bytes
 from .backends.machine import Machine, described, device_index, machine_at
 from .backends.panel import PLACEHOLDER
 from .backends.tile_sizes import CPU_SMALL
+from .checks import FLOATS
 from .options import Options, check_choices
 from .selfcheck import can_check, checked, trusted
 from .tables import HERE
@@ -136,9 +137,17 @@ Remembered = tuple[Options, torch.device, torch.dtype, int, bool, bool, int]
 @functools.lru_cache(maxsize=1024)
 def remembered_routes(*call: Any) -> tuple[Route, ...]:
     """... from the first call of a kind on: what memory was free then counts."""
-    options, device, dtype, D, radius, staged, _ = call
+    options, device, dtype, D, radius, staged, threads = call
     kind = Kind(D, dtype, options.mode(radius), options.infonce)
-    return routes(options.backend, device, kind, staged)
+    return routes_of_kind(options.backend, device, kind, staged, threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def routes_of_kind(
+    backend: str, device: torch.device, kind: Kind, staged: bool, threads: int
+) -> tuple[Route, ...]:
+    """... whose options may differ in numbers."""
+    return routes(backend, device, kind, staged)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -146,15 +155,20 @@ def remembered_kernels(*call: Any) -> tuple[Route, ...]:
     """The same of an operator, whose choice is a constant of compiled programs."""
     options, device, dtype, D, radius, *_ = call
     kind = Kind(D, dtype, options.mode(radius), options.infonce)
-    if options.backend == "auto":
+    return kernels_of_kind(options.backend, device, kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def kernels_of_kind(backend: str, device: torch.device, kind: Kind) -> tuple[Route, ...]:
+    if backend == "auto":
         return automatic.kernels(device, kind)
-    return routes(options.backend, device, kind)
+    return routes(backend, device, kind)
 
 
 def forget() -> None:
     """The ways that are remembered; direct.py's `forget` forgets its own, too."""
-    remembered_routes.cache_clear()
-    remembered_kernels.cache_clear()
+    for remembered in (remembered_routes, routes_of_kind, remembered_kernels, kernels_of_kind):
+        remembered.cache_clear()
 
 
 def remembered_as(inputs: Tensors, options: Options, staged: bool = False) -> Remembered:
@@ -288,10 +302,20 @@ def explain(
             would take on it.
         built: which of "cuda" and "triton" would be installed there; default both.
         memory: bytes that would be free there; default all that such a card has.
+
+    Raises:
+        TypeError, ValueError: arguments that describe no call. RuntimeError: a backend that cannot
+            run here.
     """
     check_choices(objective=objective, bilateral=bilateral)
+    check_described(N, D, dtype)
     options = Options(objective=objective, bilateral=bilateral)
     if capability is not None:
+        if backend != "auto" or torch.device(device).type not in ("cpu", "cuda"):
+            raise ValueError(
+                "capability asks what 'auto' takes on a CUDA GPU that need not be here; got "
+                f"device={str(device)!r}, backend={backend!r}"
+            )
         device = "cuda"
     elif built is not None or memory is not None:
         raise ValueError("built and memory describe a GPU; name its compute capability, too")
@@ -304,17 +328,28 @@ def explain(
             for way in ways
         ]
         return "; then ".join(steps)
-    way = route(N, ways)
+    way, asked = route(N, ways), treated_as(N, ways)
     line = f"{way.way}: {way.reason}"
     if way.reason == HERE:
         table = tables.load(where)
         measured = None if table is None else table.of(kind)
-        line += "" if measured is None else f" ({measured.numbers(N)})"
+        line += "" if measured is None else f" ({measured.numbers(asked)})"
     elif way.reason in MODELLED:
         model = machine or machine_at(device_index(where))
-        line += f" ({numbers(model, kind, N, way.way)})"
+        line += f" ({numbers(model, kind, asked, way.way)})"
     on_this_gpu = backend == "auto" and where.type == "cuda" and machine is None
     return f"{line}; {checked(way.way, where, kind)}" if on_this_gpu else line
+
+
+def check_described(N: int | None, D: int, dtype: torch.dtype) -> None:
+    """Raises unless there can be embeddings (N, D) of this dtype."""
+    for name, size in (("N", 1 if N is None else N), ("D", D)):
+        if type(size) is not int:
+            raise TypeError(f"{name} must be a number of rows or columns, got {size!r}")
+        if not 0 < size < 2**31:
+            raise ValueError(f"{name} must be positive and below 2**31, got {size}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
 
 
 def memory_estimate(
@@ -336,14 +371,11 @@ def memory_estimate(
         device, backend: as in `fused_svr_loss`.
         options: objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace.
     """
-    if N < 1 or D < 1:
-        raise ValueError(f"N and D must be positive, got N={N}, D={D}")
+    check_described(N, D, dtype)
     settings = Options(**options)
     check_choices(
         objective=settings.objective, bilateral=settings.bilateral, reduction=settings.reduction
     )
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
     way = route(N, routes(backend, *call_of(device, dtype, D, settings, radius))).way
     if way != "reference":
         from .backends.footprint import peak_bytes

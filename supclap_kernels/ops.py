@@ -9,7 +9,7 @@ wants to reuse (kept panels, or SigLIP's gradients). Where nothing looks at oper
 calls the backend itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,9 +62,26 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Tensors, tuple[Any, ...]]:
     return Tensors(*arguments[:count]), arguments[count:]
 
 
+def refuse_misfits(inputs: Tensors) -> None:
+    """Raises where tensors do not fit together: the kernels read memory without asking. checks.py
+    has seen to that, unless operators are called by themselves, or an assignment to `data` or to a
+    storage changed a tensor after forward."""
+    rows = tuple(inputs.audio.shape)
+    vector, number = rows[:1], ()
+    allowed = ((rows,), (rows,), (vector, number), (number,), (number,), (vector,), (vector,))
+    for name, x, shapes in zip(Tensors._fields, inputs, allowed, strict=True):
+        if x is None:
+            continue
+        if tuple(x.shape) not in shapes:
+            raise RuntimeError(f"{name} has shape {tuple(x.shape)} beside audio {rows}")
+        if x.numel() and not x.untyped_storage().nbytes():
+            raise RuntimeError(f"{name} has no memory any more: its storage was resized")
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (needs, *values) = _split(arguments)
     options = Options(*values)
+    refuse_misfits(inputs)
     dispatch.refuse_unproven(inputs, options)
     backend = dispatch.implementation(dispatch.operator_way(inputs, options))
     outputs = without_autograd(inputs.audio, backend.forward, inputs, options, tuple(needs))
@@ -75,6 +92,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (state, saved, needs, *values) = _split(arguments)
     options = Options(*values)
+    refuse_misfits(inputs)
     backend = dispatch.implementation(dispatch.operator_way(inputs, options))
     call = (inputs, options, tuple(needs), upstream, state, saved)
     gradients = without_autograd(inputs.audio, backend.backward, *call)
@@ -112,13 +130,15 @@ def _fake_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def watched(inputs: Tensors) -> bool:
-    """Whether something looks at operators (a compiler, a tracer, a mode, a tensor of another
-    kind): then the call must be one."""
+def watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether something looks at operators (a compiler, a tracer, a mode, a tensor of another kind,
+    one of many that are batched): then the call must be one."""
     if torch.compiler.is_compiling():
         return True
-    for x in inputs:
+    for x in tensors:
         if x is not None and type(x) is not Tensor and type(x) is not nn.Parameter:
+            return True
+        if x is not None and torch._C._functorch.is_legacy_batchedtensor(x):
             return True
     modes = torch._C._len_torch_dispatch_stack() > 0
     return modes or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
@@ -154,12 +174,13 @@ class SVRFunction(torch.autograd.Function):
         # Read once: activation checkpointing unpacks the saved tensors a single time.
         *tensors, state, saved = ctx.saved_tensors
         inputs, needs, options = Tensors(*tensors), ctx.needs, ctx.options
-        if ctx.way is None or watched(inputs):
+        if ctx.way is None or watched((*inputs, upstream)):
             if ctx.way is not None:  # forward's own, whatever an operator would choose
                 options = options._replace(backend=ctx.way)
             arguments = (upstream, *tensors, state, saved, needs, *options)
             gradients = torch.ops.supclap_kernels.svr_loss_backward(*arguments)
         else:
+            refuse_misfits(inputs)
             call = (inputs, options, needs, upstream, state, saved)
             backend = dispatch.implementation(ctx.way)
             gradients = without_autograd(upstream, backend.backward, *call)

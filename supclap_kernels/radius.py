@@ -1,5 +1,6 @@
 """The semantic radius R: one learnable number (StaticSVR), or a small network (DynamicSVR)."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,11 +10,35 @@ from torch.utils.checkpoint import checkpoint
 
 from .autocast import autocast_off
 from .groups import looked_up
+from .reference import accumulator_dtype, gap_and_direction
 from .watch import watch
 
 TOP_NEGATIVES = 16
 CHUNK_BYTES = 64 * 2**20
 """Similarities of one chunk of rows; above it they are recomputed in backward instead of kept."""
+
+
+BOUNDS = ("none", "gap")
+
+
+def unbounded(init: float, bound: str) -> float:
+    """What a module's output starts at, so that its radius starts at `init`."""
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {BOUNDS}, got {bound!r}")
+    if bound == "none":
+        return float(init)
+    if not 0 < init < 1:
+        raise ValueError(f"with bound='gap', init is R / r and lies between 0 and 1, got {init}")
+    return math.log(init / (1 - init))
+
+
+def below_the_gap(x: Tensor, audio: Tensor, text: Tensor) -> Tensor:
+    """R_i = r_i sigmoid(x_i), (N,); the gap r_i (N,) of audio, text (N, D) is a constant here, so
+    the push keeps the form that the paper derives."""
+    with autocast_off(audio):
+        dtype = accumulator_dtype(audio.dtype)
+        r, _ = gap_and_direction(text.detach().to(dtype), audio.detach().to(dtype))
+    return r * x.sigmoid()
 
 
 class StaticRadius(nn.Module):
@@ -24,22 +49,29 @@ class StaticRadius(nn.Module):
 
     Args:
         init: initial radius (0.1 is this library's choice, the paper gives none).
+        bound: "none", or "gap": R_i = r_i sigmoid(x), the same learnable share of each pair's gap
+            r_i = |a_i - t_i|, which starts at `init`. Handed out is (N,) then.
     """
 
-    def __init__(self, init: float = 0.1) -> None:
+    def __init__(self, init: float = 0.1, bound: str = "none") -> None:
         super().__init__()
-        self.init = float(init)
+        self.init, self.bound = unbounded(init, bound), bound
         self.radius = nn.Parameter(torch.full((1,), self.init))
 
     def reset_parameters(self) -> None:
         """Back to the initial radius."""
         nn.init.constant_(self.radius, self.init)
 
+    def extra_repr(self) -> str:
+        return f"bound={self.bound!r}"
+
     def forward(self, audio: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """The parameter, 0-d."""
+        """The parameter, 0-d; with a bound R (N,) for audio, text (N, D)."""
         if self.training:
             watch(self.radius)
         R = self.radius.view(())
+        if self.bound == "gap":
+            return below_the_gap(R, audio, text)
         # Where `fully_shard` shards this module by itself, it makes it one of a class of its own,
         # and takes the parameter's memory back after forward.
         return R if type(self) is StaticRadius else R.clone()
@@ -86,6 +118,8 @@ class DynamicRadius(nn.Module):
         init: initial radius.
         hidden: widths of the two hidden layers (GELU).
         detach_similarity: no gradient through the similarities into the embeddings.
+        bound: "none", or "gap": R_i = r_i sigmoid(x_i) of the network's output x_i, always between
+            0 and the pair's gap r_i = |a_i - t_i|; `init` is R / r then.
     """
 
     def __init__(
@@ -95,6 +129,7 @@ class DynamicRadius(nn.Module):
         hidden: tuple[int, int] = (256, 64),
         features: str = "similarities",
         detach_similarity: bool = False,
+        bound: str = "none",
     ) -> None:
         super().__init__()
         if features not in ("similarities", "summary"):
@@ -105,10 +140,10 @@ class DynamicRadius(nn.Module):
                 "features='summary' works at any"
             )
         self.batch_size, self.features = batch_size, features
-        self.detach_similarity = detach_similarity
+        self.detach_similarity, self.bound = detach_similarity, bound
         width = batch_size if features == "similarities" else TOP_NEGATIVES + 4
         assert width is not None
-        first, last = nn.Linear(width, hidden[0]), LastLayer(hidden[1], init)
+        first, last = nn.Linear(width, hidden[0]), LastLayer(hidden[1], unbounded(init, bound))
         middle = nn.Linear(hidden[0], hidden[1])
         self.network = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
 
@@ -120,7 +155,7 @@ class DynamicRadius(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"features={self.features!r}, batch_size={self.batch_size}, "
-            f"detach_similarity={self.detach_similarity}"
+            f"detach_similarity={self.detach_similarity}, bound={self.bound!r}"
         )
 
     def rows(self, text: Tensor, audio: Tensor, scale: Tensor, first: int) -> Tensor:
@@ -150,6 +185,13 @@ class DynamicRadius(nn.Module):
         """R (N,) for audio, text (N, D); with a process group the negatives are every rank's."""
         if self.training:
             watch(next(self.network.parameters()))
+        x = self.outputs(audio, text, logit_scale, group)
+        return below_the_gap(x, audio, text) if self.bound == "gap" else x
+
+    def outputs(
+        self, audio: Tensor, text: Tensor, logit_scale: float | Tensor, group: Any
+    ) -> Tensor:
+        """(N,): what the network says of each row."""
         scale = torch.as_tensor(logit_scale, dtype=text.dtype, device=text.device)
         if self.detach_similarity:
             audio, text, scale = audio.detach(), text.detach(), scale.detach()
@@ -185,7 +227,7 @@ def radius_of(
 ) -> Tensor:
     """What a radius module says of these rows, normalised if the loss normalises them."""
     rows = (audio, text)
-    if normalize and not isinstance(module, StaticRadius):
+    if normalize and not (isinstance(module, StaticRadius) and module.bound == "none"):
         with autocast_off(audio):
             rows = (F.normalize(audio, dim=1), F.normalize(text, dim=1))
     shared = isinstance(module, DynamicRadius) and group is not None

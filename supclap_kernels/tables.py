@@ -24,7 +24,9 @@ from .options import MIRROR, PLAIN
 
 HERE = "measured here by tune"
 REACH = 2.0
-"""A table speaks of batches up to so many times its largest; eager PyTorch is not chosen beyond."""
+"""A table speaks of batches up to so many times its largest."""
+LARGEST = 2**40
+"""More pairs than any table has measured."""
 
 
 class Measured(NamedTuple):
@@ -39,12 +41,12 @@ class Measured(NamedTuple):
 
     def fastest(self, N: int, ways: tuple[str, ...], eager_fits: bool) -> Route | None:
         """Of these ways and, if it fits into the memory, eager PyTorch; None where none of the ways
-        was measured."""
+        was measured, or nothing near such a batch."""
         row = self.times[self.near(N)]
         times = {way: row[way] for way in ways if way in row}
-        if not times:
+        if not times or N > REACH * self.sizes[-1]:
             return None
-        if eager_fits and "reference" in row and N <= REACH * self.sizes[-1]:
+        if eager_fits and "reference" in row:
             times["reference"] = row["reference"]
         return Route(min(times, key=times.__getitem__), None, HERE)
 
@@ -78,13 +80,14 @@ def name_of(kind: Kind) -> str:
 
 
 def folder() -> Path:
-    """SUPCLAP_CACHE, else a folder of the user's cache."""
+    """SUPCLAP_CACHE, else a folder of the user's cache. RuntimeError: there is no home either."""
     own = os.environ.get("SUPCLAP_CACHE")
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supclap_kernels"
 
 
+@functools.cache
 def cpu_model() -> str:
     try:
         information = Path("/proc/cpuinfo").read_text()
@@ -133,32 +136,41 @@ def parsed(text: str) -> tuple[dict[str, Any], Table]:
     content = json.loads(text)
     kinds = {}
     for name, rows in content["milliseconds"].items():
-        sizes = tuple(int(N) for N in rows)
-        times = tuple({str(way): float(ms) for way, ms in row.items()} for row in rows.values())
-        if not sizes or list(sizes) != sorted(sizes) or min(sizes) < 1:
-            raise ValueError(f"sizes of {name!r} are out of order")
-        if not all(ms > 0 for row in times for ms in row.values()):
-            raise ValueError(f"times of {name!r} are not positive")
-        kinds[name] = Measured(sizes, times)
+        sizes = tuple(map(int, rows))
+        if not sizes or list(map(str, sizes)) != list(rows):
+            raise ValueError(f"sizes of {name!r} are no numbers")
+        if list(sizes) != sorted(sizes) or not 1 <= sizes[0] <= sizes[-1] <= LARGEST:
+            raise ValueError(f"sizes of {name!r} are out of order or of range")
+        for ms in (ms for row in rows.values() for ms in row.values()):
+            if type(ms) not in (int, float) or not 0 < float(ms) < math.inf:
+                raise ValueError(f"times of {name!r} are no positive numbers")
+        kinds[name] = Measured(sizes, tuple(dict(row) for row in rows.values()))
     return dict(content["made_for"]), Table(kinds)
 
 
 def load(device: torch.device) -> Table | None:
     """The table of a device, if there is one that is valid here."""
-    return load_from(path_of(device), device)
+    try:
+        path = path_of(device)
+    except RuntimeError:  # no folder is this user's
+        return None
+    return load_from(path, device)
 
 
 @functools.cache
 def load_from(path: Path, device: torch.device) -> Table | None:
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return None
+    except OSError:  # not for this user to look at
         return None
     try:
         made, table = parsed(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        ignore(path, f"it is broken ({error})")
+        here = made_for(device)
+        differing = [name for name in here if made.get(name) != here[name]]
+    except Exception as error:  # whatever a file may hold
+        ignore(path, f"it is broken ({error or type(error).__name__})")
         return None
-    here = made_for(device)
-    differing = [name for name in here if made.get(name) != here[name]]
     if differing:
         ignore(path, f"{', '.join(differing)} changed since it was made")
         return None
@@ -173,10 +185,20 @@ def ignore(path: Path, reason: str) -> None:
     )
 
 
-def save(device: torch.device, kinds: dict[str, dict[int, dict[str, float]]]) -> Path:
-    """Writes the milliseconds of {kind: {N: {way: ms}}} as the table of a device."""
+def place_for(device: torch.device) -> Path:
+    """Where the table of a device goes: the folder is there then. OSError, RuntimeError: it cannot
+    be."""
     path = path_of(device)
     path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_suffix(f".{os.getpid()}")
+    trial.touch()
+    trial.unlink()
+    return path
+
+
+def save(device: torch.device, kinds: dict[str, dict[int, dict[str, float]]]) -> Path:
+    """Writes the milliseconds of {kind: {N: {way: ms}}} as the table of a device."""
+    path = place_for(device)
     content = {"made_for": made_for(device), "milliseconds": kinds}
     fresh = path.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(content, indent=1) + "\n")
@@ -189,6 +211,7 @@ def reset(device: torch.device) -> bool:
     """Removes the table of a device; whether there was one."""
     path = path_of(device)
     found = path.is_file()
-    path.unlink(missing_ok=True)
+    if found:
+        path.unlink()
     load_from.cache_clear()
     return found

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from . import direct, dispatch, native, tables
+from .automatic import runnable
 from .backends import available
 from .backends.call import Tensors
-from .backends.cuda import route as cuda_route
 from .backends.estimate import SHARE, Kind, eager_bytes
 from .backends.machine import OLDEST, Machine, device_index, machine_at
 from .backends.tile_sizes import CPU_SMALL
@@ -56,16 +56,8 @@ def cpu_ways(N: int) -> list[str]:
 
 
 def gpu_ways(machine: Machine, kind: Kind, N: int) -> list[str]:
-    ways = ["reference"] if eager_bytes(N, kind.directions) <= SHARE * machine.free else []
-    if machine.triton:
-        ways += ["triton:panel", "triton:tile"]
-    if machine.cuda:
-        ways.append("cuda:panel")
-    if machine.cuda and N <= cuda_route.single_limit(machine, kind):
-        ways.append("cuda:single")
-    if machine.hopper and kind.dtype.itemsize == 2:
-        ways.append("cuda:hopper")
-    return ways
+    eager = ["reference"] if eager_bytes(N, kind.directions) <= SHARE * machine.free else []
+    return [*eager, *runnable(machine, kind, N)]
 
 
 def step_of(device: torch.device, kind: Kind, N: int, way: str) -> Callable[[], None]:
@@ -139,16 +131,26 @@ def tune(
     Returns:
         The table's file, in the folder SUPCLAP_CACHE, or the user's cache. It is used until torch,
         Triton, CUDA or this package change.
+
+    Raises:
+        ValueError: a device that has no ways, or no positive budget. RuntimeError: it is not here,
+            or the budget was too small to measure anything. OSError: the folder is not writable.
     """
     where = tuned_device(device)
+    if not budget > 0:
+        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+    tables.place_for(where)  # what is in the way says so now
     start = time.perf_counter()
     kinds: dict[str, dict[int, dict[str, float]]] = {}
-    for n, (dtype, mode, infonce) in enumerate(KINDS):
-        kind = Kind(D, dtype, mode, infonce)
-        until = start + budget * (n + 1) / len(KINDS)
-        rows = dict(measured(where, kind, until, report))
-        if rows:
-            kinds[tables.name_of(kind)] = rows
+    with torch.inference_mode(False), torch.enable_grad():
+        for n, (dtype, mode, infonce) in enumerate(KINDS):
+            kind = Kind(D, dtype, mode, infonce)
+            until = start + budget * (n + 1) / len(KINDS)
+            rows = dict(measured(where, kind, until, report))
+            if rows:
+                kinds[tables.name_of(kind)] = rows
+    if not kinds:
+        raise RuntimeError(f"tune: nothing could be measured in {budget} seconds")
     for name, rows in list(kinds.items()):  # on a CPU float16 is widened to float32
         like = "float32" if where.type == "cpu" else "bfloat16"
         if name.startswith(like):

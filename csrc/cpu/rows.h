@@ -86,6 +86,10 @@ struct Positive {
   }
 };
 
+// From here on a Real has no fraction.
+template <class Real>
+constexpr double kWholeReal = sizeof(Real) == 8 ? 4503599627370496.0 : 8388608.0;
+
 template <class Real>
 void finish_statistics(const CpuProblem& p, void* loss_out, double* terms) {
   Rows<Real> row(p);
@@ -104,7 +108,9 @@ void finish_statistics(const CpuProblem& p, void* loss_out, double* terms) {
       const double m = p.running[d * p.N + i], l = p.running[(kDirections + d) * p.N + i];
       double top = m, total = l, others = l;
       if (used[d] && p.infonce) {
-        const double z = p.k * logits[d];
+        double z = p.k * logits[d];
+        // Beside a `top` that was rounded by 1 or more, exp(z - top) would be far from 0 and 1.
+        if (fabs(z) >= kWholeReal<Real>) z = Real(z);
         top = Real(m > z ? m : z);  // as stored: l belongs to this m
         others = l * exp(m - top);
         total = others + exp(z - top);

@@ -105,11 +105,18 @@ class TrainConfig:
     bilateral: str = setting("mirror", "what bi- means (MATH.md)", "mirror", "shared")
     alpha: float = setting(1.0, "weight of the support vectors' term")
     beta: float | None = setting(None, "weight of the radius constraint; 0.01 if dynamic, else 0")
-    radius_init: float = setting(0.1, "initial semantic radius")
+    support: str = setting(
+        "sphere", "sphere: support vectors are put back on it; free: they are not", "sphere", "free"
+    )
+    radius_init: float = setting(0.5, "initial semantic radius; with --radius-bound gap, R / r")
+    radius_bound: str = setting(
+        "gap", "gap: R = r sigmoid(.), so that no R exceeds its gap r", "none", "gap"
+    )
     radius_features: str = setting(
         "summary", "what predicts a dynamic radius; similarities is the paper's and drops the last "
         "batch if it is small", "summary", "similarities",
     )  # fmt: skip
+    detach_similarity: bool = setting(False, "no gradient through what predicts a dynamic radius")
     tau: float = setting(0.07, "temperature (its initial value with --learn-tau)")
     learn_tau: bool = setting(False, "learn the temperature")
     ids: bool = setting(True, "captions of one clip are no negatives of each other")
@@ -117,6 +124,7 @@ class TrainConfig:
     lr: float = setting(1e-3, "peak learning rate")
     audio_lr: float | None = setting(None, "of the audio encoder, if another")
     text_lr: float | None = setting(None, "of the text encoder, if another")
+    radius_lr: float | None = setting(None, "of the radius, if another")
     freeze: str = setting("none", "encoders that stay as they are", "none", "audio", "text", "both")
     weight_decay: float = setting(0.01, "of AdamW")
     schedule: str = setting("cosine", "after the warm-up", "cosine", "constant")
@@ -144,7 +152,7 @@ class TrainConfig:
         self.check(("warmup",), lambda share: 0 <= share < 1, "be in [0, 1)")
         sizes = ("weight_decay", "clip_grad", "workers")
         self.check(sizes, lambda size: 0 <= size < math.inf, "not be negative")
-        rates = ("lr", "tau", "audio_lr", "text_lr")
+        rates = ("lr", "tau", "audio_lr", "text_lr", "radius_lr")
         self.check(rates, lambda rate: 0 < rate < math.inf, "be a positive number")
         for name, choices in CHOICES.items():
             value = getattr(self if name in TRAIN else self.model, name)
@@ -155,6 +163,8 @@ class TrainConfig:
                 "--select-on test needs --test MANIFEST, and --test is for nothing else"
             )
         self.check(("alpha", "beta", "radius_init"), math.isfinite, "be a finite number")
+        if self.radius_bound == "gap":
+            self.check(("radius_init",), lambda share: 0 < share < 1, "be R / r, between 0 and 1,")
 
     def check(self, names: tuple[str, ...], allows: Callable[[Any], bool], rule: str) -> None:
         """Raises an error if one of these settings has a value that the rule does not allow."""

@@ -36,7 +36,8 @@ class Diagnosis:
         self.text = ranks.rows(self.embed(model.text, batch.text))
         scale, bias = model.logit_scale, None
         options: dict[str, Any] = {
-            name: criterion.options[name] for name in ("objective", "bilateral", "alpha")
+            name: criterion.options[name]
+            for name in ("objective", "bilateral", "alpha", "renormalize")
         }
         if options["objective"] == "siglip":
             bias = model.logit_bias

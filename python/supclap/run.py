@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from supclap_kernels import DynamicRadius
+from supclap_kernels import DynamicRadius, SVRLoss
 
 from .batches import Batch, Epoch, steps_of
 from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state, save_state
@@ -27,6 +27,8 @@ from .ranks import Ranks, choose_device, set_threads
 from .step import backward, build_loss, build_optimizer, schedule
 
 MAX_LOG_SCALE = math.log(100.0)
+REVERSED_STEPS = 50
+"""After so many with a negative median contraction the user is told."""
 
 
 class Run:
@@ -35,7 +37,10 @@ class Run:
     Every rank has one; the first writes the files and speaks to the user.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, resume: bool, build: Callable[..., SVRLoss] = build_loss
+    ) -> None:
+        """`build`: makes the criterion of the settings, the batch size and the group."""
         self.config, self.folder, self.resume = config, config.out, resume
         self.device = choose_device(config.device)
         set_threads(config.threads)
@@ -56,7 +61,7 @@ class Run:
         self.check_batches()
 
         self.prepare_model()
-        self.criterion = build_loss(config, self.batch_size, self.ranks.group).to(self.device)
+        self.criterion = build(config, self.batch_size, self.ranks.group).to(self.device)
         if self.init is not None:
             load_weights(self.init, self.model)
             if not load_criterion(self.init, self.criterion):
@@ -72,6 +77,7 @@ class Run:
 
         self.parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         self.progress = Progress()
+        self.reversed_steps, self.told = 0, False
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
         self.open_folder()
         clips = len(self.corpus.clips)
@@ -216,8 +222,21 @@ class Run:
         self.logs.append("log", {**place, **line, "norm": norm, "lr": config.lr * share})
         if diagnosis is not None:
             self.logs.append("diagnostics", {**place, **diagnosis.finish()})
+        self.mind_contraction(line["contraction_50"])
         self.bar.update()
         self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+
+    def mind_contraction(self, median: float | None) -> None:
+        """Tells, once, that the radius has run away from the gap."""
+        self.reversed_steps = self.reversed_steps + 1 if (median or 0.0) < 0 else 0
+        if self.reversed_steps == REVERSED_STEPS and not self.told:
+            self.told = True
+            self.say(
+                f"NOTE: for {REVERSED_STEPS} steps most pairs have had a radius R beyond their gap "
+                "r: the factor 1 - R/r on the push of the negatives is negative, so it is turned "
+                "round instead of shrunk. Remedy: --support sphere keeps R near r, --radius-bound "
+                "gap below it"
+            )
 
     # ----------------------------------------------------------------------------- what it leaves
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,22 +18,29 @@ from .errors import UserError
 from .model import SupclapModel
 from .ranks import Ranks
 
+SPREAD = (0.05, 0.5, 0.95)
+"""Quantiles over the pairs of a batch that a line of the log has."""
+
 
 def build_loss(config: TrainConfig, batch_size: int, group: Any = None) -> SVRLoss:
     """Builds the criterion, which owns the semantic radius."""
     radius: StaticRadius | DynamicRadius | None = None
     side, _, kind = config.svr.partition("-")
     if kind == "static":
-        radius = StaticRadius(init=config.radius_init)
+        radius = StaticRadius(config.radius_init, config.radius_bound)
     elif kind == "dynamic":
         size = batch_size if config.radius_features == "similarities" else None
-        radius = DynamicRadius(size, init=config.radius_init, features=config.radius_features)
+        radius = DynamicRadius(
+            size, config.radius_init, features=config.radius_features,
+            detach_similarity=config.detach_similarity, bound=config.radius_bound,
+        )  # fmt: skip
     return SVRLoss(
         radius=radius,
         objective=config.loss,
         bilateral=config.bilateral if side == "bi" else "none",
         alpha=config.alpha,
         beta=config.beta if config.beta is not None else 0.01 * (kind == "dynamic"),
+        renormalize=config.support == "sphere",
         group=group,
         return_stats=True,
     )
@@ -47,7 +56,10 @@ def build_optimizer(
     frozen = ("audio", "text") if config.freeze == "both" else (config.freeze,)
     for name in ("audio", "text"):
         getattr(model, name).encoder.requires_grad_(name not in frozen)
-    rates = {"audio.encoder.": config.audio_lr, "text.encoder.": config.text_lr}
+    rates = {
+        "audio.encoder.": config.audio_lr, "text.encoder.": config.text_lr,
+        "radius.": config.radius_lr,
+    }  # fmt: skip
     parts: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in [*model.named_parameters(), *criterion.named_parameters()]:
         if p.requires_grad:
@@ -77,6 +89,41 @@ def schedule(config: TrainConfig, step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+@contextlib.contextmanager
+def heard(radius: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Yields a list that gets what the radius module hands out."""
+    radii: list[Tensor] = []
+    if radius is None:
+        yield radii
+        return
+    hook = radius.register_forward_hook(lambda module, inputs, R: radii.append(R.detach()))
+    try:
+        yield radii
+    finally:
+        hook.remove()
+
+
+def pair_numbers(
+    audio: Tensor, text: Tensor, radii: list[Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Returns how radius R, gap r and contraction 1 - R / r lie over the pairs of the batch, and
+    the share of the pairs whose R exceeds r, and 2 r; NaN without a radius."""
+    r = (audio.detach() - text.detach()).float().norm(dim=1)
+    R = radii[0].float().expand_as(r) if radii else torch.full_like(r, math.nan)
+    R, r = ranks.rows(torch.stack([R, r], dim=1)).unbind(dim=1)
+    values = {"radius": R, "gap": r, "contraction": 1 - R / r}
+    spread = torch.stack(list(values.values())).quantile(r.new_tensor(SPREAD), dim=1).t()
+    numbers = {
+        f"{name}_{100 * share:.0f}": point
+        for name, row in zip(values, spread, strict=True)
+        for share, point in zip(SPREAD, row, strict=True)
+    }
+    numbers["gap"] = r.mean()
+    for name, bound in (("beyond_gap", r), ("beyond_twice_gap", 2 * r)):
+        numbers[name] = (R > bound).float().mean() if radii else R.mean()
+    return numbers
+
+
 def compute_loss(
     model: SupclapModel,
     criterion: SVRLoss,
@@ -87,10 +134,9 @@ def compute_loss(
 ) -> tuple[Tensor, dict[str, float | None]]:
     """Returns the loss and the numbers of this step's log line. audio, text: [B, D] unit rows."""
     bias = model.logit_bias if model.logit_bias.requires_grad else None  # sigmoid only
-    loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
-    gaps = (audio.detach() - text.detach()).norm(dim=1)
-    gap_sum, count = ranks.sum(torch.stack([gaps.sum(), gaps.new_tensor(len(gaps))]))
-    numbers = {"loss": loss, **stats._asdict(), "gap": gap_sum / count}
+    with heard(criterion.radius) as radii:
+        loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
+    numbers = {"loss": loss, **stats._asdict(), **pair_numbers(audio, text, radii, ranks)}
     numbers["logit_scale"] = model.logit_scale
     values = torch.stack([n.detach().float() for n in numbers.values()]).tolist()
     return loss, {k: v if math.isfinite(v) else None for k, v in zip(numbers, values, strict=True)}

@@ -19,20 +19,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
+
+from supclap_kernels import SVRLoss
 
 from .config import TrainConfig
 from .ranks import stop_asked
 from .run import Run, is_due
+from .step import build_loss
 
 
-def train(config: TrainConfig, resume: bool = False) -> Path:
+def train(
+    config: TrainConfig, resume: bool = False, build: Callable[..., SVRLoss] = build_loss
+) -> Path:
     """Trains and leaves `model.safetensors`, `config.json` and `log.jsonl` in `config.out`.
 
     With `--val`, `val.jsonl` has the metrics after each epoch. `resume` goes on with the run there.
-    Returns the run's folder.
+    `build` makes the criterion of the settings, the batch size and the process group. Returns the
+    run's folder.
     """
-    run = Run(config, resume)
+    run = Run(config, resume, build)
     with run.bar, contextlib.closing(run.logs), stop_asked() as stop:
         run.begin()
         while run.progress.epoch <= config.epochs:

@@ -117,10 +117,13 @@ def described(
 ) -> Machine:
     """A machine that is not here: "cuda" and "triton" may be built (default: both), `memory` bytes
     are free (default: all of its card's)."""
+    if not (isinstance(capability, tuple) and list(map(type, capability)) == [int, int]):
+        raise TypeError(f"capability must be two numbers such as (8, 0), got {capability!r}")
+    if isinstance(built, str) or not set(built or ()) <= {"cuda", "triton"}:
+        raise ValueError(f"built is a list that may name 'cuda' and 'triton', got {built!r}")
+    if memory is not None and memory < 0:
+        raise ValueError(f"memory must not be negative, got {memory}")
     card, built = card_of(capability), ("cuda", "triton") if built is None else tuple(built)
-    unknown = set(built) - {"cuda", "triton"}
-    if unknown:
-        raise ValueError(f"built may name 'cuda' and 'triton', got {sorted(unknown)}")
     cuda = "cuda" in built
     return Machine(
         None, capability, card, cuda, cuda and capability == (9, 0), "triton" in built,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import supclap_kernels as sk
-from supclap_kernels import direct, selfcheck, tables, tuning
+from supclap_kernels import automatic, direct, dispatch, selfcheck, tables, tuning
 from supclap_kernels.backends.estimate import Kind
 from supclap_kernels.backends.machine import described
 from supclap_kernels.options import MIRROR, ONE_SIDED, PLAIN, SHARED
@@ -76,7 +76,8 @@ def test_auto_takes_the_fastest(cache):
     assert sk.explain(N=24).startswith("reference: measured here by tune (at N = 24: ")
     assert sk.explain(N=1024).startswith("cpu:panel: measured here by tune (at N = 1024: ")
     assert sk.explain(N=24, bilateral="none").startswith("cpu:small: one native call")
-    assert re.fullmatch("reference up to N = .+; then cpu:panel: measured .+", sk.explain())
+    measured = "reference up to N = .+; then cpu:panel up to N = 2048: measured .+"
+    assert re.fullmatch(f"{measured}; then cpu:panel: panels .+", sk.explain())
     X = torch.randn(24, 8, requires_grad=True)
     sk.fused_svr_loss(X, X, 0.1).backward(create_graph=True)
     assert X.grad.grad_fn is not None  # which eager PyTorch alone can do
@@ -123,9 +124,14 @@ def test_another_number_of_threads_is_another_choice(cache):
     "change, reason",
     [
         ({"made_for": {}}, "device, torch, triton, cuda, build changed"),
-        ({"milliseconds": {"x": {"24": {"cpu:small": -1.0}}}}, "times of 'x' are not positive"),
+        ({"milliseconds": {"x": {"24": {"cpu:small": -1.0}}}}, "times of 'x' are no positive"),
+        ({"milliseconds": {"x": {"24": {"cpu:small": True}}}}, "times of 'x' are no positive"),
+        ({"milliseconds": {"x": {"24": {"cpu:small": float("inf")}}}}, "times of 'x' are no"),
+        ({"milliseconds": {"x": {"24": {"cpu:small": 10**400}}}}, "it is broken"),
+        ({"milliseconds": {"x": {f"1{'0' * 400}": {"cpu:small": 1}}}}, "sizes of 'x' are out"),
+        ({"milliseconds": {"x": {"24 ": {"cpu:small": 1}}}}, "sizes of 'x' are no numbers"),
         ({"milliseconds": {"x": {"24": {}, "8": {}}}}, "sizes of 'x' are out of order"),
-        ({"milliseconds": {"x": {}}}, "sizes of 'x' are out of order"),
+        ({"milliseconds": {"x": {}}}, "sizes of 'x' are no numbers"),
         ({"milliseconds": {"x": [1, 2]}}, "it is broken"),
         ({"milliseconds": None}, "it is broken"),
     ],
@@ -148,7 +154,7 @@ def test_a_table_of_another_build_is_ignored(cache, monkeypatch):
         assert tables.load(CPU) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0", "null", "[" * 200_000], ids=range(7))
 def test_a_file_that_is_no_table_is_ignored(cache, text):
     tables.path_of(CPU).write_text(text)
     with pytest.warns(UserWarning, match="it is broken"):
@@ -168,10 +174,73 @@ def test_a_table_is_for_its_threads(cache):
 
 def test_the_nearest_size_speaks():
     measured = Measured((16, 1024), ({"a": 1.0, "reference": 2.0}, {"a": 2.0, "reference": 1.0}))
-    taken = [measured.fastest(N, ("a",), True).way for N in (1, 16, 127, 129, 1024, 2048, 2049)]
-    assert taken == ["a", "a", "a", "reference", "reference", "reference", "a"]
+    taken = [measured.fastest(N, ("a",), True).way for N in (1, 16, 127, 129, 1024, 2048)]
+    assert taken == ["a", "a", "a", "reference", "reference", "reference"]
     assert measured.fastest(16, ("b",), True) is None
+    assert measured.fastest(2049, ("a",), True) is None  # nothing near was measured
     assert measured.fastest(1024, ("a",), False).way == "a"
+
+
+def test_what_was_not_measured_stays_as_it_is(cache):
+    """Larger batches than those of the table, and rows without a kernel."""
+    tables.save(CPU, {"float32 mirror infonce": {24: {"cpu:small": 1.0}, 64: {"reference": 1.0}}})
+    direct.forget()
+    assert sk.explain(N=24).startswith("cpu:small: measured here")
+    assert sk.explain(N=64).startswith("cpu:small: one native call")
+    assert sk.explain(N=4096).startswith("cpu:panel: panels with")
+    tables.save(CPU, {"float32 mirror infonce": {24: {"reference": 2.0, "cpu:panel": 1.0}}})
+    direct.forget()
+    assert sk.explain(N=24).startswith("cpu:panel: measured here")
+    assert sk.explain(N=100).startswith("cpu:small: one native call")
+
+
+def test_the_numbers_are_those_that_decided(cache):
+    fast, slow = {"cpu:panel": 1.0, "cpu:small": 2.0}, {"cpu:panel": 2.0, "cpu:small": 1.0}
+    tables.save(CPU, {"float32 mirror infonce": {24: fast, 64: slow}})
+    direct.forget()
+    for N in range(1, 129):
+        way, numbers = re.fullmatch(r"(\S+): .+ \(at N = \d+: (\S+) .+\)", sk.explain(N=N)).groups()
+        assert way == numbers
+
+
+def test_auto_takes_ways_that_no_model_knows():
+    """`tune` has measured them."""
+    times = {"triton:tile": 1.0, "triton:panel": 2.0, "cuda:panel": 3.0, "reference": 9.0}
+    measured = Measured((24, 4096), (times, times))
+    for capability in ((8, 0), (9, 0)):
+        for mode in (PLAIN, MIRROR):
+            kind = Kind(512, torch.bfloat16, mode, True)
+            call = (described(capability), kind, False, measured, False)
+            ways = {x.way for x in automatic.gpu_routes(*call) if x.reason == tables.HERE}
+            assert ways == {"triton:tile"}
+    beyond = automatic.gpu_routes(described((9, 0)), Kind(512, torch.bfloat16, MIRROR, True),
+                                  False, measured, False)[-1]  # fmt: skip
+    assert beyond.way == "cuda:hopper" and beyond.reason != tables.HERE
+
+
+def test_a_home_that_cannot_be_looked_at(monkeypatch):
+    """Containers run as users without one: no table, and no error."""
+    with monkeypatch.context() as patch:
+        for name in ("SUPCLAP_CACHE", "XDG_CACHE_HOME"):
+            patch.delenv(name, raising=False)
+        patch.setattr(tables.Path, "home", raising(RuntimeError("no home directory")))
+        direct.forget()
+        assert tables.load(CPU) is None and sk.explain(N=24).startswith("cpu:small: one")
+        with pytest.raises(RuntimeError, match="no home directory"):
+            sk.tune("cpu")
+    for error in (PermissionError(13, "denied"), OSError(36, "File name too long")):
+        with monkeypatch.context() as patch:
+            patch.setattr(tables.Path, "is_file", raising(error))
+            tables.load_from.cache_clear()
+            assert tables.load(CPU) is None
+    tables.load_from.cache_clear()
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
 
 
 def test_a_way_that_cannot_be_trusted_is_not_measured(cache, monkeypatch):
@@ -194,6 +263,42 @@ def test_what_is_measured_on_a_gpu():
     assert tuning.gpu_ways(small, half, 4096) == every[1:4]
 
 
+def test_tune_says_at_once_what_is_in_its_way(cache, monkeypatch):
+    monkeypatch.setattr(tuning, "measured", raising(AssertionError("measured")))
+    for budget in (0, -5, float("nan")):
+        with pytest.raises(ValueError, match="budget must be a positive number of seconds"):
+            sk.tune("cpu", budget=budget)
+    (cache / "file").touch()
+    monkeypatch.setenv("SUPCLAP_CACHE", str(cache / "file/folder"))
+    with pytest.raises(OSError):
+        sk.tune("cpu")
+
+
+def test_tune_keeps_a_table_where_it_measures_nothing(cache):
+    written()
+    with pytest.raises(RuntimeError, match="nothing could be measured in 1e-09 seconds"):
+        sk.tune("cpu", budget=1e-9)
+    assert tables.load(CPU) is not None
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_tune_where_no_gradient_is_recorded(cache, monkeypatch, guard):
+    monkeypatch.setitem(tuning.SIZES, "cpu", (4,))
+    monkeypatch.setattr(tuning, "SETTLED", 0.0)
+    monkeypatch.setattr(tuning, "KINDS", tuning.KINDS[:1])
+    with guard():
+        assert sk.tune("cpu", report=lambda line: None).is_file()
+
+
+def test_other_numbers_are_no_other_choice(cache, monkeypatch):
+    """A schedule of alpha or beta looks nothing up."""
+    X = torch.randn(24, 8)
+    sk.fused_svr_loss(X, X, 0.1)
+    monkeypatch.setattr(dispatch, "routes", raising(AssertionError("asked again")))
+    for n in range(3):
+        sk.fused_svr_loss(X, X, 0.1, alpha=0.5 + n, beta=0.1 * n)
+
+
 def test_tune_refuses_other_devices(cache):
     with pytest.raises(ValueError, match="tune measures CPUs and CUDA GPUs, got meta"):
         sk.tune("meta")
@@ -214,3 +319,7 @@ def test_command_line(cache):
     assert shown[0].endswith(".json") and shown[1] in measured
     assert run("--reset").startswith("removed ")
     assert run("--reset").startswith("there is no ")
+    for arguments in (["--budget", "-5"], ["--device", "mps"], ["--device", "foo"]):
+        command = [sys.executable, "-m", "supclap_kernels", "tune", *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr

@@ -50,6 +50,17 @@ def test_backward_again_and_in_a_mode(taken):
     assert all(torch.equal(x, y) for x, y in zip(first, third, strict=True)) and taken == [True]
 
 
+def test_another_layout_of_the_same_values(taken):
+    """Assigned to `data` between forward and backward, which reads the embeddings again."""
+    audio, text = (torch.randn(24, 32, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(5.0, requires_grad=True)
+    loss = fused(audio, text, torch.tensor(0.1), scale)
+    wanted = torch.autograd.grad(loss, (audio, text, scale), retain_graph=True)
+    text.data = text.data.t().contiguous().t()
+    found = torch.autograd.grad(loss, (audio, text, scale))
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True)) and taken == [True]
+
+
 def test_calls_that_are_not_ordinary(taken):
     audio, text = (torch.randn(24, 32) for _ in range(2))
     scale = torch.tensor(5.0)

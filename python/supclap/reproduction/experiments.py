@@ -7,12 +7,15 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from supclap_kernels import DynamicRadius, SVRLoss
 
 from ..checkpoint import FINISHED, STATE
 from ..config import ModelConfig, TrainConfig
@@ -28,23 +31,39 @@ from ..step import build_loss
 from ..synth import synthesise, synthesise_events
 from ..train import train
 from ..zeroshot import classify_run
+from .controls import CONTROLS, build_control
+from .difficulty import difficulty, radius_by_hard
 
+INFONCE, STATIC, DYNAMIC = MAIN = ("InfoNCE", "bi-StaticSVR", "bi-DynamicSVR")
 LOSSES: dict[str, dict[str, Any]] = {
-    "InfoNCE": {"svr": "none"},
+    INFONCE: {"svr": "none"},
     "uni-StaticSVR": {"svr": "uni-static"},
-    "bi-StaticSVR": {"svr": "bi-static"},
+    STATIC: {"svr": "bi-static"},
     "uni-DynamicSVR": {"svr": "uni-dynamic"},
-    "uni-DynamicSVR, no constraint": {"svr": "uni-dynamic", "beta": 0.0},
-    "bi-DynamicSVR": {"svr": "bi-dynamic"},
-    "bi-DynamicSVR, no constraint": {"svr": "bi-dynamic", "beta": 0.0},
+    "uni-DynamicSVR, no constraint": {"svr": "uni-dynamic", "radius_bound": "none", "beta": 0.0},
+    DYNAMIC: {"svr": "bi-dynamic"},
+    "bi-DynamicSVR, no constraint": {"svr": "bi-dynamic", "radius_bound": "none", "beta": 0.0},
     "SigLIP": {"loss": "siglip", "svr": "none"},
     "SigLIP bi-StaticSVR": {"loss": "siglip", "svr": "bi-static"},
     "SigLIP bi-DynamicSVR": {"loss": "siglip", "svr": "bi-dynamic"},
 }
+READINGS: dict[str, dict[str, Any]] = {  # of the support vectors and of the radius
+    "free": {"support": "free", "radius_bound": "none"},
+    "sphere": {"support": "sphere", "radius_bound": "none"},
+    "sphere, beta 1": {"support": "sphere", "radius_bound": "none", "beta": 1.0},
+    "free, bounded": {"support": "free", "radius_bound": "gap"},
+    "sphere, bounded": {"support": "sphere", "radius_bound": "gap"},
+}
+LITERAL = READINGS["free"] | {"radius_init": 0.1}
+"""What the paper's formulas say, with the initial radius of this library's first versions."""
+LARGEST = 0.9
+"""R / r with a bound, in place of an initial radius of 1."""
+FAST = ("sphere", "sphere, beta 1")
+"""Readings that are tried with a larger learning rate of the radius as well."""
+DETACHED = {"detach_similarity": True, "radius_init": 0.5}
 SIDES = ("here", "there")  # the corpus, and one with other acoustics
-MAIN = ("InfoNCE", "bi-StaticSVR", "bi-DynamicSVR")
-HARD = (0, 6, 12, 18, 24)  # hard negatives of figure 7
 BINS = 50  # of figure 4, between -1 and 1
+HERE = "here/train"
 
 
 @dataclass(frozen=True)
@@ -54,30 +73,34 @@ class Preset:
     clips: int
     epochs: int
     batch_size: int
-    seeds: int  # of the ablation
+    seeds: int  # of the main comparisons
     few: int  # seeds of every sweep
     languages: tuple[str, ...] = CODES
-    captions: int = 2
-    batch_sizes: tuple[int, ...] = (32, 128, 256)
-    alphas: tuple[float, ...] = (0.1, 0.5, 2.0)
-    noises: tuple[int, ...] = (10, 20, 40)  # percent of the captions
-    radii: tuple[float, ...] = (0.02, 0.3, 0.6)
-    validate_every: int = 50
-    diagnose_every: int = 20
+    captions: int = 1
+    lr: float = 1e-3
+    rates: tuple[float, ...] = (0.5, 2.0, 4.0)  # of InfoNCE, times lr
+    long: int = 4  # times the epochs, to see where training comes to rest
+    inits: tuple[float, ...] = (0.1, 0.5, 1.0)
+    batch_sizes: tuple[int, ...] = (64, 128)
+    alphas: tuple[float, ...] = (0.5, 2.0)
+    noises: tuple[int, ...] = (20, 40)  # percent of the captions
+    validate_every: int = 100
+    diagnose_every: int = 50
     device: str = "cpu"
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig(width=64, embed_dim=64)
 
 
 PRESETS = {
     "smoke": Preset(
-        clips=60, epochs=2, batch_size=16, seeds=2, few=1, languages=("eng", "zho"), captions=1,
-        batch_sizes=(8,), alphas=(0.5,), noises=(40,), radii=(0.3,), validate_every=4,
-        diagnose_every=2, model=ModelConfig(width=32, heads=2, embed_dim=32),
+        clips=60, epochs=2, batch_size=16, seeds=2, few=1, languages=("eng", "zho"), long=2,
+        rates=(2.0,), inits=(0.5,), batch_sizes=(8,), alphas=(0.5,), noises=(40,),
+        validate_every=4, diagnose_every=2, model=ModelConfig(width=32, heads=2, embed_dim=32),
     ),
-    "cpu": Preset(clips=1000, epochs=2, batch_size=64, seeds=5, few=2),
+    "cpu": Preset(clips=1000, epochs=2, batch_size=24, seeds=10, few=5),
     "gpu": Preset(
-        clips=10_000, epochs=10, batch_size=1024, seeds=5, few=3, captions=5,
-        batch_sizes=(128, 256, 512, 2048), validate_every=250, diagnose_every=50, device="cuda",
+        clips=10_000, epochs=10, batch_size=24, seeds=10, few=5, captions=5,
+        batch_sizes=(256, 4096), noises=(10, 20, 40), validate_every=1000, diagnose_every=500,
+        device="cuda",
         model=ModelConfig(width=256, heads=8, audio_layers=4, text_layers=4, embed_dim=256),
     ),
 }  # fmt: skip
@@ -85,41 +108,76 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training: its group, what it varies, its seed."""
+    """One training: a loss, what is changed of the preset and of the loss, a seed."""
 
-    group: str  # ablation | batch | alpha | noise | cross | radius
-    name: str  # of the loss, from LOSSES
+    name: str  # of LOSSES or CONTROLS
     seed: int
-    value: float = 0.0  # what the group varies
-    data: str = "here/train"  # manifest without its suffix
+    data: str = HERE  # manifest without its suffix
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What differs from the preset; equal trainings have equal settings."""
+        settings: dict[str, Any] = {
+            "svr": "none",
+            **LOSSES.get(self.name, {"control": self.name}),
+            **self.changes,
+        }
+        return {key: x for key, x in settings.items() if x != DEFAULTS.get(key, (x,))}
+
+    @property
     def folder(self) -> str:
-        words = self.name.replace(",", "").replace(" ", "-")
-        value = f"-{self.value:g}" if self.group not in ("ablation", "cross") else ""
-        return f"{self.group}{value}-{words}-{self.seed}".lower()
+        words = [self.name, *(f"{key}-{x}" for key, x in sorted(self.settings.items()))]
+        data = "" if self.data == HERE else self.data.replace("/", "-")
+        return "_".join(filter(None, words[1:] + [data, f"seed-{self.seed}"])).replace(" ", "-")
+
+
+SAME = ("alpha", "bilateral", "detach_similarity", "radius_bound", "radius_init", "support")
+DEFAULTS = {x.name: x.default for x in fields(TrainConfig) if x.name in SAME}
+"""What a loss need not say: a training that says it is the same one."""
+
+
+def initial(init: float, reading: dict[str, Any]) -> dict[str, float]:
+    """Returns the setting of an initial radius, which with a bound is below 1."""
+    return {"radius_init": min(init, LARGEST) if reading["radius_bound"] == "gap" else init}
 
 
 def plan_experiments(preset: Preset) -> list[Experiment]:
-    """Returns every experiment of a preset, the ablation first."""
-    plan = [Experiment("ablation", name, seed) for seed in range(preset.seeds) for name in LOSSES]
+    """Returns every experiment of a preset, by seed; those of two purposes once."""
+    plan: dict[str, Experiment] = {}
 
-    def vary(setting: str, group: str, name: str, seed: int, values: tuple[Any, ...]) -> None:
-        for value in values:
-            plan.append(Experiment(group, name, seed, value, changes={setting: value}))
+    def add(name: str, seeds: int, data: str = HERE, **changes: Any) -> None:
+        for seed in range(seeds):
+            experiment = Experiment(name, seed, data, changes)
+            plan.setdefault(experiment.folder, experiment)
 
-    for seed in range(preset.few):
-        for name in MAIN[::2]:
-            vary("batch_size", "batch", name, seed, preset.batch_sizes)
-        vary("alpha", "alpha", MAIN[2], seed, preset.alphas)
+    for name in MAIN:
+        add(name, preset.seeds)
+        add(name, preset.seeds, epochs=preset.long * preset.epochs)
+    for name in (STATIC, DYNAMIC):
+        add(name, preset.seeds, **LITERAL)
+    for rate in preset.rates:
+        add(INFONCE, preset.seeds, lr=rate * preset.lr)
+    add(INFONCE, preset.few, epochs=2 * preset.epochs)
+    for name in (*LOSSES, *CONTROLS):
+        add(name, preset.few)
+    for reading in READINGS.values():
+        for name in (STATIC, DYNAMIC):
+            for init in preset.inits:
+                add(name, preset.few, **reading, **initial(init, reading))
+        add(DYNAMIC, preset.few, **reading, **DETACHED)
+    for fast in FAST:
+        add(STATIC, preset.few, **READINGS[fast], radius_init=0.5, radius_lr=10 * preset.lr)
+    for size in preset.batch_sizes:
         for name in MAIN:
-            for noise in preset.noises:
-                plan.append(Experiment("noise", name, seed, noise, f"here/noise{noise}"))
-            plan.append(Experiment("cross", name, seed, data="there/train"))
-    for name in MAIN[1:]:
-        vary("radius_init", "radius", name, 0, preset.radii)
-    return plan
+            add(name, preset.few, batch_size=size)
+    for alpha in preset.alphas:
+        add(DYNAMIC, preset.few, alpha=alpha)
+    for name in MAIN:
+        for noise in preset.noises:
+            add(name, preset.few, f"here/noise{noise}")
+        add(name, preset.few, "there/train")
+    return sorted(plan.values(), key=lambda experiment: experiment.seed)
 
 
 def make_corpora(out: Path, preset: Preset) -> None:
@@ -151,14 +209,16 @@ def with_noise(manifest: Path, share: float, seed: int = 0) -> str:
 
 def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfig:
     """Returns the settings of an experiment: of the preset, of its loss, and its own changes."""
-    size = experiment.changes.get("batch_size", preset.batch_size)
+    changes = {key: x for key, x in experiment.settings.items() if key != "control"}
+    size = changes.get("batch_size", preset.batch_size)
+    times = changes.get("epochs", preset.epochs) / preset.epochs
 
-    def steps_between(every: int) -> int:  # as often over the data, however large the step
-        return max(1, round(every * preset.batch_size / size))
+    def steps_between(every: int) -> int:  # as often in a run, however large and many its steps
+        return max(1, round(every * times * preset.batch_size / size))
 
     shared: dict[str, Any] = {
         "batch_size": preset.batch_size, "epochs": preset.epochs, "seed": experiment.seed,
-        "validate_every": steps_between(preset.validate_every),
+        "lr": preset.lr, "validate_every": steps_between(preset.validate_every),
         "diagnose_every": steps_between(preset.diagnose_every),
         "device": preset.device, "cache": str(out / "features"), "model": preset.model,
         "checkpoint_every": preset.validate_every,
@@ -167,8 +227,16 @@ def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfi
         data=out / f"{experiment.data}.jsonl",
         val=(out / experiment.data).with_name("val.jsonl"),
         out=out / "runs" / experiment.folder,
-        **(shared | LOSSES[experiment.name] | experiment.changes),
+        **(shared | changes),
     )
+
+
+def criterion_of(experiment: Experiment) -> Callable[..., SVRLoss]:
+    """Returns what builds the criterion of an experiment."""
+    name = experiment.settings.get("control")
+    if name is None:
+        return build_loss
+    return lambda config, batch_size, group=None: build_control(config, name)
 
 
 def carry_out(experiment: Experiment, out: Path, preset: Preset) -> None:
@@ -183,11 +251,11 @@ def carry_out(experiment: Experiment, out: Path, preset: Preset) -> None:
             if not (folder / FINISHED).exists():
                 start = time.monotonic()
                 resume = (folder / STATE).exists()
-                train(replace(config, overwrite=not resume), resume)
+                train(replace(config, overwrite=not resume), resume, criterion_of(experiment))
                 seconds = None if resume else time.monotonic() - start  # None: of a part only
                 cost = {"seconds": seconds, "bytes": peak_memory(config)}
                 write_json(folder / "cost.json", cost)
-            measurements = measure(experiment, config, out, preset)
+            measurements = measure(experiment, config, out)
     path = folder / "cost.json"  # not there if it was killed before it could say
     cost = {"seconds": None, "bytes": None}
     if path.exists():
@@ -206,68 +274,46 @@ def peak_memory(config: TrainConfig) -> int:
 
 
 @torch.no_grad()
-def measure(
-    experiment: Experiment, config: TrainConfig, out: Path, preset: Preset
-) -> dict[str, Any]:
-    """Measures retrieval here and there, zero-shot, similarity of the pairs, radius by hard
-    negatives."""
+def measure(experiment: Experiment, config: TrainConfig, out: Path) -> dict[str, Any]:
+    """Measures retrieval here and there, zero-shot classification, the similarity of the pairs, and
+    what a dynamic radius says of them."""
     model = load_model(config.out).to(config.device)
     numbers: dict[str, Any] = {}
     for side in SIDES:
-        if side == "there" and experiment.group not in ("ablation", "cross"):
-            continue
         manifest = out / side / "test.jsonl"
         corpus = load_corpus(manifest, config.model.max_seconds, cache=config.cache)
         text, audio = embed_corpus(model, corpus)
         numbers[side] = corpus_metrics(text, audio, corpus)
-        if side != "here":
+        if side == "there":
             continue
         positive = (text * audio[corpus.clip_of]).sum(dim=1).clamp(-1, 1)
         numbers["similarities"] = torch.histc(positive, BINS, -1.0, 1.0).tolist()
-        if "dynamic" in config.svr and experiment.group == "ablation":
-            numbers["radius_by_hard"] = radius_by_hard(config, text, audio, corpus.clip_of)
-    if experiment.group == "ablation":
-        labels = out / "events/labels.csv"
-        numbers["zeroshot"] = classify_run(config.out, labels)["accuracy"]
+        if config.svr.endswith("dynamic"):
+            radius = trained_radius(config)
+            pairs = (text, audio, corpus.clip_of)
+            numbers["radius_by_hard"] = radius_by_hard(radius, config, *pairs)
+            numbers["difficulty"] = difficulty(radius, config, *pairs)
+    labels = out / "events/labels.csv"
+    numbers["zeroshot"] = classify_run(config.out, labels)["accuracy"]
     return numbers
 
 
-def radius_by_hard(
-    config: TrainConfig, text: torch.Tensor, audio: torch.Tensor, clip_of: torch.Tensor
-) -> dict[str, float]:
-    """Returns the mean radius predicted for a caption beside its clip, its K nearest other clips
-    and, up to the batch size, clips drawn at random, for each K."""
+def trained_radius(config: TrainConfig) -> DynamicRadius:
+    """Returns the radius of a finished run."""
     criterion = build_loss(config, config.batch_size)
     load_criterion(config.out, criterion)
-    assert criterion.radius is not None
-    generator, radius_of = torch.Generator().manual_seed(0), {}
-    size = min(config.batch_size, len(audio))
-    rows = torch.randperm(len(text), generator=generator)[:100].tolist()
-    for hard in [k for k in HARD if k < size]:
-        radii = []
-        for row in rows:
-            positive = clip_of[row]
-            order = (audio @ text[row]).argsort(descending=True)
-            order = order[order != positive]
-            rest = order[hard:][torch.randperm(len(order) - hard, generator=generator)]
-            clips = torch.cat([positive[None], order[:hard], rest[: size - 1 - hard]])
-            texts = text[row].expand(len(clips), -1)
-            radii.append(criterion.radius(audio[clips], texts, 1 / config.tau)[0].item())
-        radius_of[str(hard)] = float(np.mean(radii))
-    return radius_of
-
-
-def read_results(out: Path, preset: Preset) -> list[dict[str, Any]]:
-    """Reads `result.json` of every experiment that has one, in the plan's order."""
-    paths = [out / "runs" / x.folder / "result.json" for x in plan_experiments(preset)]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    assert isinstance(criterion.radius, DynamicRadius)
+    return criterion.radius.eval()
 
 
 def check_settings(out: Path, name: str) -> None:
     """Raises an error unless the folder is new, or holds experiments of this preset, of its corpus
     and its losses, as they are now."""
     path, package = out / "preset.json", Path(__file__).parent.parent
-    sources = [Path(__file__), package / "synth.py", package / "phrases.toml"]
+    here = Path(__file__)
+    sources = [
+        here, here.with_name("controls.py"), package / "synth.py", package / "phrases.toml"
+    ]  # fmt: skip
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     settings = {"name": name, "sources": digest, **asdict(PRESETS[name])}
     settings = json.loads(json.dumps(settings))

@@ -71,7 +71,9 @@ def is_done(experiment: Experiment, out: Path) -> bool:
 
 def cost_of(experiment: Experiment, preset: Preset) -> float:
     """Returns about how long it takes, in runs of large batches: small steps cost more."""
-    return 1.0 + 8.0 / float(experiment.changes.get("batch_size", preset.batch_size))
+    settings = experiment.settings
+    size = settings.get("batch_size", preset.batch_size)
+    return float(settings.get("epochs", preset.epochs) / preset.epochs) * (1.0 + 8.0 / size)
 
 
 @contextmanager
