@@ -106,11 +106,11 @@ class TrainConfig:
     alpha: float = setting(1.0, "weight of the support vectors' term")
     beta: float | None = setting(None, "weight of the radius constraint; 0.01 if dynamic, else 0")
     support: str = setting(
-        "sphere", "sphere: support vectors are put back on it; free: they are not", "sphere", "free"
+        "free", "sphere: support vectors are put back on it; free: they are not", "sphere", "free"
     )
-    radius_init: float = setting(0.5, "initial semantic radius; with --radius-bound gap, R / r")
+    radius_init: float = setting(0.1, "initial semantic radius; with --radius-bound gap, R / r")
     radius_bound: str = setting(
-        "gap", "gap: R = r sigmoid(.), so that no R exceeds its gap r", "none", "gap"
+        "none", "gap: R = r sigmoid(.), so that no R exceeds its gap r", "none", "gap"
     )
     radius_features: str = setting(
         "summary", "what predicts a dynamic radius; similarities is the paper's and drops the last "
@@ -164,7 +164,7 @@ class TrainConfig:
             )
         self.check(("alpha", "beta", "radius_init"), math.isfinite, "be a finite number")
         if self.radius_bound == "gap":
-            self.check(("radius_init",), lambda share: 0 < share < 1, "be R / r, between 0 and 1,")
+            self.check(("radius_init",), lambda share: 0 < share < 1, "be R / r, between 0 and 1")
 
     def check(self, names: tuple[str, ...], allows: Callable[[Any], bool], rule: str) -> None:
         """Raises an error if one of these settings has a value that the rule does not allow."""

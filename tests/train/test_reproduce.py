@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,22 @@ from supclap.logs import read_lines
 from supclap.manifest import read_manifest
 from supclap.reproduction import experiments, report
 from supclap.reproduction import run as module
-from supclap.reproduction.experiments import HARD, LOSSES, PRESETS, Experiment, plan_experiments
+from supclap.reproduction.controls import CONTROLS, Control
+from supclap.reproduction.difficulty import HARD, radius_by_hard
+from supclap.reproduction.experiments import (
+    CHOSEN,
+    HERE,
+    LITERAL,
+    LOSSES,
+    MAIN,
+    PRESETS,
+    READINGS,
+    Experiment,
+    plan_experiments,
+)
 from supclap.reproduction.findings import Findings
 from supclap.reproduction.verdicts import T_95, Verdict, interval, mean_and_deviation
+from supclap.step import build_loss
 from supclap.synth import EVENTS, synthesise, synthesise_events
 from supclap.train import train
 from supclap.zeroshot import labelled_clips
@@ -64,14 +78,45 @@ def test_the_plan_has_every_loss_and_sweep():
     for preset in PRESETS.values():
         runs = plan_experiments(preset)
         assert len({run.folder for run in runs}) == len(runs)
-        for name in LOSSES:
-            seeds = [run.seed for run in runs if (run.group, run.name) == ("ablation", name)]
-            assert seeds == list(range(preset.seeds))
-        assert {run.group for run in runs} == {
-            "ablation", "batch", "alpha", "noise", "cross", "radius"
-        }  # fmt: skip
-    assert len(LOSSES) == 10 and PRESETS["cpu"].seeds == 5 and len(PRESETS["cpu"].languages) == 8
-    assert set(PRESETS["cpu"].noises) == {10, 20, 40}
+
+        def seeds(name, data=HERE, runs=runs, **changes):
+            folders = {Experiment(name, seed, data, changes).folder for seed in range(20)}
+            return sum(run.folder in folders for run in runs)
+
+        few, main = preset.few, preset.seeds
+        assert all(seeds(name) == (main if name in MAIN else few) for name in LOSSES)
+        assert all(seeds(name, epochs=preset.long * preset.epochs) == main for name in MAIN)
+        assert all(seeds(name, **LITERAL) == main for name in MAIN[1:])
+        assert all(seeds(MAIN[0], lr=rate * preset.lr) == main for rate in preset.rates)
+        assert all(seeds(name) == few for name in CONTROLS)
+        for reading in READINGS.values():
+            for init in preset.inits:
+                start = {**reading, "radius_init": min(init, 0.9) if "gap" in reading.values()
+                         else init}  # fmt: skip
+                assert all(seeds(name, **start) >= few for name in MAIN[1:])
+        for noise in preset.noises:
+            assert all(seeds(name, f"here/noise{noise}") == few for name in MAIN)
+    cpu = PRESETS["cpu"]
+    assert cpu.seeds >= 10 and cpu.few >= 5 and len(cpu.languages) == 8 and cpu.batch_size == 24
+    assert cpu.inits == (0.1, 0.5, 1.0) and cpu.rates == (0.5, 2.0, 4.0) and len(LOSSES) == 10
+
+
+def test_equal_trainings_are_one():
+    """Of two purposes: a reading that is the chosen one, settings that say what is usual."""
+    usual = Experiment("bi-StaticSVR", 3)
+    assert Experiment("bi-StaticSVR", 3, changes=CHOSEN).folder == usual.folder
+    assert Experiment("bi-StaticSVR", 3, changes={"alpha": 1.0}).folder == usual.folder
+    for others in ({"alpha": 2.0}, {"batch_size": 64}, {"epochs": 2}, LITERAL):
+        assert Experiment("bi-StaticSVR", 3, changes=others).folder != usual.folder
+    assert Experiment("bi-StaticSVR", 3, "there/train").folder != usual.folder
+    preset, out = PRESETS["cpu"], Path("out")
+    config = experiments.settings_of(usual, out, preset)
+    assert {name: getattr(config, name) for name in CHOSEN} == CHOSEN
+    literal = experiments.settings_of(Experiment("bi-DynamicSVR", 0, changes=LITERAL), out, preset)
+    assert {name: getattr(literal, name) for name in LITERAL} == LITERAL
+    control = Experiment(next(iter(CONTROLS)), 0)
+    assert experiments.settings_of(control, out, preset).svr == "none"
+    assert isinstance(experiments.criterion_of(control)(config, 4), Control)
 
 
 def test_wrong_captions_are_those_of_others(tmp_path):
@@ -135,47 +180,62 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
         word = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         assert verdict["verdict"] == word
     titles = [table["title"] for table in results["tables"]]
-    assert titles[:4] == ["Ablation", "Languages", "Other acoustics", "Zero-shot"]
-    assert all(f"### {title}" in first for title in titles) and len(titles) == 8
+    assert titles[:4] == [
+        "Ablation", "Readings of the radius", "Controls", "At equal steps and at rest"
+    ]  # fmt: skip
+    assert all(f"### {title}" in first for title in titles) and len(titles) == 13
+    assert len(results["tables"][1]["rows"]) == 3 * len(READINGS) + 2  # every reading
 
-    # The first claim, recomputed from the runs' own evaluations.
-    def recall(name, seed):
-        folder = Experiment("ablation", name, seed).folder
-        result = json.loads((out / "runs" / folder / "result.json").read_text())["here"]
-        return 50 * (result["t2a"]["R@1"] + result["a2t"]["R@1"])
+    # The claims, recomputed from the runs' own files.
+    def folder(name, seed, **changes):
+        return out / "runs" / Experiment(name, seed, changes=changes).folder
 
-    differences = [recall("bi-DynamicSVR", s) - recall("InfoNCE", s) for s in range(2)]
-    assert near(results["verdicts"][0]["differences"], differences, within=1e-9)
+    def recall_of(path):
+        return (path["t2a"]["R@1"] + path["a2t"]["R@1"]) / 2
+
+    def tested(*which, **changes):
+        return 100 * recall_of(
+            json.loads((folder(*which, **changes) / "result.json").read_text())["here"]
+        )
+
+    def curve(*which, **changes):
+        lines = read_lines(folder(*which, **changes) / "val.jsonl")
+        return [(line["step"], recall_of(line)) for line in lines]
+
     by_claim = {verdict["claim"]: verdict["differences"] for verdict in results["verdicts"]}
+    rates = {1.0: {}, 2.0: {"lr": 2e-3}}
+
+    def by_validation(rate):
+        curves = [curve("InfoNCE", seed, **rates[rate]) for seed in range(2)]
+        return sum(max(recall for _, recall in one) for one in curves)
+
+    best = max(rates, key=by_validation)
+    assert results["best_rate"] == best
+    differences = [
+        tested("bi-DynamicSVR", s) - tested("InfoNCE", s, **rates[best]) for s in range(2)
+    ]
+    claim = "bi-DynamicSVR retrieves better than the best InfoNCE at equal steps"
+    assert near(by_claim[claim], differences, within=1e-9)
+    claim = "bi-DynamicSVR retrieves better than InfoNCE, both with 2 times the steps"
+    long = [tested("bi-DynamicSVR", s, epochs=4) - tested("InfoNCE", s, epochs=4) for s in range(2)]
+    assert near(by_claim[claim], long, within=1e-9)
     radii = [
-        [
-            line["radius"]
-            for line in read_lines(out / "runs" / f"ablation-bi-staticsvr-{s}/log.jsonl")
-        ]
+        [line["radius"] for line in read_lines(folder("bi-StaticSVR", s) / "log.jsonl")]
         for s in range(2)
     ]
-    falls = [of_run[0] - of_run[-1] for of_run in radii]  # of ten steps and a few, a tenth is one
-    claimed = by_claim["the radius falls during training (bi-StaticSVR)"]
-    assert near(claimed, falls, within=1e-9) and max(falls) < 0
+    falls = [of_run[1] - of_run[-1] for of_run in radii]  # of 10 to 19 steps a tenth is one
+    claimed = by_claim["the radius falls after the first tenth of training (bi-StaticSVR)"]
+    assert near(claimed, falls, within=1e-9)
 
-    def first_at_the_goal(name, other, seed):
-        runs = [
-            [
-                (line["step"], (line["t2a"]["R@1"] + line["a2t"]["R@1"]) / 2)
-                for line in read_lines(
-                    out / "runs" / Experiment("ablation", n, seed).folder / "val.jsonl"
-                )
-            ]
-            for n in (name, other)
-        ]
-        goal = min(max(recall for _, recall in run) for run in runs)
-        return min(step for step, recall in runs[0] if recall >= goal)
+    def first_at_the_goal(curves):
+        goal = min(max(recall for _, recall in curve) for curve in curves)
+        return min(step for step, recall in curves[0] if recall >= goal)
 
-    pair = ("bi-DynamicSVR", "InfoNCE")
-    sooner = [first_at_the_goal(*pair[::-1], s) - first_at_the_goal(*pair, s) for s in range(2)]
-    assert by_claim["training converges faster"] == sooner
-    measured = Findings(out, PRESETS["smoke"]).of("ablation", "bi-DynamicSVR")[0]
-    assert list(measured["radius_by_hard"]) == [str(k) for k in HARD if k < 12]
+    curves = [(curve("bi-DynamicSVR", s), curve("InfoNCE", s, **rates[best])) for s in range(2)]
+    sooner = [first_at_the_goal(pair[::-1]) - first_at_the_goal(pair) for pair in curves]
+    assert by_claim["bi-DynamicSVR converges faster than the best InfoNCE"] == sooner
+    measured = Findings(out, PRESETS["smoke"]).runs("bi-DynamicSVR")[0]
+    assert list(measured["radius_by_hard"]) == [str(k) for k in HARD if k < 16]
     assert len(measured["similarities"]) == experiments.BINS
     assert sum(measured["similarities"]) == len(read_manifest(out / "here/test.jsonl")) * 2
 
@@ -184,12 +244,12 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch, capsys):
-    bad = Experiment("ablation", "InfoNCE", 0, changes={"lr": -1.0})
+    bad = Experiment("InfoNCE", 0, changes={"lr": -1.0})
     monkeypatch.setattr(module, "plan_experiments", lambda preset: [bad])
     monkeypatch.setattr(module, "make_corpora", lambda out, preset: None)
     assert main(["reproduce", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert "ablation-infonce-0: UserError: --lr must be a positive number" in message
+    assert "lr--1.0_svr-none_seed-0: UserError: --lr must be a positive number" in message
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
     for arguments, expected in (
@@ -205,13 +265,13 @@ def test_the_radius_is_told_by_hard_negatives(tmp_path):
     torch.manual_seed(0)
     config = replace(
         experiments.settings_of(
-            Experiment("ablation", "bi-DynamicSVR", 0), tmp_path, PRESETS["smoke"]
+            Experiment("bi-DynamicSVR", 0, changes=LITERAL), tmp_path, PRESETS["smoke"]
         ),
         batch_size=8,
     )
     audio = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
     text = torch.nn.functional.normalize(audio + 0.1 * torch.randn(40, 16), dim=1)
-    criterion = experiments.build_loss(config, 8)
+    criterion = build_loss(config, 8)
     with torch.no_grad():
         for p in criterion.radius.network.parameters():
             p.zero_()
@@ -221,7 +281,9 @@ def test_the_radius_is_told_by_hard_negatives(tmp_path):
     from supclap.model import SupclapModel, save_model
 
     save_model(config.out / "model.safetensors", SupclapModel(config.model), criterion=criterion)
-    radius_of = experiments.radius_by_hard(config, text, audio, torch.arange(40))
+    radius = experiments.trained_radius(config)
+    with torch.no_grad():
+        radius_of = radius_by_hard(radius, config, text, audio, torch.arange(40))
     assert list(radius_of) == ["0", "6"] and radius_of["6"] > radius_of["0"]
     rows = [(audio @ t).topk(2).values[1].item() / 0.07 for t in text]
     gelu = torch.nn.functional.gelu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,13 +44,13 @@ def radius_by_hard(
 
 def difficulty(
     radius: DynamicRadius, config: TrainConfig, text: Tensor, audio: Tensor, clip_of: Tensor
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Compares R, R / r and the gap r of the test pairs, in batches as in training, with how hard
     the pairs are.
 
     Returns Spearman's correlation of each with the rank of the clip, the number of hard negatives
-    in the corpus, and whether retrieval fails; and the mean of R where it fails and where not.
-    Arguments as of `radius_by_hard`.
+    in the corpus, and whether retrieval fails; and the mean of R where it fails and where not. None
+    where there are no such pairs, or all are alike. Arguments as of `radius_by_hard`.
     """
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
     size = min(config.batch_size, len(text))
@@ -69,13 +71,14 @@ def difficulty(
     }
     for name, where in (("R where found", ~fails), ("R where not found", fails)):
         numbers[name] = R[where].mean().item()
-    return numbers
+    return {name: None if math.isnan(number) else number for name, number in numbers.items()}
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """Returns the correlation of the ranks of [N] numbers; equal ones share a rank."""
     places = [places_of(values) for values in (x, y)]
-    return float(np.corrcoef(places[0], places[1])[0, 1])
+    with np.errstate(invalid="ignore"):  # of numbers that are all equal
+        return float(np.corrcoef(places[0], places[1])[0, 1])
 
 
 def places_of(values: Tensor) -> np.ndarray:

@@ -54,13 +54,15 @@ READINGS: dict[str, dict[str, Any]] = {  # of the support vectors and of the rad
     "free, bounded": {"support": "free", "radius_bound": "gap"},
     "sphere, bounded": {"support": "sphere", "radius_bound": "gap"},
 }
+CHOSEN: dict[str, Any] = READINGS["sphere, bounded"] | {"radius_init": 0.5}
+"""That of every loss unless it says otherwise."""
 LITERAL = READINGS["free"] | {"radius_init": 0.1}
 """What the paper's formulas say, with the initial radius of this library's first versions."""
 LARGEST = 0.9
 """R / r with a bound, in place of an initial radius of 1."""
 FAST = ("sphere", "sphere, beta 1")
 """Readings that are tried with a larger learning rate of the radius as well."""
-DETACHED = {"detach_similarity": True, "radius_init": 0.5}
+DETACHED: dict[str, Any] = {"detach_similarity": True, "radius_init": 0.5}
 SIDES = ("here", "there")  # the corpus, and one with other acoustics
 BINS = 50  # of figure 4, between -1 and 1
 HERE = "here/train"
@@ -133,11 +135,11 @@ class Experiment:
 
 
 SAME = ("alpha", "bilateral", "detach_similarity", "radius_bound", "radius_init", "support")
-DEFAULTS = {x.name: x.default for x in fields(TrainConfig) if x.name in SAME}
+DEFAULTS = {x.name: x.default for x in fields(TrainConfig) if x.name in SAME} | CHOSEN
 """What a loss need not say: a training that says it is the same one."""
 
 
-def initial(init: float, reading: dict[str, Any]) -> dict[str, float]:
+def initial(init: float, reading: dict[str, Any]) -> dict[str, Any]:
     """Returns the setting of an initial radius, which with a bound is below 1."""
     return {"radius_init": min(init, LARGEST) if reading["radius_bound"] == "gap" else init}
 
@@ -227,7 +229,7 @@ def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfi
         data=out / f"{experiment.data}.jsonl",
         val=(out / experiment.data).with_name("val.jsonl"),
         out=out / "runs" / experiment.folder,
-        **(shared | changes),
+        **(shared | CHOSEN | changes),
     )
 
 

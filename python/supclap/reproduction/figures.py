@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .experiments import BINS, MAIN
+from .experiments import BINS, DYNAMIC, LARGEST, MAIN, READINGS, STATIC
 from .findings import Findings, Result
 from .report import smooth
 from .text import FIGURES
-
-DYNAMIC = MAIN[2]
 
 
 def band(
@@ -34,24 +32,26 @@ def curve(
 
 def drift(findings: Findings, panel: Any) -> None:
     for n, name in enumerate(MAIN):
-        curves = [
-            curve(findings, x, "diagnostics", "update_gap") for x in findings.of("ablation", name)
-        ]
+        curves = [curve(findings, x, "diagnostics", "update_gap") for x in findings.runs(name)]
         band(panel, curves, name, f"C{n}")
     panel.set(xlabel="step", ylabel="cos(step of t, a - t)")
 
 
 def radius(findings: Findings, panel: Any) -> None:
-    for n, name in enumerate((*MAIN[1:], f"{DYNAMIC}, no constraint")):
-        curves = [curve(findings, x, "log", "radius") for x in findings.of("ablation", name)]
-        band(panel, curves, name, f"C{n + 1}")
+    for n, name in enumerate((STATIC, DYNAMIC)):
+        for words, runs in (
+            (name, findings.runs(name)),
+            (f"{name} as printed", findings.literal(name)),
+        ):
+            curves = [curve(findings, x, "log", "radius") for x in runs]
+            band(panel, curves, words, f"C{n + 1 if words == name else n + 3}")
     panel.set(xlabel="step", ylabel="R")
 
 
 def similarity(findings: Findings, panel: Any) -> None:
     centres = [-1 + (2 * n + 1) / BINS for n in range(BINS)]
     for n, name in enumerate(MAIN):
-        histograms = [x["similarities"] for x in findings.of("ablation", name)]
+        histograms = [x["similarities"] for x in findings.runs(name)]
         counts = [sum(column) for column in zip(*histograms, strict=True)]
         share = [count / sum(counts) for count in counts]
         panel.step(centres, share, where="mid", color=f"C{n}", label=name)
@@ -61,7 +61,7 @@ def similarity(findings: Findings, panel: Any) -> None:
 def convergence(findings: Findings, panel: Any) -> None:
     for n, name in enumerate(MAIN):
         curves = []
-        for result in findings.of("ablation", name):
+        for result in findings.runs(name):
             steps, recalls = zip(*findings.validation(result), strict=True)
             curves.append((list(steps), [100 * recall for recall in recalls]))
         band(panel, curves, name, f"C{n}")
@@ -69,24 +69,35 @@ def convergence(findings: Findings, panel: Any) -> None:
 
 
 def initial_radius(findings: Findings, panel: Any) -> None:
-    for n, name in enumerate(MAIN[1:]):
-        runs = [("0.1", findings.of("ablation", name)[0])]
-        runs += [(f"{r:g}", findings.of("radius", name, r)[0]) for r in findings.preset.radii]
-        for m, (_, result) in enumerate(runs):
-            panel.plot(*curve(findings, result, "log", "radius"), color=f"C{n + 1}",
+    for n, name in enumerate((STATIC, DYNAMIC)):
+        for m, init in enumerate(findings.preset.inits):
+            runs = findings.runs(name, radius_init=min(init, LARGEST))
+            panel.plot(*curve(findings, runs[0], "log", "radius"), color=f"C{n + 1}",
                        label=name if m == 0 else None)  # fmt: skip
     panel.set(xlabel="step", ylabel="R")
 
 
+def readings(findings: Findings, panel: Any) -> None:
+    for n, (words, reading) in enumerate(READINGS.items()):
+        for name, style in ((STATIC, "--"), (DYNAMIC, "-")):
+            for result in findings.reading(name, reading, 0.5)[:1]:
+                steps, contraction = curve(findings, result, "log", "contraction_50")
+                panel.plot(steps, [1 - c for c in contraction], style, color=f"C{n}",
+                           label=words if style == "-" else None)  # fmt: skip
+    panel.axhline(1, color="grey", linewidth=0.5)
+    panel.set(xlabel="step", ylabel="median R/r (static: dashed)", ylim=(0, 3))
+
+
 def hard_negatives(findings: Findings, panel: Any) -> None:
-    for n, name in enumerate((DYNAMIC, f"{DYNAMIC}, no constraint")):
-        radii = [x["radius_by_hard"] for x in findings.of("ablation", name)]
+    groups = {DYNAMIC: findings.runs(DYNAMIC), "as printed": findings.literal(DYNAMIC)}
+    for n, (words, runs) in enumerate(groups.items()):
+        radii = [x["radius_by_hard"] for x in runs]
         curves = [(list(map(float, by_count)), list(by_count.values())) for by_count in radii]
-        band(panel, curves, name, f"C{n + 2}")
+        band(panel, curves, words, f"C{n + 2}")
     panel.set(xlabel="hard negatives in the batch", ylabel="predicted R")
 
 
-DRAW = (drift, radius, similarity, convergence, initial_radius, hard_negatives)
+DRAW = (drift, radius, similarity, convergence, initial_radius, hard_negatives, readings)
 PANELS: dict[str, Callable[[Findings, Any], None]] = dict(zip(FIGURES, DRAW, strict=True))
 
 

@@ -6,6 +6,7 @@ Runs are independent and keep their results: after an interruption the same comm
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ from .experiments import (
     plan_experiments,
 )  # fmt: skip
 from .findings import Findings
-from .text import report_text
+from .text import as_json, report_text
 
 ERROR = "error.txt"  # in an experiment's folder
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -129,7 +130,7 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
             write_json(spent, before + time.monotonic() - start)
     findings = Findings(out, settings)
     seconds = json.loads(spent.read_text(encoding="utf-8"))
-    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | findings.as_json())
+    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | as_json(findings))
     names = draw_all(findings, out)
     report = out / "report.md"
     write_text(report, report_text(findings, preset, names))
@@ -173,6 +174,17 @@ def carry_out_all(left: list[Experiment], out: Path, preset: Preset, jobs: int) 
         )
 
 
+@functools.cache
+def workplace() -> Any:
+    """Where processes come from: a server that has imported what they need, if there can be one.
+    It is started by the first of them, and blocks the signals that they begin with blocked."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([carry_out.__module__])
+    return context
+
+
 def start_next(
     waiting: list[Experiment], running: dict[Any, tuple[Any, Experiment]], out: Path, preset: Preset
 ) -> None:
@@ -181,8 +193,7 @@ def start_next(
     folder = out / "runs" / experiment.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=work, args=(experiment, out, preset), daemon=True)
+    process = workplace().Process(target=work, args=(experiment, out, preset), daemon=True)
     # No signal between the start of a process and the note of it; and it begins with them blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     process.start()
