@@ -21,6 +21,8 @@ class Mode(NamedTuple):
     bilateral: str
     grams: int
     """how many of A A^T and T T^T it needs; the plain loss needs none"""
+    renormalize: bool = False
+    """whether support vectors are put back on the sphere"""
 
     @property
     def plain(self) -> bool:
@@ -29,7 +31,10 @@ class Mode(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """The options of `fused_svr_loss`."""
-        return {"objective": self.objective, "bilateral": self.bilateral}
+        return {
+            "objective": self.objective, "bilateral": self.bilateral,
+            "renormalize": self.renormalize,
+        }  # fmt: skip
 
 
 MODES = {
@@ -39,6 +44,9 @@ MODES = {
     "shared": Mode("infonce", "shared", 1),
     "siglip": Mode("siglip", "none", 1),
     "siglip-plain": Mode("siglip", "none", 0),
+    "one-sided-sphere": Mode("infonce", "none", 1, True),
+    "mirror-sphere": Mode("infonce", "mirror", 2, True),
+    "siglip-sphere": Mode("siglip", "none", 1, True),
 }
 
 
@@ -184,6 +192,7 @@ SIDE_LIMIT = 1024
 
 LARGE_CASES = [
     *(Case(mode, 65_536, 768, BF16) for mode in GPU_MODES),
+    *(Case(mode, 65_536, 768, BF16) for mode in ("one-sided-sphere", "mirror-sphere")),
     *(Case("one-sided", 65_536, D, BF16) for D in (512, 1024)),
     *(Case("one-sided", N, 768, BF16) for N in (16_384, 32_768)),
     *(Case("one-sided", 16_384, 768, dtype) for dtype in ("float16", "float32")),

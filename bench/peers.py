@@ -22,7 +22,7 @@ from torch import Tensor
 import supclap_kernels as sk
 from supclap_kernels.backends import available
 
-from .cases import MODES
+from .cases import MODES, Mode
 
 MIB = 2**20
 Loss = Callable[..., Tensor]
@@ -32,10 +32,15 @@ Loss = Callable[..., Tensor]
 # ------------------------------------------------------------------------------ the literal formula
 
 
-def support_vectors(audio: Tensor, text: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def support_vectors(
+    audio: Tensor, text: Tensor, radius: Tensor, renormalize: bool
+) -> tuple[Tensor, Tensor]:
     """T_sup, A_sup (N, D): each row moved by the radius along the direction to its partner."""
     step = radius * F.normalize(audio - text, dim=1)
-    return text + step, audio - step
+    text_sup, audio_sup = text + step, audio - step
+    if not renormalize:
+        return text_sup, audio_sup
+    return F.normalize(text_sup, dim=1), F.normalize(audio_sup, dim=1)
 
 
 def labels_of(rows: Tensor) -> Tensor:
@@ -43,7 +48,7 @@ def labels_of(rows: Tensor) -> Tensor:
 
 
 def infonce(
-    bilateral: str, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: None
+    mode: Mode, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: None
 ) -> Tensor:
     """InfoNCE of both directions plus the SVR term, as in the paper."""
     labels = labels_of(text)
@@ -51,18 +56,18 @@ def infonce(
     total = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
     if radius is None:
         return total
-    text_sup, audio_sup = support_vectors(audio, text, radius)
+    text_sup, audio_sup = support_vectors(audio, text, radius, mode.renormalize)
     logits_sup = scale * text_sup @ audio.t()
     total = total + F.cross_entropy(logits_sup, labels)
-    if bilateral == "mirror":
+    if mode.bilateral == "mirror":
         total = total + F.cross_entropy(scale * audio_sup @ text.t(), labels)
-    if bilateral == "shared":
+    if mode.bilateral == "shared":
         total = total + F.cross_entropy(logits_sup.t(), labels)
     return total
 
 
 def siglip(
-    bilateral: str, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor
+    mode: Mode, audio: Tensor, text: Tensor, radius: Tensor | None, scale: Tensor, bias: Tensor
 ) -> Tensor:
     """The sigmoid loss over all pairs plus the SVR term (one matrix, so "shared" is "none")."""
     N = len(text)
@@ -74,9 +79,9 @@ def siglip(
     total = term(text, audio)
     if radius is None:
         return total
-    text_sup, audio_sup = support_vectors(audio, text, radius)
+    text_sup, audio_sup = support_vectors(audio, text, radius, mode.renormalize)
     total = total + term(text_sup, audio)
-    return total + term(audio_sup, text) if bilateral == "mirror" else total
+    return total + term(audio_sup, text) if mode.bilateral == "mirror" else total
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,11 @@ class Literal:
 
     def build(self, mode: str) -> Loss:
         """The callable; compiling happens at its first call."""
-        formula = infonce if MODES[mode].objective == "infonce" else siglip
-        bilateral = MODES[mode].bilateral
+        form = MODES[mode]
+        formula = infonce if form.objective == "infonce" else siglip
 
         def loss(*tensors: Tensor | None) -> Tensor:
-            return formula(bilateral, *tensors)
+            return formula(form, *tensors)
 
         if not self.compile_mode:
             return loss

@@ -27,7 +27,7 @@ from .peers import PEERS
 CASES = [
     Case(mode, N, D)
     for N, D in ((24, 512), (24, 1024), (64, 512), (256, 512))
-    for mode in ("infonce", "siglip-plain", "one-sided", "siglip", "mirror")
+    for mode in ("infonce", "siglip-plain", "one-sided", "siglip", "mirror", "mirror-sphere")
 ]
 SAMPLE_MS = 20.0
 

@@ -98,7 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--overwrite", action="store_true", help="write over an earlier corpus")
 
     reproduce = commands.add_parser("reproduce", help="the paper's tables, figures and claims")
-    reproduce.add_argument("--preset", choices=("smoke", "cpu", "gpu"), required=True)
+    of = reproduce.add_mutually_exclusive_group(required=True)
+    of.add_argument("--preset", choices=("smoke", "cpu", "gpu"), help="on a synthetic corpus")
+    of.add_argument(
+        "--real", type=Path, metavar="FOLDER", help="on recordings: manifests train, val and test"
+    )
     reproduce.add_argument("--out", type=Path, required=True, help="folder; an earlier one goes on")
     reproduce.add_argument("--jobs", type=int, help="runs at a time (default: one for each core)")
 

@@ -31,7 +31,8 @@ class Claims:
         self.baseline = findings.baseline()
 
     def chapters(self) -> dict[str, list[Verdict]]:
-        return {
+        """Those claims of which there are runs."""
+        chapters = {
             "Better": self.better(),
             "Faster": self.faster(),
             "What it comes from": self.controls(),
@@ -39,6 +40,11 @@ class Claims:
             "The trajectory": self.trajectory(),
             "Everything else the paper compares": self.others(),
         }
+        measured = {
+            title: [verdict for verdict in verdicts if verdict.differences]
+            for title, verdicts in chapters.items()
+        }
+        return {title: verdicts for title, verdicts in measured.items() if verdicts}
 
     def compare(
         self,
@@ -131,6 +137,8 @@ class Claims:
             self.compare(claim, found.runs(better), found.runs(worse))
             for claim, better, worse in ABLATION
         ]
+        if preset.main_only:
+            return verdicts
         for name in MAIN[1:]:
             runs = found.runs(name)
             claim = f"zero-shot classification is better ({name})"

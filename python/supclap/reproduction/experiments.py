@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from supclap_kernels import DynamicRadius, SVRLoss
@@ -23,15 +22,14 @@ from ..corpus import load_corpus
 from ..embeddings import embed_corpus
 from ..errors import UserError
 from ..evaluate import corpus_metrics
-from ..files import write_json, write_text
-from ..logs import read_lines
+from ..files import write_json
 from ..model import load_criterion, load_model
 from ..phrases import CODES
 from ..step import build_loss
-from ..synth import synthesise, synthesise_events
 from ..train import train
 from ..zeroshot import classify_run
 from .controls import CONTROLS, build_control
+from .corpora import EVENTS, SIDES
 from .difficulty import difficulty, radius_by_hard
 
 INFONCE, STATIC, DYNAMIC = MAIN = ("InfoNCE", "bi-StaticSVR", "bi-DynamicSVR")
@@ -63,7 +61,6 @@ LARGEST = 0.9
 FAST = ("sphere", "sphere, beta 1")
 """Readings that are tried with a larger learning rate of the radius as well."""
 DETACHED: dict[str, Any] = {"detach_similarity": True, "radius_init": 0.5}
-SIDES = ("here", "there")  # the corpus, and one with other acoustics
 BINS = 50  # of figure 4, between -1 and 1
 HERE = "here/train"
 
@@ -90,6 +87,7 @@ class Preset:
     diagnose_every: int = 50
     device: str = "cpu"
     model: ModelConfig = ModelConfig(width=64, embed_dim=64)
+    main_only: bool = False  # the main comparisons alone, of recordings
 
 
 PRESETS = {
@@ -99,6 +97,7 @@ PRESETS = {
         validate_every=4, diagnose_every=2, model=ModelConfig(width=32, heads=2, embed_dim=32),
     ),
     "cpu": Preset(clips=1000, epochs=2, batch_size=24, seeds=10, few=5),
+    "real": Preset(clips=0, epochs=8, batch_size=24, seeds=10, few=10, main_only=True),
     "gpu": Preset(
         clips=10_000, epochs=10, batch_size=24, seeds=10, few=5, captions=5,
         batch_sizes=(256, 4096), noises=(10, 20, 40), validate_every=1000, diagnose_every=500,
@@ -160,6 +159,8 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
         add(name, preset.seeds, **LITERAL)
     for rate in preset.rates:
         add(INFONCE, preset.seeds, lr=rate * preset.lr)
+    if preset.main_only:
+        return sorted(plan.values(), key=lambda experiment: experiment.seed)
     add(INFONCE, preset.few, epochs=2 * preset.epochs)
     for name in (*LOSSES, *CONTROLS):
         add(name, preset.few)
@@ -180,33 +181,6 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
             add(name, preset.few, f"here/noise{noise}")
         add(name, preset.few, "there/train")
     return sorted(plan.values(), key=lambda experiment: experiment.seed)
-
-
-def make_corpora(out: Path, preset: Preset) -> None:
-    """Makes `here`, `there` with other acoustics, `here/noise*`, and single events with labels."""
-    shared: dict[str, Any] = {"languages": preset.languages, "captions": preset.captions}
-    for seed, name in enumerate(SIDES):
-        if not (out / name / "test.jsonl").exists():
-            synthesise(out / name, preset.clips, seed, True, shifted=name == "there", **shared)
-    for noise in preset.noises:
-        target = out / f"here/noise{noise}.jsonl"
-        if not target.exists():
-            write_text(target, with_noise(target.with_stem("train"), noise / 100))
-    if not (out / "events/labels.csv").exists():
-        synthesise_events(out / "events", 2 if preset.clips < 100 else 20)
-    for manifest in (f"{side}/{split}" for side in SIDES for split in ("train", "val", "test")):
-        cache = str(out / "features")  # filled before the runs share it
-        load_corpus(out / f"{manifest}.jsonl", preset.model.max_seconds, cache=cache)
-
-
-def with_noise(manifest: Path, share: float, seed: int = 0) -> str:
-    """Returns a JSONL manifest in which that share of the clips has the captions of others."""
-    lines = read_lines(manifest)
-    clips = np.random.default_rng(seed).permutation(len(lines))[: round(share * len(lines))]
-    captions = [lines[n]["captions"] for n in np.roll(clips, 1)]
-    for n, others in zip(clips, captions, strict=True):
-        lines[n] = lines[n] | {"captions": others}
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfig:
@@ -283,6 +257,8 @@ def measure(experiment: Experiment, config: TrainConfig, out: Path) -> dict[str,
     numbers: dict[str, Any] = {}
     for side in SIDES:
         manifest = out / side / "test.jsonl"
+        if not manifest.exists():  # recordings have one side
+            continue
         corpus = load_corpus(manifest, config.model.max_seconds, cache=config.cache)
         text, audio = embed_corpus(model, corpus)
         numbers[side] = corpus_metrics(text, audio, corpus)
@@ -295,8 +271,8 @@ def measure(experiment: Experiment, config: TrainConfig, out: Path) -> dict[str,
             pairs = (text, audio, corpus.clip_of)
             numbers["radius_by_hard"] = radius_by_hard(radius, config, *pairs)
             numbers["difficulty"] = difficulty(radius, config, *pairs)
-    labels = out / "events/labels.csv"
-    numbers["zeroshot"] = classify_run(config.out, labels)["accuracy"]
+    if (out / EVENTS).exists():
+        numbers["zeroshot"] = classify_run(config.out, out / EVENTS)["accuracy"]
     return numbers
 
 
@@ -308,16 +284,18 @@ def trained_radius(config: TrainConfig) -> DynamicRadius:
     return criterion.radius.eval()
 
 
-def check_settings(out: Path, name: str) -> None:
+def check_settings(out: Path, name: str, real: Path | None = None) -> None:
     """Raises an error unless the folder is new, or holds experiments of this preset, of its corpus
     and its losses, as they are now."""
-    path, package = out / "preset.json", Path(__file__).parent.parent
-    here = Path(__file__)
+    path, here = out / "preset.json", Path(__file__)
     sources = [
-        here, here.with_name("controls.py"), package / "synth.py", package / "phrases.toml"
+        here, here.with_name("controls.py"), here.parents[1] / "synth.py",
+        here.parents[1] / "phrases.toml",
     ]  # fmt: skip
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     settings = {"name": name, "sources": digest, **asdict(PRESETS[name])}
+    if real is not None:
+        settings["real"] = str(real.absolute())
     settings = json.loads(json.dumps(settings))
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(f"{out} holds runs of other settings; name another --out")

@@ -71,9 +71,9 @@ def convergence(findings: Findings, panel: Any) -> None:
 def initial_radius(findings: Findings, panel: Any) -> None:
     for n, name in enumerate((STATIC, DYNAMIC)):
         for m, init in enumerate(findings.preset.inits):
-            runs = findings.runs(name, radius_init=min(init, LARGEST))
-            panel.plot(*curve(findings, runs[0], "log", "radius"), color=f"C{n + 1}",
-                       label=name if m == 0 else None)  # fmt: skip
+            for result in findings.runs(name, radius_init=min(init, LARGEST))[:1]:
+                panel.plot(*curve(findings, result, "log", "radius"), color=f"C{n + 1}",
+                           label=name if m == 0 else None)  # fmt: skip
     panel.set(xlabel="step", ylabel="R")
 
 

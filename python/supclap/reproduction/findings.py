@@ -79,6 +79,10 @@ class Findings:
         """With so many more steps that training comes to rest."""
         return self.runs(name, epochs=self.preset.long * self.preset.epochs)
 
+    def languages(self) -> list[str]:
+        """Those of the test split, if they are several."""
+        return sorted(self.runs(INFONCE)[0]["here"].get("languages", {}))
+
     def log(self, result: Result, kind: str = "log") -> list[dict[str, Any]]:
         """The lines of an experiment's log."""
         path = result["folder"] / f"{kind}.jsonl"

@@ -26,13 +26,13 @@ from tqdm import tqdm
 from ..errors import Interrupted, UserError
 from ..files import write_json, write_text
 from ..ranks import choose_device
+from .corpora import make_corpora, take_recordings
 from .experiments import (
     PRESETS,
     Experiment,
     Preset,
     carry_out,
     check_settings,
-    make_corpora,
     plan_experiments,
 )  # fmt: skip
 from .findings import Findings
@@ -100,9 +100,18 @@ def alone(out: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
+def reproduce(
+    preset: str | None, out: Path, jobs: int | None = None, real: Path | None = None
+) -> Path:
     """Carries out every experiment that has no result yet, then writes `results.json`, `report.md`
-    and the figures. Returns the report's path."""
+    and the figures. Returns the report's path.
+
+    `real`: a folder with manifests `train`, `val` and `test` of recordings; the main comparisons
+    are made on them.
+    """
+    if (preset is None) == (real is None):
+        raise UserError("name a --preset, or a folder of recordings by --real")
+    preset = preset or "real"
     settings = PRESETS[preset]
     if jobs is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -112,12 +121,15 @@ def reproduce(preset: str, out: Path, jobs: int | None = None) -> Path:
     choose_device(settings.device)  # what is missing says so now
     from .figures import draw_all
 
-    check_settings(out, preset)
+    check_settings(out, preset, real)
     start, spent = time.monotonic(), out / "seconds.json"
     before = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else 0.0
     with alone(out):
         try:
-            make_corpora(out, settings)
+            if real is None:
+                make_corpora(out, settings)
+            elif not (out / "here/test.jsonl").exists():
+                take_recordings(real, out, settings)
             plan = plan_experiments(settings)
             left = [experiment for experiment in plan if not is_done(experiment, out)]
             print(f"{len(plan)} runs, {len(left)} left, {jobs} at a time")

@@ -53,14 +53,19 @@ def scores(results: list[Result], **which: str) -> Cell:
 
 
 def all_tables(findings: Findings) -> list[Table]:
+    """Those of which there are runs."""
     preset = findings.preset
-    return [
+    tables = [
         ablation(findings), readings(findings), controls(findings), convergence(findings),
-        difficulty(findings), gradients(findings), languages(findings), cross(findings),
-        zero_shots(findings), noise(findings),
-        sweep(findings, "Batch size", "batch_size", preset.batch_sizes, MAIN, preset.batch_size),
-        sweep(findings, "Weight of the SVR term", "alpha", preset.alphas, MAIN[2:], 1.0),
-        cost(findings),
+        difficulty(findings), gradients(findings), languages(findings), cost(findings),
+    ]  # fmt: skip
+    if preset.main_only:
+        return tables
+    alphas, sizes = preset.alphas, preset.batch_sizes
+    return [
+        *tables[:-1], cross(findings), zero_shots(findings), noise(findings),
+        sweep(findings, "Batch size", "batch_size", sizes, MAIN, preset.batch_size),
+        sweep(findings, "Weight of the SVR term", "alpha", alphas, MAIN[2:], 1.0), tables[-1],
     ]  # fmt: skip
 
 
@@ -69,11 +74,13 @@ def ablation(findings: Findings) -> Table:
     rows: list[list[Cell]] = []
     for name in LOSSES:
         results = findings.runs(name)
+        if not results:
+            continue
         cells = [scores(results, way=way, metric=metric) for way, metric in metrics]
         rows.append([name, len(results), *cells, *paper.ABLATION[name]])
     header = ["loss", "seeds", *(f"{way} {metric}" for way, metric in metrics)]
     header += [f"paper: {way} {metric}" for way, metric in metrics]
-    note = f"Test split, mean of {len(findings.preset.languages)} languages, %."
+    note = f"Test split, mean of {len(findings.languages())} languages, %."
     return Table("Ablation", header, rows, note)
 
 
@@ -188,7 +195,7 @@ def gradients(findings: Findings) -> Table:
 
 
 def languages(findings: Findings) -> Table:
-    codes = sorted(findings.preset.languages)
+    codes = findings.languages()
     rows: list[list[Cell]] = []
     for name in MAIN:
         results = findings.runs(name)
@@ -267,6 +274,8 @@ def cost(findings: Findings) -> Table:
     base = {x["seed"]: x["seconds"] for x in findings.runs(INFONCE)}
     for name in LOSSES:
         runs = findings.runs(name)
+        if not runs:
+            continue
         ratios = [
             x["seconds"] / base[x["seed"]] for x in runs if x["seconds"] and base.get(x["seed"])
         ]

@@ -45,10 +45,16 @@ def report_text(findings: Findings, preset: str, figures: list[str]) -> str:
     chapters = claims.chapters()
     verdicts = [verdict for chapter in chapters.values() for verdict in chapter]
     counts = Counter(verdict.word for verdict in verdicts)
+    recordings = plan.main_only
+    corpus = (
+        f"{plan.clips} clips of sound events with captions in {len(plan.languages)} languages, "
+        "hard negatives in order and number included"
+    )
+    if recordings:
+        corpus = f"{len(findings.languages()) or 1} languages, no clip or sentence in two splits"
     parts = [
-        "# SupCLAP on a synthetic corpus",
-        f"Preset `{preset}`: {plan.clips} clips of sound events with captions in "
-        f"{len(plan.languages)} languages, hard negatives in order and number included; the "
+        f"# SupCLAP on {'recordings' if recordings else 'a synthetic corpus'}",
+        f"Preset `{preset}`: {corpus}; the "
         f"built-in pair of encoders; batches of {plan.batch_size}; {plan.seeds} seeds of the main "
         f"comparisons, {plan.few} of everything else. A dynamic radius is predicted here from a "
         "summary of a row's similarities (20 numbers), not from all of them. Support vectors are "
