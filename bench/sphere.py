@@ -18,11 +18,7 @@ from .inputs import leaves_of, make_inputs
 from .machine import environment, write_json
 from .peers import PEERS
 
-PAIRS = [
-    ("one-sided", "one-sided-sphere"),
-    ("mirror", "mirror-sphere"),
-    ("siglip", "siglip-sphere"),
-]
+MODES = ("one-sided", "mirror", "siglip")
 SIZES, D = (24, 64, 256, 1024, 4096), 512
 SAMPLE_MS = 20.0
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interface_cases import close
 from torch.nn.functional import normalize
 
 import supclap_kernels as sk
@@ -34,7 +35,7 @@ def test_another_layout_of_the_same_values(backend, again):
         x.data = torch.stack([x.data, -x.data], dim=1)[:, 0]
     found = torch.autograd.grad(loss, given)
     for x, y in zip(found, wanted, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert close(x, y, 1e-5)
 
 
 @pytest.mark.parametrize("backend", WAYS)
@@ -98,6 +99,6 @@ def test_logits_without_a_fraction(backend, objective, radius, size):
             sk.fused_svr_loss(*call, objective=objective, backend=name)
             for name in (backend, "reference")
         ]
-        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+        assert close(*losses, 1e-4)
         for x, y in zip(*(torch.autograd.grad(loss, call[:2]) for loss in losses), strict=True):
             assert (x - y).norm() <= 1e-2 * y.norm()

@@ -86,6 +86,7 @@ def test_dynamic_radius_defaults():
         "hidden": (256, 64),
         "features": "similarities",
         "detach_similarity": False,
+        "bound": "none",
     }
     assert inspect.signature(sk.StaticRadius).parameters["init"].default == 0.1
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from clips import log_of, near, settings, write_clips
+from interface_cases import close
 from supclap import run as module
 from supclap.diagnose import Diagnosis
 from supclap.errors import UserError
@@ -33,7 +34,7 @@ def test_settings_reach_the_criterion(manifest, tmp_path, svr):
     assert criterion.options["renormalize"] and criterion.radius.bound == "gap"
     audio, text = (normalize(torch.randn(4, 8), dim=1).requires_grad_() for _ in range(2))
     R = criterion.radius(audio, text, 14.0)
-    torch.testing.assert_close(R, 0.25 * (audio - text).norm(dim=1), rtol=1e-4, atol=0)
+    assert close(R, 0.25 * (audio - text).norm(dim=1), 1e-4)
     R.sum().backward()
     assert audio.grad is None and text.grad is None
     groups = build_optimizer(config, SupclapModel(config.model, 0.07), criterion).param_groups
