@@ -238,7 +238,7 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
     sooner = [first_at_the_goal(pair[::-1]) - first_at_the_goal(pair) for pair in curves]
     assert by_claim["bi-DynamicSVR converges faster than the best InfoNCE"] == sooner
     measured = Findings(out, PRESETS["smoke"]).runs("bi-DynamicSVR")[0]
-    assert list(measured["radius_by_hard"]) == [str(k) for k in HARD if k < 16]
+    assert list(measured["radius_by_hard"]) == [str(k) for k in HARD if k < 12]  # clips
     assert len(measured["similarities"]) == experiments.BINS
     assert sum(measured["similarities"]) == len(read_manifest(out / "here/test.jsonl")) * 2
 
