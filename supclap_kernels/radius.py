@@ -32,6 +32,13 @@ def unbounded(init: float, bound: str) -> float:
     return math.log(init / (1 - init))
 
 
+def mark(module: nn.Module, bound: str) -> None:
+    """A bounded radius has a name more in its checkpoints: without the bound its numbers mean
+    something else, and neither kind loads the other's."""
+    if bound == "gap":
+        module.register_buffer("bounded", torch.ones(1))
+
+
 def below_the_gap(x: Tensor, audio: Tensor, text: Tensor) -> Tensor:
     """R_i = r_i sigmoid(x_i), (N,); the gap r_i (N,) of audio, text (N, D) is a constant here, so
     the push keeps the form that the paper derives."""
@@ -57,6 +64,7 @@ class StaticRadius(nn.Module):
         super().__init__()
         self.init, self.bound = unbounded(init, bound), bound
         self.radius = nn.Parameter(torch.full((1,), self.init))
+        mark(self, bound)
 
     def reset_parameters(self) -> None:
         """Back to the initial radius."""
@@ -146,6 +154,7 @@ class DynamicRadius(nn.Module):
         first, last = nn.Linear(width, hidden[0]), LastLayer(hidden[1], unbounded(init, bound))
         middle = nn.Linear(hidden[0], hidden[1])
         self.network = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
+        mark(self, bound)
 
     def reset_parameters(self) -> None:
         """Random weights as of a new module, and every radius at the initial one."""

@@ -95,3 +95,16 @@ def test_checkpoints_and_compiled_calls():
     criterion = sk.SVRLoss(trained)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     assert close(compiled(audio, text, 14.0), criterion(audio, text, 14.0), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_kind_is_taken_for_the_other(kind):
+    """Their numbers mean different things."""
+    bounded, free = KINDS[kind](init=0.3, bound="gap"), KINDS[kind](init=0.3)
+    for first, second in ((bounded, free), (free, bounded)):
+        with pytest.raises(RuntimeError, match="bounded"):
+            first.load_state_dict(second.state_dict())
+        model = torch.nn.Linear(2, 2)
+        sk.attach_radius(model, first)
+        with pytest.raises(ValueError, match="another radius hangs on this model"):
+            sk.attach_radius(model, second)

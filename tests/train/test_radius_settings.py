@@ -85,6 +85,18 @@ def test_a_run_logs_them(manifest, tmp_path):
                 assert near(line["radius_5"], line["radius_95"], within=1e-6)
 
 
+@pytest.mark.parametrize("svr", ["bi-static", "bi-dynamic"])
+def test_a_run_takes_no_radius_of_the_other_kind(manifest, tmp_path, capsys, svr):
+    first = train(settings(manifest, tmp_path / "first", svr=svr, epochs=1))
+    second = settings(
+        manifest, tmp_path / "second", svr=svr, epochs=1, init=first, radius_bound="gap",
+        radius_init=0.4,
+    )  # fmt: skip
+    line = log_of(train(second))[0]
+    assert "has no such radius: this one begins anew" in capsys.readouterr().out
+    assert near(line["contraction_50"], 0.6, within=1e-3)
+
+
 @pytest.mark.parametrize("init, told", [(9.0, 1), (0.1, 0)])
 def test_a_radius_that_ran_away_is_told_once(manifest, tmp_path, monkeypatch, capsys, init, told):
     monkeypatch.setattr(module, "REVERSED_STEPS", 3)
