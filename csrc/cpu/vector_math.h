@@ -40,9 +40,8 @@ static constexpr double inverse_factorial(int n) {
   return n < 2 ? 1.0 : inverse_factorial(n - 1) / n;
 }
 
-// exp(x) for x <= 0, exactly 0 below the smallest normal number, and 1 for what was meant to be 0
-// but was rounded to more than 1. x = n ln 2 + r, |r| <= ln(2) / 2; exp(r) by its Taylor polynomial
-// (truncation below 0.1 ulp), 2^n by adding n to the exponent.
+// exp(x) for x <= 0, exactly 0 below the smallest normal number. x = n ln 2 + r, |r| <= ln(2) / 2;
+// exp(r) by its Taylor polynomial (truncation below 0.1 ulp), 2^n by adding n to the exponent.
 template <class Real>
 SUPCLAP_HD Real exp_nonpositive(Real x) {
   using F = Format<Real>;
@@ -54,7 +53,7 @@ SUPCLAP_HD Real exp_nonpositive(Real x) {
 #pragma GCC unroll 16
   for (int n = F::kExpTerms - 1; n >= 0; --n) p = p * r + Real(inverse_factorial(n));
   const Real result = bits<Real>(bits<Bits>(p) + (bits<Bits>(shifted) << F::kMantissa));
-  return x < F::kLowest ? Real(0) : x > Real(1) ? Real(1) : result;
+  return x < F::kLowest ? Real(0) : result;
 }
 
 // log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)); the series in s^2 <= 1/9 is cut below half

@@ -164,6 +164,7 @@ def log_with(ratios: list[float], radii: list[float], share: float = 0.0) -> lis
     "kind, ratios, radii, share, recall, letters",
     [
         ("dynamic", [0.9, 1.0], [1.2, 0.7], 0.0, 0.5, "abc"),
+        ("dynamic", [0.9, 1.0], [1.2, 0.7], 0.0, 0.39, "abc"),  # as well, within the interval
         ("dynamic", [0.9, 1.2], [1.2, 0.7], 0.0, 0.5, "bc"),  # beyond the gap
         ("dynamic", [-0.1, 0.5], [1.2, 0.7], 0.0, 0.5, "bc"),  # negative
         ("dynamic", [0.9, 1.0], [1.2, 0.7], 0.02, 0.5, "bc"),  # some pairs amplified
