@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ READINGS: dict[str, dict[str, Any]] = {  # of the support vectors and of the rad
 }
 CHOSEN: dict[str, Any] = READINGS["sphere, bounded"] | {"radius_init": 0.5}
 """That of every loss unless it says otherwise."""
+DEFAULTS = {"alpha": 1.0, "bilateral": "mirror", "detach_similarity": False, **CHOSEN}
+"""What a loss need not say: a training that says it is the same one."""
 LITERAL = READINGS["free"] | {"radius_init": 0.1}
 """What the paper's formulas say, with the initial radius of this library's first versions."""
 LARGEST = 0.9
@@ -119,23 +121,16 @@ class Experiment:
     @property
     def settings(self) -> dict[str, Any]:
         """What differs from the preset; equal trainings have equal settings."""
-        settings: dict[str, Any] = {
-            "svr": "none",
-            **LOSSES.get(self.name, {"control": self.name}),
-            **self.changes,
-        }
+        loss = LOSSES.get(self.name, {"svr": "none", "control": self.name})
+        settings = loss | self.changes
         return {key: x for key, x in settings.items() if x != DEFAULTS.get(key, (x,))}
 
     @property
     def folder(self) -> str:
-        words = [self.name, *(f"{key}-{x}" for key, x in sorted(self.settings.items()))]
-        data = "" if self.data == HERE else self.data.replace("/", "-")
-        return "_".join(filter(None, words[1:] + [data, f"seed-{self.seed}"])).replace(" ", "-")
-
-
-SAME = ("alpha", "bilateral", "detach_similarity", "radius_bound", "radius_init", "support")
-DEFAULTS = {x.name: x.default for x in fields(TrainConfig) if x.name in SAME} | CHOSEN
-"""What a loss need not say: a training that says it is the same one."""
+        words = [f"{key}-{x}" for key, x in sorted(self.settings.items())]
+        if self.data != HERE:
+            words.append(self.data.replace("/", "-"))
+        return "_".join([*words, f"seed-{self.seed}"]).replace(" ", "-")
 
 
 def initial(init: float, reading: dict[str, Any]) -> dict[str, Any]:
