@@ -1,5 +1,6 @@
 #include "direct.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
@@ -218,9 +219,8 @@ DirectCall::DirectCall(const Arguments& arguments, int64_t real)
       const TensorView& view = arguments.views[n];
       tensors_[n] = py::reinterpret_borrow<py::object>(arguments.objects[n]);
       values_[n] = view.start();
-      seen_[n] = {view.device_type, view.device_index, view.ndim,
-                  view.type_code,   view.type_bits,    {}};
-      for (int d = 0; d < view.ndim; ++d) seen_[n].shape[d] = view.shape[d];
+      views_[n] = view;
+      std::copy_n(view.shape, view.ndim, shapes_[n]);
     }
   }
 }
@@ -234,16 +234,11 @@ bool DirectCall::finds_again(const py::tuple& inputs, Values& found) const {
     found[n] = values_[n];
     if (!values_[n] || is_number_[n]) continue;
     const py::object tensor = inputs[n];
-    const Seen& seen = seen_[n];
     TensorView view;
-    if (!view_of(tensor.ptr(), view) || !is_plain(tensor.ptr(), view) || !is_contiguous(view))
+    if (!view_of(tensor.ptr(), view) || !is_plain(tensor.ptr(), view) || !is_contiguous(view) ||
+        !same_device(view, views_[n]) || !same_type(view, views_[n]) ||
+        !std::equal(view.shape, view.shape + view.ndim, shapes_[n], shapes_[n] + views_[n].ndim))
       return false;
-    if (view.device_type != seen.device_type || view.device_index != seen.device_index ||
-        view.type_code != seen.type_code || view.type_bits != seen.type_bits ||
-        view.ndim != seen.ndim)
-      return false;
-    for (int d = 0; d < view.ndim; ++d)
-      if (view.shape[d] != seen.shape[d]) return false;
     found[n] = view.start();
   }
   return true;

@@ -103,14 +103,8 @@ class __attribute__((visibility("hidden"))) DirectCall {
   Values values_;
 
  private:
-  // Of a tensor that forward had.
-  struct Seen {
-    int32_t device_type, device_index, ndim;
-    uint8_t type_code, type_bits;
-    int64_t shape[2];
-  };
-
-  Seen seen_[kArguments];
+  TensorView views_[kArguments];  // of the tensors that forward had; their shapes are below
+  int64_t shapes_[kArguments][2];
   bool is_number_[kArguments];
   double doubles_[kArguments];
   float singles_[kArguments];

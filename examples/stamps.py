@@ -17,6 +17,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from supclap.leaks import sentence
+
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 SPOKEN = {"fr": "fra", "es": "spa", "ca": "cat"}
 SHOWN = {
@@ -70,10 +72,10 @@ def groups(found: list[dict]) -> list[list[dict]]:
         return name
 
     for clip in found:
-        names = [clip["group"].casefold().strip(" .")]
+        names = [sentence(clip["group"])]
         names.append(hashlib.sha256(Path(clip["audio"]).read_bytes()).hexdigest())
         for code, texts in clip["captions"].items():
-            names += [f"{code} {text.casefold().strip(' .。')}" for text in texts]
+            names += [f"{code} {sentence(text)}" for text in texts]
         for name in names[1:]:
             parent[root(name)] = root(names[0])
         clip["group"] = names[0]

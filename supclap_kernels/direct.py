@@ -66,9 +66,8 @@ def forget() -> None:
 
 def is_ours(options: Options, way: str, audio: Tensor, radius: bool) -> bool | None:
     """Whether this way takes such embeddings; None: ask again."""
-    threads = torch.get_num_threads()
-    call = (options, audio.device, audio.dtype, audio.shape[1], radius, False, threads)
-    if dispatch.route(len(audio), dispatch.remembered_routes(*call)).way != way:
+    call = dispatch.remembered_as(audio, radius, options)
+    if dispatch.route(len(audio), dispatch.remembered_routes(call)).way != way:
         return False
     return True if dispatch.is_trusted(way, audio, radius, options) else None
 

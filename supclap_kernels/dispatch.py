@@ -12,7 +12,7 @@ name of its own, by which tests and benchmarks ask for it:
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,55 +130,49 @@ def call_of(
     return where, Kind(D, dtype, options.mode(radius), options.infonce)
 
 
-Remembered = tuple[Options, torch.device, torch.dtype, int, bool, bool, int]
-"""Options, device, dtype, D, whether there is a radius, `staged`, threads."""
+class Remembered(NamedTuple):
+    """A kind of call: what its ways depend on, and nothing that changes from step to step."""
+
+    backend: str
+    device: torch.device
+    kind: Kind
+    staged: bool
+    threads: int
 
 
 @functools.lru_cache(maxsize=1024)
-def remembered_routes(*call: Any) -> tuple[Route, ...]:
+def remembered_routes(call: Remembered) -> tuple[Route, ...]:
     """... from the first call of a kind on: what memory was free then counts."""
-    options, device, dtype, D, radius, staged, threads = call
-    kind = Kind(D, dtype, options.mode(radius), options.infonce)
-    return routes_of_kind(options.backend, device, kind, staged, threads)
+    return routes(call.backend, call.device, call.kind, call.staged)
 
 
 @functools.lru_cache(maxsize=1024)
-def routes_of_kind(
-    backend: str, device: torch.device, kind: Kind, staged: bool, threads: int
-) -> tuple[Route, ...]:
-    """... whose options may differ in numbers."""
-    return routes(backend, device, kind, staged)
-
-
-@functools.lru_cache(maxsize=1024)
-def remembered_kernels(*call: Any) -> tuple[Route, ...]:
+def remembered_kernels(call: Remembered) -> tuple[Route, ...]:
     """The same of an operator, whose choice is a constant of compiled programs."""
-    options, device, dtype, D, radius, *_ = call
-    kind = Kind(D, dtype, options.mode(radius), options.infonce)
-    return kernels_of_kind(options.backend, device, kind)
-
-
-@functools.lru_cache(maxsize=1024)
-def kernels_of_kind(backend: str, device: torch.device, kind: Kind) -> tuple[Route, ...]:
-    if backend == "auto":
-        return automatic.kernels(device, kind)
-    return routes(backend, device, kind)
+    if call.backend == "auto":
+        return automatic.kernels(call.device, call.kind)
+    return routes(call.backend, call.device, call.kind)
 
 
 def forget() -> None:
     """The ways that are remembered; direct.py's `forget` forgets its own, too."""
-    for remembered in (remembered_routes, routes_of_kind, remembered_kernels, kernels_of_kind):
-        remembered.cache_clear()
+    remembered_routes.cache_clear()
+    remembered_kernels.cache_clear()
 
 
-def remembered_as(inputs: Tensors, options: Options, staged: bool = False) -> Remembered:
-    audio = inputs.audio
+def remembered_as(
+    audio: Tensor, radius: bool, options: Options, staged: bool = False
+) -> Remembered:
     D = audio.shape[1]
     if type(D) is not int:  # a compiler's symbol, for which a number would be a constant
         asks = options.backend.startswith("cuda") or (options.backend == "auto" and audio.is_cuda)
         D = int(D) if asks else 0
-    key = options, audio.device, audio.dtype, D, inputs.radius is not None, staged
-    return *key, torch.get_num_threads()
+    kind = Kind(D, audio.dtype, options.mode(radius), options.infonce)
+    return Remembered(options.backend, audio.device, kind, staged, torch.get_num_threads())
+
+
+def of_call(inputs: Tensors, options: Options, staged: bool = False) -> Remembered:
+    return remembered_as(inputs.audio, inputs.radius is not None, options, staged)
 
 
 def runs_reference(inputs: Tensors, options: Options, staged: bool = False) -> bool:
@@ -186,7 +180,7 @@ def runs_reference(inputs: Tensors, options: Options, staged: bool = False) -> b
     audio = inputs.audio
     if torch.compiler.is_compiling():
         return choose(options.backend, audio.device, audio.dtype)[0] == "reference"
-    ways = remembered_routes(*remembered_as(inputs, options, staged))
+    ways = remembered_routes(of_call(inputs, options, staged))
     way = ways[-1].way if staged else route(len(audio), ways).way
     if way == "reference":
         return True
@@ -207,7 +201,7 @@ def refuse_unproven(inputs: Tensors, options: Options) -> None:
     audio = inputs.audio
     if options.backend != "auto" or not audio.is_cuda or not can_check(audio.device):
         return
-    way = route(len(audio), remembered_kernels(*remembered_as(inputs, options))).way
+    way = route(len(audio), remembered_kernels(of_call(inputs, options))).way
     if not is_trusted(way, audio, inputs.radius is not None, options):
         raise RuntimeError(
             f"{way} failed its self-check on {audio.device}, and a compiled call cannot change its "
@@ -247,19 +241,19 @@ def implementation(way: str) -> Backend:
 
 def way_for(inputs: Tensors, options: Options) -> str:
     """What computes a call that is neither eager PyTorch's nor an operator's."""
-    ways = remembered_routes(*remembered_as(inputs, options))
+    ways = remembered_routes(of_call(inputs, options))
     return route(len(inputs.audio), ways).way
 
 
 def operator_way(inputs: Tensors, options: Options) -> str:
     """What computes the operators for these tensors."""
-    ways = remembered_kernels(*remembered_as(inputs, options))
+    ways = remembered_kernels(of_call(inputs, options))
     return route(len(inputs.audio), ways).way
 
 
 def staged_way(inputs: Tensors, options: Options) -> str:
     """What computes a pass over a process group, stage by stage."""
-    return remembered_routes(*remembered_as(inputs, options, staged=True))[-1].way
+    return remembered_routes(of_call(inputs, options, staged=True))[-1].way
 
 
 def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:
@@ -267,7 +261,7 @@ def saved_elements(inputs: Tensors, options: Options, keep: bool) -> Any:
     on it, so that torch.compile compiles once for every N."""
     N, D = inputs.audio.shape
     call = (D, inputs.audio.dtype, inputs.radius is not None, options, keep)
-    *smaller, last = remembered_kernels(*remembered_as(inputs, options))
+    *smaller, last = remembered_kernels(of_call(inputs, options))
     elements = implementation(last.way).saved_elements(N, *call) - PLACEHOLDER
     for way in reversed(smaller):
         assert way.largest is not None

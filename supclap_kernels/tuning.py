@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from . import direct, dispatch, native, tables
-from .automatic import runnable
+from .automatic import eager_fits, runnable
 from .backends import available
 from .backends.call import Tensors
-from .backends.estimate import SHARE, Kind, eager_bytes
+from .backends.estimate import Kind
 from .backends.machine import OLDEST, Machine, device_index, machine_at
 from .backends.tile_sizes import CPU_SMALL
 from .loss import fused_svr_loss
@@ -56,7 +56,7 @@ def cpu_ways(N: int) -> list[str]:
 
 
 def gpu_ways(machine: Machine, kind: Kind, N: int) -> list[str]:
-    eager = ["reference"] if eager_bytes(N, kind.directions) <= SHARE * machine.free else []
+    eager = ["reference"] if eager_fits(machine, kind, N) else []
     return [*eager, *runnable(machine, kind, N)]
 
 

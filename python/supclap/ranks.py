@@ -83,8 +83,17 @@ class Ranks:
         return values
 
     def rows(self, x: Tensor) -> Tensor:
-        """Returns the rows of every rank, in their order."""
-        return torch.cat(self.each(x.cpu())).to(x.device) if self.count > 1 else x
+        """Returns the rows of every rank, in their order; some may have fewer."""
+        if self.count == 1:
+            return x
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.count)]
+        dist.all_gather(counts, torch.full_like(counts[0], len(x)))
+        sizes = [int(count) for count in counts]
+        padded = x.new_zeros((max(sizes), *x.shape[1:]))
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Averages gradients over ranks after backward, as DistributedDataParallel does."""

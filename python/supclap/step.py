@@ -103,13 +103,12 @@ def heard(radius: nn.Module | None) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def pair_numbers(
-    audio: Tensor, text: Tensor, radii: list[Tensor], ranks: Ranks
-) -> dict[str, Tensor]:
+def pair_numbers(audio: Tensor, text: Tensor, R: Tensor | None, ranks: Ranks) -> dict[str, Tensor]:
     """Returns how radius R, gap r and contraction 1 - R / r lie over the pairs of the batch, and
     the share of the pairs whose R exceeds r, and 2 r; NaN without a radius."""
     r = (audio.detach() - text.detach()).float().norm(dim=1)
-    R = radii[0].float().expand_as(r) if radii else torch.full_like(r, math.nan)
+    without = R is None
+    R = torch.full_like(r, math.nan) if R is None else R.float().expand_as(r)
     R, r = ranks.rows(torch.stack([R, r], dim=1)).unbind(dim=1)
     values = {"radius": R, "gap": r, "contraction": 1 - R / r}
     spread = torch.stack(list(values.values())).quantile(r.new_tensor(SPREAD), dim=1).t()
@@ -120,7 +119,7 @@ def pair_numbers(
     }
     numbers["gap"] = r.mean()
     for name, bound in (("beyond_gap", r), ("beyond_twice_gap", 2 * r)):
-        numbers[name] = (R > bound).float().mean() if radii else R.mean()
+        numbers[name] = R.mean() if without else (R > bound).float().mean()
     return numbers
 
 
@@ -136,7 +135,8 @@ def compute_loss(
     bias = model.logit_bias if model.logit_bias.requires_grad else None  # sigmoid only
     with heard(criterion.radius) as radii:
         loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
-    numbers = {"loss": loss, **stats._asdict(), **pair_numbers(audio, text, radii, ranks)}
+    R = radii[0] if radii else None
+    numbers = {"loss": loss, **stats._asdict(), **pair_numbers(audio, text, R, ranks)}
     numbers["logit_scale"] = model.logit_scale
     values = torch.stack([n.detach().float() for n in numbers.values()]).tolist()
     return loss, {k: v if math.isfinite(v) else None for k, v in zip(numbers, values, strict=True)}

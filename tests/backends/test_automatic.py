@@ -285,10 +285,11 @@ def test_an_operator_depends_on_what_is_installed_alone(two_gpus, monkeypatch):
 
     def of_operators() -> list[tuple[str, int | None]]:
         dispatch.remembered_kernels.cache_clear()
-        return [(x.way, x.largest) for x in dispatch.remembered_kernels(*call)]
+        return [(x.way, x.largest) for x in dispatch.remembered_kernels(call)]
 
-    call = (Options(), torch.device("cuda:0"), SINGLE, 512, True, False, 1)
-    assert "reference" in [x.way for x in dispatch.remembered_routes(*call)]
+    kind = Kind(512, SINGLE, MIRROR, True)
+    call = dispatch.Remembered("auto", torch.device("cuda:0"), kind, False, 1)
+    assert "reference" in [x.way for x in dispatch.remembered_routes(call)]
     kernels = of_operators()
     assert kernels == [("cuda:single", 100), ("cuda:panel", None)]
     monkeypatch.setattr(machine, "free_memory", lambda index: 2**20)

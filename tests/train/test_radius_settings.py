@@ -7,7 +7,6 @@ import torch
 from clips import log_of, near, settings, write_clips
 from interface_cases import close
 from supclap import run as module
-from supclap.diagnose import Diagnosis
 from supclap.errors import UserError
 from supclap.model import SupclapModel
 from supclap.ranks import Ranks
@@ -57,7 +56,7 @@ def test_a_bounded_radius_starts_within_the_gap(manifest, tmp_path):
 def test_what_the_log_says_of_the_pairs():
     text, audio = torch.zeros(5, 2), torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0], [5, 0]])
     R = torch.tensor([0.5, 1.0, 7.0, 6.0, 1.0])
-    numbers = pair_numbers(audio, text, [R], ALONE)
+    numbers = pair_numbers(audio, text, R, ALONE)
     assert near(float(numbers["gap"]), 3.0) and near(float(numbers["gap_50"]), 3.0)
     assert near(float(numbers["beyond_gap"]), 0.4)
     assert near(float(numbers["beyond_twice_gap"]), 0.2)
@@ -65,9 +64,9 @@ def test_what_the_log_says_of_the_pairs():
     for share in SPREAD:
         point = numbers[f"contraction_{100 * share:.0f}"]
         assert near(float(point), float(contraction.quantile(share)))
-    one = pair_numbers(audio, text, [torch.tensor(2.5)], ALONE)
+    one = pair_numbers(audio, text, torch.tensor(2.5), ALONE)
     assert near(float(one["radius_5"]), 2.5) and near(float(one["beyond_gap"]), 0.4)
-    none = pair_numbers(audio, text, [], ALONE)
+    none = pair_numbers(audio, text, None, ALONE)
     assert near(float(none["gap_95"]), 4.8)
     for name in ("radius_50", "contraction_5", "beyond_gap", "beyond_twice_gap"):
         assert math.isnan(none[name])
@@ -126,6 +125,6 @@ def test_the_diagnosis_knows_the_sphere(manifest, tmp_path):
                           radius_init=0.7, diagnose_every=1, epochs=1)  # fmt: skip
         train(config)
         lines.append(log_of(config.out, "diagnostics")[0])
-    assert Diagnosis and lines[0]["radius"] == lines[1]["radius"]
+    assert lines[0]["radius"] == lines[1]["radius"]
     assert lines[0]["push_perpendicular"] != lines[1]["push_perpendicular"]
     assert lines[0]["push_perpendicular_without_svr"] == lines[1]["push_perpendicular_without_svr"]

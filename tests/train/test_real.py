@@ -14,7 +14,8 @@ from supclap.leaks import leaks
 from supclap.logs import read_lines
 from supclap.manifest import read_manifest
 from supclap.reproduction.corpora import line_of, manifest_of, take_recordings
-from supclap.reproduction.experiments import PRESETS, plan_experiments
+from supclap.reproduction.experiments import plan_experiments
+from supclap.reproduction.presets import PRESETS
 from supclap.synth import synthesise
 
 TINY = replace(
@@ -29,19 +30,13 @@ def recordings(tmp_path_factory):
     synthesise(folder, 60, 0, languages=("eng", "fra"), captions=1)
     for path in (*folder.glob("*.csv"), folder / "scenes.jsonl"):
         path.unlink(missing_ok=True)
-    training = {line for line in captions_of(folder / "train.jsonl")}
     for split in ("val", "test"):  # scenes of one kind are described in the same words
         lines = read_lines(folder / f"{split}.jsonl")
         for n, line in enumerate(lines):
             for language, texts in line["captions"].items():
                 line["captions"][language] = [f"{text} {n}" for text in texts]
         write(folder / f"{split}.jsonl", lines)
-    assert training
     return folder
-
-
-def captions_of(path):
-    return [text for line in read_lines(path) for text in sum(line["captions"].values(), [])]
 
 
 def write(path, lines):

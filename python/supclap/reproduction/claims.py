@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .controls import CONTROLS
-from .experiments import DYNAMIC, INFONCE, MAIN, STATIC
+from .experiments import DYNAMIC, INFONCE, STATIC, SVR
 from .findings import Findings, Result, pairs_of, recall, zero_shot
 from .verdicts import Verdict
 
@@ -59,33 +59,26 @@ class Claims:
 
     def better(self) -> list[Verdict]:
         """At equal steps, and where training comes to rest, against the best InfoNCE."""
-        found, long = self.findings, self.findings.preset.long
-        verdicts = [
-            self.compare(
-                f"{name} retrieves better than the best InfoNCE at equal steps",
-                found.runs(name), self.baseline,
-            )
-            for name in (STATIC, DYNAMIC)
-        ]  # fmt: skip
-        for name in (STATIC, DYNAMIC):
+        found, long, verdicts = self.findings, self.findings.preset.long, []
+        twice = found.runs(INFONCE, epochs=2 * found.preset.epochs)
+        for name in SVR:
+            runs = found.runs(name)
+            claim = f"{name} retrieves better than the best InfoNCE at equal steps"
+            verdicts.append(self.compare(claim, runs, self.baseline))
             claim = f"{name} retrieves better than InfoNCE, both with {long} times the steps"
             verdicts.append(self.compare(claim, found.long(name), found.long(INFONCE)))
-        twice = found.runs(INFONCE, epochs=2 * found.preset.epochs)
-        for name in (STATIC, DYNAMIC):
             claim = f"{name} is better than InfoNCE with twice the steps"
-            verdicts.append(self.compare(claim, found.runs(name), twice))
+            verdicts.append(self.compare(claim, runs, twice))
         return verdicts
 
     def faster(self) -> list[Verdict]:
-        unit = "steps sooner at the best R@1 that both reach"
-        return [
-            Verdict(
-                f"{name} converges faster than the best InfoNCE", unit,
-                [self.findings.steps_sooner(*pair) for pair in pairs_of(runs, self.baseline)],
-            )
-            for name in (STATIC, DYNAMIC)
-            if (runs := self.findings.runs(name))
-        ]  # fmt: skip
+        found, verdicts = self.findings, []
+        for name in SVR:
+            pairs = pairs_of(found.runs(name), self.baseline)
+            claim = f"{name} converges faster than the best InfoNCE"
+            unit = "steps sooner at the best R@1 that both reach"
+            verdicts.append(Verdict(claim, unit, [found.steps_sooner(*pair) for pair in pairs]))
+        return verdicts
 
     def controls(self) -> list[Verdict]:
         """What reviewers suspected; each control against the complete loss, and against nothing."""
@@ -103,7 +96,7 @@ class Claims:
 
     def radius(self) -> list[Verdict]:
         found, verdicts = self.findings, []
-        for name in (STATIC, DYNAMIC):
+        for name in SVR:
             for reading, runs in (("", found.runs(name)), (" as printed", found.literal(name))):
                 claim = f"the radius falls after the first tenth of training ({name}{reading})"
                 verdicts.append(Verdict(claim, "fall of R", list(map(found.fall, runs))))
@@ -112,15 +105,14 @@ class Claims:
             for other, words in (("rank", "a worse rank"), ("hard negatives", HARDER)):
                 claim = f"a larger {number} goes with {words}"
                 key = f"{number} and {other}"
-                values = [x["difficulty"][key] for x in runs]
-                values = [value for value in values if value is not None]
+                values = found.difficulty(runs, key)
                 verdicts.append(Verdict(claim, "Spearman's correlation", values))
         return verdicts
 
     def trajectory(self) -> list[Verdict]:
         found, verdicts = self.findings, []
         infonce = found.runs(INFONCE)
-        for name in (STATIC, DYNAMIC):
+        for name in SVR:
             for words, key in (("steps of", "update_gap"), ("force on", "drift_gap")):
                 claim = f"the trajectory drifts less ({words} the texts, {name})"
                 value = partial(found.mean_diagnostic, key=key)
@@ -139,7 +131,7 @@ class Claims:
         ]
         if preset.main_only:
             return verdicts
-        for name in MAIN[1:]:
+        for name in SVR:
             runs = found.runs(name)
             claim = f"zero-shot classification is better ({name})"
             verdicts.append(self.compare(claim, runs, self.baseline, zero_shot, "points"))

@@ -16,13 +16,14 @@ from ..leaks import leaks
 from ..logs import read_lines
 from ..manifest import READERS, Clip, read_manifest
 from ..synth import synthesise, synthesise_events
+from .presets import Preset
 
 SIDES = ("here", "there")  # the corpus, and one with other acoustics
 SPLITS = ("train", "val", "test")
 EVENTS = Path("events/labels.csv")
 
 
-def make_corpora(out: Path, preset: Any) -> None:
+def make_corpora(out: Path, preset: Preset) -> None:
     """Makes `here`, `there` with other acoustics, `here/noise*`, and single events with labels."""
     shared: dict[str, Any] = {"languages": preset.languages, "captions": preset.captions}
     for seed, name in enumerate(SIDES):
@@ -37,7 +38,7 @@ def make_corpora(out: Path, preset: Any) -> None:
     fill_cache(out, preset)
 
 
-def fill_cache(out: Path, preset: Any) -> None:
+def fill_cache(out: Path, preset: Preset) -> None:
     """Computes the features once, before the runs share them."""
     for side in SIDES:
         for split in SPLITS:
@@ -56,7 +57,7 @@ def with_noise(manifest: Path, share: float, seed: int = 0) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def take_recordings(folder: Path, out: Path, preset: Any) -> None:
+def take_recordings(folder: Path, out: Path, preset: Preset) -> None:
     """Takes `train`, `val` and `test` of a folder of manifests as `here`. Raises an error where a
     held-out clip or sentence is trained on."""
     clips = {split: read_manifest(manifest_of(folder, split)) for split in SPLITS}

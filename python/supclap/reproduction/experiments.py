@@ -17,22 +17,23 @@ import torch
 from supclap_kernels import DynamicRadius, SVRLoss
 
 from ..checkpoint import FINISHED, STATE
-from ..config import ModelConfig, TrainConfig
+from ..config import TrainConfig
 from ..corpus import load_corpus
 from ..embeddings import embed_corpus
 from ..errors import UserError
 from ..evaluate import corpus_metrics
 from ..files import write_json
 from ..model import load_criterion, load_model
-from ..phrases import CODES
 from ..step import build_loss
 from ..train import train
 from ..zeroshot import classify_run
 from .controls import CONTROLS, build_control
 from .corpora import EVENTS, SIDES
 from .difficulty import difficulty, radius_by_hard
+from .presets import PRESETS, Preset
 
 INFONCE, STATIC, DYNAMIC = MAIN = ("InfoNCE", "bi-StaticSVR", "bi-DynamicSVR")
+SVR = (STATIC, DYNAMIC)
 LOSSES: dict[str, dict[str, Any]] = {
     INFONCE: {"svr": "none"},
     "uni-StaticSVR": {"svr": "uni-static"},
@@ -65,48 +66,6 @@ FAST = ("sphere", "sphere, beta 1")
 DETACHED: dict[str, Any] = {"detach_similarity": True, "radius_init": 0.5}
 BINS = 50  # of figure 4, between -1 and 1
 HERE = "here/train"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How large, how long, how often."""
-
-    clips: int
-    epochs: int
-    batch_size: int
-    seeds: int  # of the main comparisons
-    few: int  # seeds of every sweep
-    languages: tuple[str, ...] = CODES
-    captions: int = 1
-    lr: float = 1e-3
-    rates: tuple[float, ...] = (0.5, 2.0, 4.0)  # of InfoNCE, times lr
-    long: int = 4  # times the epochs, to see where training comes to rest
-    inits: tuple[float, ...] = (0.1, 0.5, 1.0)
-    batch_sizes: tuple[int, ...] = (64, 128)
-    alphas: tuple[float, ...] = (0.5, 2.0)
-    noises: tuple[int, ...] = (20, 40)  # percent of the captions
-    validate_every: int = 100
-    diagnose_every: int = 50
-    device: str = "cpu"
-    model: ModelConfig = ModelConfig(width=64, embed_dim=64)
-    main_only: bool = False  # the main comparisons alone, of recordings
-
-
-PRESETS = {
-    "smoke": Preset(
-        clips=60, epochs=2, batch_size=16, seeds=2, few=1, languages=("eng", "zho"), long=2,
-        rates=(2.0,), inits=(0.5,), batch_sizes=(8,), alphas=(0.5,), noises=(40,),
-        validate_every=4, diagnose_every=2, model=ModelConfig(width=32, heads=2, embed_dim=32),
-    ),
-    "cpu": Preset(clips=1000, epochs=2, batch_size=24, seeds=10, few=5),
-    "real": Preset(clips=0, epochs=8, batch_size=24, seeds=10, few=10, main_only=True),
-    "gpu": Preset(
-        clips=10_000, epochs=10, batch_size=24, seeds=10, few=5, captions=5,
-        batch_sizes=(256, 4096), noises=(10, 20, 40), validate_every=1000, diagnose_every=500,
-        device="cuda",
-        model=ModelConfig(width=256, heads=8, audio_layers=4, text_layers=4, embed_dim=256),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,7 +109,7 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
     for name in MAIN:
         add(name, preset.seeds)
         add(name, preset.seeds, epochs=preset.long * preset.epochs)
-    for name in (STATIC, DYNAMIC):
+    for name in SVR:
         add(name, preset.seeds, **LITERAL)
     for rate in preset.rates:
         add(INFONCE, preset.seeds, lr=rate * preset.lr)
@@ -160,7 +119,7 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
     for name in (*LOSSES, *CONTROLS):
         add(name, preset.few)
     for reading in READINGS.values():
-        for name in (STATIC, DYNAMIC):
+        for name in SVR:
             for init in preset.inits:
                 add(name, preset.few, **reading, **initial(init, reading))
         add(DYNAMIC, preset.few, **reading, **DETACHED)

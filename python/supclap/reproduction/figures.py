@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .experiments import BINS, DYNAMIC, LARGEST, MAIN, READINGS, STATIC
+from .experiments import BINS, DYNAMIC, LARGEST, MAIN, READINGS, SVR
 from .findings import Findings, Result
 from .report import smooth
 from .text import FIGURES
@@ -38,13 +38,10 @@ def drift(findings: Findings, panel: Any) -> None:
 
 
 def radius(findings: Findings, panel: Any) -> None:
-    for n, name in enumerate((STATIC, DYNAMIC)):
-        for words, runs in (
-            (name, findings.runs(name)),
-            (f"{name} as printed", findings.literal(name)),
-        ):
-            curves = [curve(findings, x, "log", "radius") for x in runs]
-            band(panel, curves, words, f"C{n + 1 if words == name else n + 3}")
+    groups = {name: findings.runs(name) for name in SVR}
+    groups |= {f"{name} as printed": findings.literal(name) for name in SVR}
+    for n, (words, runs) in enumerate(groups.items(), 1):
+        band(panel, [curve(findings, x, "log", "radius") for x in runs], words, f"C{n}")
     panel.set(xlabel="step", ylabel="R")
 
 
@@ -69,7 +66,7 @@ def convergence(findings: Findings, panel: Any) -> None:
 
 
 def initial_radius(findings: Findings, panel: Any) -> None:
-    for n, name in enumerate((STATIC, DYNAMIC)):
+    for n, name in enumerate(SVR):
         for m, init in enumerate(findings.preset.inits):
             for result in findings.runs(name, radius_init=min(init, LARGEST))[:1]:
                 panel.plot(*curve(findings, result, "log", "radius"), color=f"C{n + 1}",
@@ -79,7 +76,7 @@ def initial_radius(findings: Findings, panel: Any) -> None:
 
 def readings(findings: Findings, panel: Any) -> None:
     for n, (words, reading) in enumerate(READINGS.items()):
-        for name, style in ((STATIC, "--"), (DYNAMIC, "-")):
+        for name, style in zip(SVR, ("--", "-"), strict=True):
             for result in findings.reading(name, reading, 0.5)[:1]:
                 steps, contraction = curve(findings, result, "log", "contraction_50")
                 panel.plot(steps, [1 - c for c in contraction], style, color=f"C{n}",

@@ -13,10 +13,10 @@ from .experiments import (
     INFONCE,
     LITERAL,
     Experiment,
-    Preset,
     initial,
     plan_experiments,
 )  # fmt: skip
+from .presets import Preset
 from .verdicts import mean_and_deviation
 
 WAYS = (("t2a", "text to audio"), ("a2t", "audio to text"))
@@ -114,9 +114,10 @@ class Findings:
     def infonce_by_rate(self) -> dict[float, list[Result]]:
         """InfoNCE at each learning rate, which is named as a multiple of the preset's."""
         rates = sorted({*self.preset.rates, 1.0})
-        usual: dict[str, Any] = {}
-        changes = {rate: usual if rate == 1 else {"lr": rate * self.preset.lr} for rate in rates}
-        return {rate: self.runs(INFONCE, **changes[rate]) for rate in rates}
+        return {
+            rate: self.runs(INFONCE) if rate == 1 else self.runs(INFONCE, lr=rate * self.preset.lr)
+            for rate in rates
+        }
 
     def best_rate(self) -> float:
         """The learning rate of the best InfoNCE, by the validation split."""
@@ -129,6 +130,11 @@ class Findings:
     def baseline(self) -> list[Result]:
         """The best InfoNCE: what every claim of better or faster is held against."""
         return self.infonce_by_rate()[self.best_rate()]
+
+    def difficulty(self, results: list[Result], key: str) -> list[float]:
+        """One of the numbers of difficulty.py, of the results that have it."""
+        values = [result["difficulty"][key] for result in results]
+        return [value for value in values if value is not None]
 
     def mean_diagnostic(self, result: Result, key: str) -> float:
         """The mean of a number over the lines of an experiment's diagnostics."""

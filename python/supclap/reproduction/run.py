@@ -28,15 +28,14 @@ from ..files import write_json, write_text
 from ..ranks import choose_device
 from .corpora import make_corpora, take_recordings
 from .experiments import (
-    PRESETS,
     Experiment,
-    Preset,
     carry_out,
     check_settings,
     plan_experiments,
 )  # fmt: skip
 from .findings import Findings
-from .text import as_json, report_text
+from .presets import PRESETS, Preset
+from .text import Report
 
 ERROR = "error.txt"  # in an experiment's folder
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -141,12 +140,12 @@ def reproduce(
         finally:
             write_json(spent, before + time.monotonic() - start)
     findings = Findings(out, settings)
+    report = Report(findings, preset)
     seconds = json.loads(spent.read_text(encoding="utf-8"))
-    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | as_json(findings))
-    names = draw_all(findings, out)
-    report = out / "report.md"
-    write_text(report, report_text(findings, preset, names))
-    return report
+    write_json(out / "results.json", {"preset": preset, "seconds": seconds} | report.as_json())
+    path = out / "report.md"
+    write_text(path, report.text(draw_all(findings, out)))
+    return path
 
 
 def carry_out_all(left: list[Experiment], out: Path, preset: Preset, jobs: int) -> None:
@@ -189,7 +188,7 @@ def carry_out_all(left: list[Experiment], out: Path, preset: Preset, jobs: int) 
 @functools.cache
 def workplace() -> Any:
     """Where processes come from: a server that has imported what they need, if there can be one.
-    It is started by the first of them, and blocks the signals that they begin with blocked."""
+    The first process starts it, with SIGNALS blocked; so they all begin."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

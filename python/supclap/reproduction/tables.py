@@ -19,6 +19,7 @@ from .experiments import (
     MAIN,
     READINGS,
     STATIC,
+    SVR,
     initial,
 )  # fmt: skip
 from .findings import WAYS, Findings, Result, recall, score, zero_shot
@@ -57,15 +58,15 @@ def all_tables(findings: Findings) -> list[Table]:
     preset = findings.preset
     tables = [
         ablation(findings), readings(findings), controls(findings), convergence(findings),
-        difficulty(findings), gradients(findings), languages(findings), cost(findings),
+        difficulty(findings), gradients(findings), cost(findings), languages(findings),
     ]  # fmt: skip
     if preset.main_only:
         return tables
     alphas, sizes = preset.alphas, preset.batch_sizes
     return [
-        *tables[:-1], cross(findings), zero_shots(findings), noise(findings),
+        *tables, cross(findings), zero_shots(findings), noise(findings),
         sweep(findings, "Batch size", "batch_size", sizes, MAIN, preset.batch_size),
-        sweep(findings, "Weight of the SVR term", "alpha", alphas, MAIN[2:], 1.0), tables[-1],
+        sweep(findings, "Weight of the SVR term", "alpha", alphas, (DYNAMIC,), 1.0),
     ]  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def controls(findings: Findings) -> Table:
     add("InfoNCE, twice the steps", findings.runs(INFONCE, epochs=2 * findings.preset.epochs))
     for name in CONTROLS:
         add(f"InfoNCE and {name}", findings.runs(name))
-    for name in (STATIC, DYNAMIC):
+    for name in SVR:
         add(name, findings.runs(name))
     note = (
         "R = 0: support vectors that are the embeddings, InfoNCE twice. Logits of one modality: "
@@ -171,8 +172,7 @@ def difficulty(findings: Findings) -> Table:
     keys = next(iter(groups.values()))[0]["difficulty"]
     rows: list[list[Cell]] = []
     for key in keys:
-        values = ([x["difficulty"][key] for x in runs] for runs in groups.values())
-        known = [[value for value in of_loss if value is not None] for of_loss in values]
+        known = [findings.difficulty(runs, key) for runs in groups.values()]
         rows.append([key, *(mean_and_deviation(x) if x else None for x in known)])
     note = (
         "Test pairs in batches as in training. Spearman's correlation of the radius R, of R / r "

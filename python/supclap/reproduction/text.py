@@ -39,52 +39,65 @@ def table_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def report_text(findings: Findings, preset: str, figures: list[str]) -> str:
-    """Returns the report: claims first, then tables and figures."""
-    plan, claims = findings.preset, Claims(findings)
-    chapters = claims.chapters()
-    verdicts = [verdict for chapter in chapters.values() for verdict in chapter]
-    counts = Counter(verdict.word for verdict in verdicts)
-    recordings = plan.main_only
-    corpus = (
-        f"{plan.clips} clips of sound events with captions in {len(plan.languages)} languages, "
-        "hard negatives in order and number included"
-    )
-    if recordings:
-        corpus = f"{len(findings.languages()) or 1} languages, no clip or sentence in two splits"
-    parts = [
-        f"# SupCLAP on {'recordings' if recordings else 'a synthetic corpus'}",
-        f"Preset `{preset}`: {corpus}; the "
-        f"built-in pair of encoders; batches of {plan.batch_size}; {plan.seeds} seeds of the main "
-        f"comparisons, {plan.few} of everything else. A dynamic radius is predicted here from a "
-        "summary of a row's similarities (20 numbers), not from all of them. Support vectors are "
-        "on the sphere, and R = r sigmoid(.) from R/r = 0.5 on, unless a line says otherwise; as "
-        "printed: by the paper's formulas alone, from R = 0.1 on. "
-        "Intervals are Student's t over paired seeds; a claim holds if its interval is above zero. "
-        "The paper's levels are of other data and other models: compare differences, not levels.",
-        "## Claims",
-        f"Of {len(verdicts)} comparisons {counts['holds']} hold, {counts['does not hold']} do not, "
-        f"{counts['undecided']} are undecided. Seeds are of training (weights, order of pairs): "
-        "corpus and test split are the same for all. By chance one in twenty intervals misses. "
-        f"The best InfoNCE, by the validation split, has {claims.rate:g} times the learning rate "
-        "that all other runs have.",
-    ]
-    for title, chapter in chapters.items():
-        parts += [f"### {title}", "\n".join(f"- **{v.claim}.** {v.sentence()}" for v in chapter)]
-    parts += [
-        "## Tables",
-        *map(table_text, all_tables(findings)),
-        "## Figures",
-        *(f"{FIGURES[name]}\n\n![{name}]({name}.png)" for name in figures),
-    ]
-    return "\n\n".join(parts) + "\n"
+class Report:
+    """What a reproduction says, found once: claims by chapter, and tables."""
 
+    def __init__(self, findings: Findings, preset: str) -> None:
+        self.findings, self.preset = findings, preset
+        self.rate = findings.best_rate()
+        self.chapters = Claims(findings).chapters()
+        self.verdicts = [verdict for chapter in self.chapters.values() for verdict in chapter]
+        self.tables = all_tables(findings)
 
-def as_json(findings: Findings) -> dict[str, object]:
-    """Everything that the report says, for other programs."""
-    chapters = Claims(findings).chapters()
-    return {
-        "best_rate": findings.best_rate(),
-        "verdicts": [v.as_json() for chapter in chapters.values() for v in chapter],
-        "tables": [table.as_json() for table in all_tables(findings)],
-    }
+    def as_json(self) -> dict[str, object]:
+        """Everything, for other programs."""
+        return {
+            "best_rate": self.rate,
+            "verdicts": [verdict.as_json() for verdict in self.verdicts],
+            "tables": [table.as_json() for table in self.tables],
+        }
+
+    def text(self, figures: list[str]) -> str:
+        """Claims first, then tables and figures."""
+        counts = Counter(verdict.word for verdict in self.verdicts)
+        parts = [
+            *self.beginning(),
+            "## Claims",
+            f"Of {len(self.verdicts)} comparisons {counts['holds']} hold, "
+            f"{counts['does not hold']} do not, {counts['undecided']} are undecided. Seeds are of "
+            "training (weights, order of pairs): corpus and test split are the same for all. By "
+            "chance one in twenty intervals misses. The best InfoNCE, by the validation split, has "
+            f"{self.rate:g} times the learning rate that all other runs have.",
+        ]
+        for title, chapter in self.chapters.items():
+            claims = "\n".join(f"- **{v.claim}.** {v.sentence()}" for v in chapter)
+            parts += [f"### {title}", claims]
+        parts += [
+            "## Tables",
+            *map(table_text, self.tables),
+            "## Figures",
+            *(f"{FIGURES[name]}\n\n![{name}]({name}.png)" for name in figures),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def beginning(self) -> tuple[str, str]:
+        """The title, and what was trained on what."""
+        plan = self.findings.preset
+        title = "# SupCLAP on a synthetic corpus"
+        corpus = (
+            f"{plan.clips} clips of sound events with captions in {len(plan.languages)} languages, "
+            "hard negatives in order and number included"
+        )
+        if plan.main_only:
+            title, languages = "# SupCLAP on recordings", len(self.findings.languages()) or 1
+            corpus = f"{languages} languages, no clip or sentence in two splits"
+        return title, (
+            f"Preset `{self.preset}`: {corpus}; the built-in pair of encoders; batches of "
+            f"{plan.batch_size}; {plan.seeds} seeds of the main comparisons, {plan.few} of "
+            "everything else. A dynamic radius is predicted here from a summary of a row's "
+            "similarities (20 numbers), not from all of them. Support vectors are on the sphere, "
+            "and R = r sigmoid(.) from R/r = 0.5 on, unless a line says otherwise; as printed: by "
+            "the paper's formulas alone, from R = 0.1 on. Intervals are Student's t over paired "
+            "seeds; a claim holds if its interval is above zero. The paper's levels are of other "
+            "data and other models: compare differences, not levels."
+        )
