@@ -300,4 +300,6 @@ def test_two_processes_train_as_one(manifest, tmp_path, options):
     for ours, theirs in zip(two[:20], alone[:20], strict=True):
         assert near(ours["loss"], theirs["loss"], within=1e-4 * theirs["loss"])
         assert near(ours["radius"], theirs["radius"], within=1e-4)
+        for name in ("gap", "gap_5", "gap_50", "contraction_95"):  # of nine pairs, five and four
+            assert near(ours[name], theirs[name], within=1e-4)
         assert near(ours["norm"], theirs["norm"], within=1e-2 * theirs["norm"])  # before it is cut
