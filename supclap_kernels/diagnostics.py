@@ -59,7 +59,7 @@ def force_decomposition(
     alpha: float = 1.0,
     beta: float = 0.0,
     normalize: bool = False,
-    renormalize: bool = False,
+    renormalize: bool = True,
     ids: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> ForceDecomposition:

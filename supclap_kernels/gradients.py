@@ -103,7 +103,7 @@ def loss_and_gradients(
     alpha: float = 1.0,
     beta: float = 0.0,
     normalize: bool = False,
-    renormalize: bool = False,
+    renormalize: bool = True,
     ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",

@@ -53,7 +53,7 @@ class Options(NamedTuple):
     alpha: float = 1.0
     beta: float = 0.0
     normalize: bool = False
-    renormalize: bool = False
+    renormalize: bool = True
     reduction: str = "mean"
     workspace: int = WORKSPACE
     backend: str = "auto"

@@ -94,7 +94,7 @@ def svr_loss_reference(
     alpha: float = 1.0,
     beta: float = 0.0,
     normalize: bool = False,
-    renormalize: bool = False,
+    renormalize: bool = True,
     ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",

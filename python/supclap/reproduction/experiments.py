@@ -46,17 +46,16 @@ LOSSES: dict[str, dict[str, Any]] = {
     "SigLIP bi-StaticSVR": {"loss": "siglip", "svr": "bi-static"},
     "SigLIP bi-DynamicSVR": {"loss": "siglip", "svr": "bi-dynamic"},
 }
-READINGS: dict[str, dict[str, Any]] = {  # of the support vectors and of the radius
-    "free": {"support": "free", "radius_bound": "none"},
-    "sphere": {"support": "sphere", "radius_bound": "none"},
+READINGS: dict[str, dict[str, Any]] = {  # of support vectors and radius, the formulas' own first
+    "free": {"support": "free", "radius_bound": "none", "beta": None},
+    "sphere": {"support": "sphere", "radius_bound": "none", "beta": None},
     "sphere, beta 1": {"support": "sphere", "radius_bound": "none", "beta": 1.0},
-    "free, bounded": {"support": "free", "radius_bound": "gap"},
-    "sphere, bounded": {"support": "sphere", "radius_bound": "gap"},
+    "free, bounded": {"support": "free", "radius_bound": "gap", "beta": None},
+    "sphere, bounded": {"support": "sphere", "radius_bound": "gap", "beta": None},
 }
-CHOSEN: dict[str, Any] = READINGS["sphere, bounded"] | {"radius_init": 0.5}
-"""That of every loss unless it says otherwise."""
-DEFAULTS = {"alpha": 1.0, "bilateral": "mirror", "detach_similarity": False, **CHOSEN}
-"""What a loss need not say: a training that says it is the same one."""
+READING, INIT = "sphere, bounded", 0.5
+CHOSEN: dict[str, Any] = READINGS[READING] | {"radius_init": INIT}
+"""That of every loss unless it says otherwise; the trainer's default."""
 LITERAL = READINGS["free"] | {"radius_init": 0.1}
 """What the paper's formulas say, with the initial radius of this library's first versions."""
 LARGEST = 0.9
@@ -64,6 +63,13 @@ LARGEST = 0.9
 FAST = ("sphere", "sphere, beta 1")
 """Readings that are tried with a larger learning rate of the radius as well."""
 DETACHED: dict[str, Any] = {"detach_similarity": True, "radius_init": 0.5}
+CONTENDERS = {"sphere, beta 1": 1.0, "sphere, bounded": LARGEST}
+"""Readings that are tried at other learning rates, each from one initial radius."""
+UNNAMED = {
+    "alpha": 1.0, "bilateral": "mirror", "detach_similarity": False, "beta": None,
+    "support": "sphere", "radius_bound": "gap", "radius_init": 0.5,
+}  # fmt: skip
+"""Settings that the name of a folder leaves out: a training that says them is the same one."""
 BINS = 50  # of figure 4, between -1 and 1
 HERE = "here/train"
 
@@ -81,8 +87,9 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """What differs from the preset; equal trainings have equal settings."""
         loss = LOSSES.get(self.name, {"svr": "none", "control": self.name})
-        settings = loss | self.changes
-        return {key: x for key, x in settings.items() if x != DEFAULTS.get(key, (x,))}
+        reading = CHOSEN if loss["svr"] != "none" else {}
+        settings = reading | loss | self.changes
+        return {key: x for key, x in settings.items() if x != UNNAMED.get(key, (x,))}
 
     @property
     def folder(self) -> str:
@@ -123,6 +130,10 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
             for init in preset.inits:
                 add(name, preset.few, **reading, **initial(init, reading))
         add(DYNAMIC, preset.few, **reading, **DETACHED)
+    for reading, init in CONTENDERS.items():
+        for rate in preset.other_rates:
+            for name in SVR:
+                add(name, preset.few, **READINGS[reading], radius_init=init, lr=rate * preset.lr)
     for fast in FAST:
         add(STATIC, preset.few, **READINGS[fast], radius_init=0.5, radius_lr=10 * preset.lr)
     for size in preset.batch_sizes:
@@ -157,7 +168,7 @@ def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfi
         data=out / f"{experiment.data}.jsonl",
         val=(out / experiment.data).with_name("val.jsonl"),
         out=out / "runs" / experiment.folder,
-        **(shared | CHOSEN | changes),
+        **(shared | UNNAMED | changes),
     )
 
 

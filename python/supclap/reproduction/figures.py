@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .experiments import BINS, DYNAMIC, LARGEST, MAIN, READINGS, SVR
+from .experiments import BINS, CHOSEN, DYNAMIC, MAIN, READINGS, SVR
 from .findings import Findings, Result
 from .report import smooth
 from .text import FIGURES
@@ -68,7 +68,7 @@ def convergence(findings: Findings, panel: Any) -> None:
 def initial_radius(findings: Findings, panel: Any) -> None:
     for n, name in enumerate(SVR):
         for m, init in enumerate(findings.preset.inits):
-            for result in findings.runs(name, radius_init=min(init, LARGEST))[:1]:
+            for result in findings.reading(name, CHOSEN, init)[:1]:
                 panel.plot(*curve(findings, result, "log", "radius"), color=f"C{n + 1}",
                            label=name if m == 0 else None)  # fmt: skip
     panel.set(xlabel="step", ylabel="R")

@@ -73,7 +73,7 @@ class Findings:
         return self.runs(name, **LITERAL)
 
     def reading(self, name: str, reading: dict[str, Any], init: float) -> list[Result]:
-        return self.runs(name, **reading, **initial(init, reading))
+        return self.runs(name, **(reading | initial(init, reading)))
 
     def long(self, name: str) -> list[Result]:
         """With so many more steps that training comes to rest."""

@@ -21,6 +21,7 @@ class Preset:
     captions: int = 1
     lr: float = 1e-3
     rates: tuple[float, ...] = (0.5, 2.0, 4.0)  # of InfoNCE, times lr
+    other_rates: tuple[float, ...] = (0.1, 4.0)  # of readings that could be the default
     long: int = 4  # times the epochs, to see where training comes to rest
     inits: tuple[float, ...] = (0.1, 0.5, 1.0)
     batch_sizes: tuple[int, ...] = (64, 128)
@@ -36,8 +37,9 @@ class Preset:
 PRESETS = {
     "smoke": Preset(
         clips=60, epochs=2, batch_size=16, seeds=2, few=1, languages=("eng", "zho"), long=2,
-        rates=(2.0,), inits=(0.5,), batch_sizes=(8,), alphas=(0.5,), noises=(40,),
-        validate_every=4, diagnose_every=2, model=ModelConfig(width=32, heads=2, embed_dim=32),
+        rates=(2.0,), other_rates=(4.0,), inits=(0.5,), batch_sizes=(8,), alphas=(0.5,),
+        noises=(40,), validate_every=4, diagnose_every=2,
+        model=ModelConfig(width=32, heads=2, embed_dim=32),
     ),
     "cpu": Preset(clips=1000, epochs=2, batch_size=24, seeds=10, few=5),
     "real": Preset(clips=0, epochs=8, batch_size=24, seeds=10, few=10, main_only=True),

@@ -10,6 +10,7 @@ from ..zeroshot import TEMPLATE
 from . import paper
 from .controls import CONTROLS
 from .experiments import (
+    CONTENDERS,
     DETACHED,
     DYNAMIC,
     FAST,
@@ -62,6 +63,7 @@ def all_tables(findings: Findings) -> list[Table]:
     ]  # fmt: skip
     if preset.main_only:
         return tables
+    tables.insert(2, other_rates(findings))
     alphas, sizes = preset.alphas, preset.batch_sizes
     return [
         *tables, cross(findings), zero_shots(findings), noise(findings),
@@ -124,6 +126,32 @@ def readings(findings: Findings) -> Table:
         "lower than that of the formulas as printed (free, R from 0.1) by more than the interval."
     )
     return Table("Readings of the radius", header, rows, note)
+
+
+def other_rates(findings: Findings) -> Table:
+    rows: list[list[Cell]] = []
+    for reading, init in CONTENDERS.items():
+        for rate in sorted({*findings.preset.other_rates, 1.0}):
+            changes = READINGS[reading] | {"radius_init": init}
+            if rate != 1:
+                changes["lr"] = rate * findings.preset.lr
+            for kind, name in KINDS.items():
+                runs = findings.few(name, **changes)
+                if not runs:
+                    continue
+                j = judge(findings, kind, runs)
+                low, high = j.ratio
+                rows.append(
+                    [reading, init, rate, kind, j.runs, j.recall, low, high, j.last_ratio,
+                     100 * j.beyond_twice, "yes" if j.stays else "no"]
+                )  # fmt: skip
+    header = [
+        "reading", "initial R (bounded: R/r)", "times the learning rate", "radius", "seeds",
+        "R@1, %", "lowest R/r", "highest R/r", "highest R/r in the end",
+        "most pairs with R > 2 r, %", "meets a",
+    ]  # fmt: skip
+    note = "Readings that could be the default; the numbers are those of the table above."
+    return Table("At other learning rates", header, rows, note)
 
 
 def controls(findings: Findings) -> Table:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 from .claims import Claims
+from .experiments import INIT, READING
 from .findings import Findings
 from .tables import Cell, Table, all_tables
 
@@ -95,9 +96,11 @@ class Report:
             f"Preset `{self.preset}`: {corpus}; the built-in pair of encoders; batches of "
             f"{plan.batch_size}; {plan.seeds} seeds of the main comparisons, {plan.few} of "
             "everything else. A dynamic radius is predicted here from a summary of a row's "
-            "similarities (20 numbers), not from all of them. Support vectors are on the sphere, "
-            "and R = r sigmoid(.) from R/r = 0.5 on, unless a line says otherwise; as printed: by "
-            "the paper's formulas alone, from R = 0.1 on. Intervals are Student's t over paired "
-            "seeds; a claim holds if its interval is above zero. The paper's levels are of other "
+            "similarities (20 numbers), not from all of them. The reading of support vectors and "
+            f"radius is '{READING}' from {INIT:g} on, unless a line says otherwise: on the sphere, "
+            "support vectors are unit vectors as the embeddings are; bounded, R = r sigmoid(.), "
+            "and the number is R/r; beta 1: the weight of the constraint, in the paper 0.01. As "
+            "printed: by the paper's formulas alone, from R = 0.1 on. Intervals are Student's t over "
+            "paired seeds; a claim holds if its interval is above zero. The paper's levels are of other "
             "data and other models: compare differences, not levels."
         )
