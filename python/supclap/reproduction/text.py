@@ -100,7 +100,7 @@ class Report:
             f"radius is '{READING}' from {INIT:g} on, unless a line says otherwise: on the sphere, "
             "support vectors are unit vectors as the embeddings are; bounded, R = r sigmoid(.), "
             "and the number is R/r; beta 1: the weight of the constraint, in the paper 0.01. As "
-            "printed: by the paper's formulas alone, from R = 0.1 on. Intervals are Student's t over "
-            "paired seeds; a claim holds if its interval is above zero. The paper's levels are of other "
-            "data and other models: compare differences, not levels."
+            "printed: by the paper's formulas alone, from R = 0.1 on. Intervals are Student's t "
+            "over paired seeds; a claim holds if its interval is above zero. The paper's levels "
+            "are of other data and other models: compare differences, not levels."
         )
