@@ -130,10 +130,11 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
             for init in preset.inits:
                 add(name, preset.few, **reading, **initial(init, reading))
         add(DYNAMIC, preset.few, **reading, **DETACHED)
-    for reading, init in CONTENDERS.items():
+    for words, init in CONTENDERS.items():
+        changes = READINGS[words] | {"radius_init": init}
         for rate in preset.other_rates:
             for name in SVR:
-                add(name, preset.few, **READINGS[reading], radius_init=init, lr=rate * preset.lr)
+                add(name, preset.few, **changes, lr=rate * preset.lr)
     for fast in FAST:
         add(STATIC, preset.few, **READINGS[fast], radius_init=0.5, radius_lr=10 * preset.lr)
     for size in preset.batch_sizes:
