@@ -104,11 +104,11 @@ class TrainConfig:
     )
     bilateral: str = setting("mirror", "what bi- means (MATH.md)", "mirror", "shared")
     alpha: float = setting(1.0, "weight of the support vectors' term")
-    beta: float | None = setting(None, "weight of the radius constraint; 0.01 if dynamic, else 0")
+    beta: float = setting(1.0, "weight of the constraint that keeps the radius within the gap")
     support: str = setting(
-        "free", "sphere: support vectors are put back on it; free: they are not", "sphere", "free"
+        "sphere", "sphere: support vectors are put back on it; free: they are not", "sphere", "free"
     )
-    radius_init: float = setting(0.1, "initial semantic radius; with --radius-bound gap, R / r")
+    radius_init: float = setting(1.0, "initial semantic radius; with --radius-bound gap, R / r")
     radius_bound: str = setting(
         "none", "gap: R = r sigmoid(.), so that no R exceeds its gap r", "none", "gap"
     )
@@ -187,6 +187,8 @@ class TrainConfig:
         return self.test if self.select_on == "test" else self.val
 
 
+# What runs had whose config.json is older than the setting.
+EARLIER = {"support": "free", "radius_bound": "none", "beta": None}
 # What a run that goes on may change: where things are, how fast it is, and how long.
 MOVABLE = ("data", "val", "test", "cache", "workers", "device", "threads", "epochs")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -295,4 +297,7 @@ def read_config(run: Path) -> TrainConfig:
     for name, value in settings.items():
         if kind_of(TRAIN[name]) is Path and value is not None:
             settings[name] = Path(value)
-    return TrainConfig(**(settings | {"out": run}), model=ModelConfig(**model))
+    settings = EARLIER | settings | {"out": run}
+    if settings["beta"] is None:
+        settings["beta"] = 0.01 if settings["svr"].endswith("dynamic") else 0.0
+    return TrainConfig(**settings, model=ModelConfig(**model))

@@ -39,7 +39,7 @@ def build_loss(config: TrainConfig, batch_size: int, group: Any = None) -> SVRLo
         objective=config.loss,
         bilateral=config.bilateral if side == "bi" else "none",
         alpha=config.alpha,
-        beta=config.beta if config.beta is not None else 0.01 * (kind == "dynamic"),
+        beta=config.beta,
         renormalize=config.support == "sphere",
         group=group,
         return_stats=True,

@@ -58,7 +58,7 @@ OPTION_SETS: dict[str, Case] = {
         weighted=True, duplicates=True, options={"objective": "siglip", "bilateral": "shared"}
     ),
     "normalize": Case(options={"normalize": True}),
-    "renormalize": Case(radius="row", options={"renormalize": True}),
+    "free": Case(radius="row", options={"renormalize": False}),
     "transposed": Case(layout="transposed"),
     "strided": Case(layout="strided", options={"normalize": True}),
     "bfloat16": Case(dtype=torch.bfloat16),

@@ -78,11 +78,11 @@ def test_statistics(mode, guard):
 
 
 PLAIN = [
-    {"radius": "row", "options": {"renormalize": True}},
+    {"radius": "row", "options": {"renormalize": False}},
     {"gap": 0.05, "radius": "row"},
     {"gap": 0.05, "radius": "row", "duplicates": True},
     {"scale": 100.0, "weighted": True},
-    {"scale": 100.0, "gap": 0.05, "radius": "row", "options": {"renormalize": True}},
+    {"scale": 100.0, "gap": 0.05, "radius": "row", "options": {"renormalize": False}},
 ]
 
 

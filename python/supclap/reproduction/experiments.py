@@ -46,14 +46,15 @@ LOSSES: dict[str, dict[str, Any]] = {
     "SigLIP bi-StaticSVR": {"loss": "siglip", "svr": "bi-static"},
     "SigLIP bi-DynamicSVR": {"loss": "siglip", "svr": "bi-dynamic"},
 }
-READINGS: dict[str, dict[str, Any]] = {  # of support vectors and radius, the formulas' own first
+# Of support vectors and radius, the formulas' own first. Without a beta it is the paper's.
+READINGS: dict[str, dict[str, Any]] = {
     "free": {"support": "free", "radius_bound": "none", "beta": None},
     "sphere": {"support": "sphere", "radius_bound": "none", "beta": None},
     "sphere, beta 1": {"support": "sphere", "radius_bound": "none", "beta": 1.0},
     "free, bounded": {"support": "free", "radius_bound": "gap", "beta": None},
     "sphere, bounded": {"support": "sphere", "radius_bound": "gap", "beta": None},
 }
-READING, INIT = "sphere, bounded", 0.5
+READING, INIT = "sphere, beta 1", 1.0
 CHOSEN: dict[str, Any] = READINGS[READING] | {"radius_init": INIT}
 """That of every loss unless it says otherwise; the trainer's default."""
 LITERAL = READINGS["free"] | {"radius_init": 0.1}
@@ -64,12 +65,9 @@ FAST = ("sphere", "sphere, beta 1")
 """Readings that are tried with a larger learning rate of the radius as well."""
 DETACHED: dict[str, Any] = {"detach_similarity": True, "radius_init": 0.5}
 CONTENDERS = {"sphere, beta 1": 1.0, "sphere, bounded": LARGEST}
-"""Readings that are tried at other learning rates, each from one initial radius."""
-UNNAMED = {
-    "alpha": 1.0, "bilateral": "mirror", "detach_similarity": False, "beta": None,
-    "support": "sphere", "radius_bound": "gap", "radius_init": 0.5,
-}  # fmt: skip
-"""Settings that the name of a folder leaves out: a training that says them is the same one."""
+"""Readings that are tried at other learning rates and on recordings, each from one radius."""
+DEFAULTS = {"alpha": 1.0, "bilateral": "mirror", "detach_similarity": False, **CHOSEN}
+"""What a loss need not say: a training that says it is the same one."""
 BINS = 50  # of figure 4, between -1 and 1
 HERE = "here/train"
 
@@ -87,9 +85,8 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """What differs from the preset; equal trainings have equal settings."""
         loss = LOSSES.get(self.name, {"svr": "none", "control": self.name})
-        reading = CHOSEN if loss["svr"] != "none" else {}
-        settings = reading | loss | self.changes
-        return {key: x for key, x in settings.items() if x != UNNAMED.get(key, (x,))}
+        settings = loss | self.changes
+        return {key: x for key, x in settings.items() if x != DEFAULTS.get(key, (x,))}
 
     @property
     def folder(self) -> str:
@@ -120,6 +117,12 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
         add(name, preset.seeds, **LITERAL)
     for rate in preset.rates:
         add(INFONCE, preset.seeds, lr=rate * preset.lr)
+    for words, init in CONTENDERS.items():
+        changes = READINGS[words] | {"radius_init": init}
+        for name in SVR:
+            add(name, preset.few, **changes)
+            for rate in preset.other_rates:
+                add(name, preset.few, **changes, lr=rate * preset.lr)
     if preset.main_only:
         return sorted(plan.values(), key=lambda experiment: experiment.seed)
     add(INFONCE, preset.few, epochs=2 * preset.epochs)
@@ -130,11 +133,6 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
             for init in preset.inits:
                 add(name, preset.few, **reading, **initial(init, reading))
         add(DYNAMIC, preset.few, **reading, **DETACHED)
-    for words, init in CONTENDERS.items():
-        changes = READINGS[words] | {"radius_init": init}
-        for rate in preset.other_rates:
-            for name in SVR:
-                add(name, preset.few, **changes, lr=rate * preset.lr)
     for fast in FAST:
         add(STATIC, preset.few, **READINGS[fast], radius_init=0.5, radius_lr=10 * preset.lr)
     for size in preset.batch_sizes:
@@ -151,9 +149,11 @@ def plan_experiments(preset: Preset) -> list[Experiment]:
 
 def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfig:
     """Returns the settings of an experiment: of the preset, of its loss, and its own changes."""
-    changes = {key: x for key, x in experiment.settings.items() if key != "control"}
-    size = changes.get("batch_size", preset.batch_size)
-    times = changes.get("epochs", preset.epochs) / preset.epochs
+    settings = DEFAULTS | {key: x for key, x in experiment.settings.items() if key != "control"}
+    if settings["beta"] is None:
+        settings["beta"] = 0.01 if settings["svr"].endswith("dynamic") else 0.0
+    size = settings.get("batch_size", preset.batch_size)
+    times = settings.get("epochs", preset.epochs) / preset.epochs
 
     def steps_between(every: int) -> int:  # as often in a run, however large and many its steps
         return max(1, round(every * times * preset.batch_size / size))
@@ -169,7 +169,7 @@ def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfi
         data=out / f"{experiment.data}.jsonl",
         val=(out / experiment.data).with_name("val.jsonl"),
         out=out / "runs" / experiment.folder,
-        **(shared | UNNAMED | changes),
+        **(shared | settings),
     )
 
 

@@ -42,7 +42,8 @@ PRESETS = {
         model=ModelConfig(width=32, heads=2, embed_dim=32),
     ),
     "cpu": Preset(clips=1000, epochs=2, batch_size=24, seeds=10, few=5),
-    "real": Preset(clips=0, epochs=8, batch_size=24, seeds=10, few=10, main_only=True),
+    "real": Preset(clips=0, epochs=8, batch_size=24, seeds=10, few=10, other_rates=(),
+                   main_only=True),
     "gpu": Preset(
         clips=10_000, epochs=10, batch_size=24, seeds=10, few=5, captions=5,
         batch_sizes=(256, 4096), noises=(10, 20, 40), validate_every=1000, diagnose_every=500,
