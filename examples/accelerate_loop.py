@@ -23,10 +23,10 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     model = Towers()
-    radius = attach_radius(model, StaticRadius())  # SVR: before prepare and the optimizer
+    radius = attach_radius(model, StaticRadius(1.0))  # SVR: before prepare and the optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    criterion = SVRLoss(radius, group=dist.group.WORLD if world > 1 else None)  # SVR
+    criterion = SVRLoss(radius, beta=1.0, group=dist.group.WORLD if world > 1 else None)  # SVR
     start, folder = 0, out / "state"
     if resume:
         accelerator.load_state(str(folder))

@@ -19,8 +19,9 @@ from toy import Towers, batch, command_line
 def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Towers()
-    radius = attach_radius(model, DynamicRadius(features="summary"))  # SVR: before the optimizer
-    criterion = SVRLoss(radius, beta=0.01)  # SVR
+    radius = DynamicRadius(init=1.0, features="summary")  # SVR
+    attach_radius(model, radius)  # SVR: before the optimizer
+    criterion = SVRLoss(radius, beta=1.0)  # SVR
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     start, path = 0, out / "checkpoint.pt"
     if resume:

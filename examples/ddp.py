@@ -23,10 +23,10 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch
     rank, world = (dist.get_rank(), dist.get_world_size()) if across else (0, 1)
     torch.manual_seed(0)
     model = Towers()
-    radius = attach_radius(model, DynamicRadius(features="summary"))  # SVR: before DDP
+    radius = attach_radius(model, DynamicRadius(init=1.0, features="summary"))  # SVR: before DDP
     wrapped = DistributedDataParallel(model) if across else model
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
-    criterion = SVRLoss(radius, beta=0.01, group=dist.group.WORLD if across else None)  # SVR
+    criterion = SVRLoss(radius, beta=1.0, group=dist.group.WORLD if across else None)  # SVR
     start, path = 0, out / "checkpoint.pt"
     if resume:
         checkpoint = torch.load(path)

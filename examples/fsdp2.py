@@ -28,13 +28,13 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = Towers()
-    radius = attach_radius(model, StaticRadius())  # SVR: before fully_shard
+    radius = attach_radius(model, StaticRadius(1.0))  # SVR: before fully_shard
     mesh = init_device_mesh("cpu", (world,))
     for tower in (model.audio, model.text):
         fully_shard(tower, mesh=mesh)
     fully_shard(model, mesh=mesh)  # keeps its own parameters, the radius too, until backward
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    criterion = SVRLoss(radius, group=dist.group.WORLD)  # SVR
+    criterion = SVRLoss(radius, beta=1.0, group=dist.group.WORLD)  # SVR
     start, path = 0, out / "checkpoint.pt"
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
     if resume:

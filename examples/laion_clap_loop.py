@@ -70,8 +70,9 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch
     )  # fmt: skip
     torch.manual_seed(0)
     model = clap()
-    radius = attach_radius(model, StaticRadius())  # SVR: before DDP and the optimizer
-    loop.ClipLoss = functools.partial(ClipLoss, radius=radius)  # SVR: each epoch's has this one
+    radius = attach_radius(model, StaticRadius(1.0))  # SVR: before DDP and the optimizer
+    # SVR: each epoch's loss has this radius.
+    loop.ClipLoss = functools.partial(ClipLoss, radius=radius, beta=1.0)  # SVR
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
     rest = [p for n, p in named if not any(p is q for q in plain)]

@@ -22,11 +22,11 @@ class Contrastive(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = Towers()
-        self.radius = attach_radius(self.model, StaticRadius())  # SVR
+        self.radius = attach_radius(self.model, StaticRadius(1.0))  # SVR
 
     def setup(self, stage: str) -> None:
         across = "world" if self.trainer.world_size > 1 else None
-        self.criterion = SVRLoss(self.radius, group=across)  # SVR
+        self.criterion = SVRLoss(self.radius, beta=1.0, group=across)  # SVR
 
     def training_step(self, pairs: tuple[Tensor, Tensor], index: int) -> Tensor:
         return self.criterion(*self.model(*pairs))  # SVR

@@ -48,13 +48,13 @@ def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, torch
     args.distributed = args.skip_scheduler = args.distill = args.wandb = False
     torch.manual_seed(0)
     model = clip()
-    radius = attach_radius(model, StaticRadius())  # SVR: before DDP and the optimizer
+    radius = attach_radius(model, StaticRadius(1.0))  # SVR: before DDP and the optimizer
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
     rest = [p for n, p in named if not any(p is q for q in plain)]
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": args.wd}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
-    loss = ClipLoss(radius=radius)  # SVR: instead of create_loss(args)
+    loss = ClipLoss(radius=radius, beta=1.0)  # SVR: instead of create_loss(args)
     start, path = 0, out / "epoch_latest.pt"
     if resume:
         checkpoint = torch.load(path)

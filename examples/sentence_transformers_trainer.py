@@ -46,14 +46,14 @@ def pairs() -> Dataset:
 def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = encoder()
-    radius = attach_radius(model, StaticRadius())  # SVR: before the trainer
+    radius = attach_radius(model, StaticRadius(1.0))  # SVR: before the trainer
     backend = "gloo" if "RANK" in os.environ else None  # under torchrun, on CPUs
     args = Arguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, save_steps=steps,
         learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True,
         disable_tqdm=True, logging_strategy="no", ddp_backend=backend,
     )  # fmt: skip
-    loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius)  # SVR
+    loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius, beta=1.0)  # SVR
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs(), loss=loss)
     trainer.train(resume_from_checkpoint=resume)
     detach_radius(model)  # SVR: what is saved for inference is a plain folder

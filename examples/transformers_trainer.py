@@ -26,7 +26,7 @@ class SVRTrainer(Trainer):
         outputs = model(**inputs)
         clap = self.accelerator.unwrap_model(model)
         radius = clap.supclap_radius(outputs.audio_embeds, outputs.text_embeds, 1.0)  # SVR
-        loss = clap_loss(outputs, clap.logit_scale_a.exp(), radius=radius)  # SVR
+        loss = clap_loss(outputs, clap.logit_scale_a.exp(), radius=radius, beta=1.0)  # SVR
         return (loss, outputs) if return_outputs else loss
 
 
@@ -63,7 +63,7 @@ def clap() -> ClapModel:
 def train(out: Path, steps: int, resume: bool = False) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = clap()
-    attach_radius(model, StaticRadius())  # SVR: before the Trainer
+    attach_radius(model, StaticRadius(1.0))  # SVR: before the Trainer
     backend = "gloo" if "RANK" in os.environ else None  # under torchrun, on CPUs
     args = TrainingArguments(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, save_steps=steps,

@@ -19,8 +19,8 @@ Radius = TypeVar("Radius", bound=nn.Module)
 def attach_radius(model: nn.Module, radius: Radius) -> Radius:
     """Make the radius a part of the model, and return it for the loss.
 
-        radius = attach_radius(model, StaticRadius())    # before DDP, FSDP and the optimizer
-        criterion = SVRLoss(radius)
+        radius = attach_radius(model, StaticRadius(1.0))  # before DDP, FSDP and the optimizer
+        criterion = SVRLoss(radius, beta=1.0)
 
     It is the model's child `supclap_radius` then: `model.parameters()`, and with them the
     optimizer, DDP and FSDP, `model.state_dict()`, `.to()` and `.train()` reach it. The model

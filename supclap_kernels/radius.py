@@ -55,7 +55,8 @@ class StaticRadius(nn.Module):
     is 0-d. Checkpoints of either shape load.
 
     Args:
-        init: initial radius (0.1 is this library's choice, the paper gives none).
+        init: initial radius; the paper gives none. `supclap reproduce` chose 1.0, with the weight
+            beta = 1 of the constraint, and the trainer begins so.
         bound: "none", or "gap": R_i = r_i sigmoid(x), the same learnable share of each pair's gap
             r_i = |a_i - t_i|, which starts at `init`. Handed out is (N,) then.
     """
@@ -123,7 +124,7 @@ class DynamicRadius(nn.Module):
     Args:
         batch_size: N of every batch, of all ranks together with a process group; needed for
             "similarities" only.
-        init: initial radius.
+        init: initial radius; see StaticRadius.
         hidden: widths of the two hidden layers (GELU).
         detach_similarity: no gradient through the similarities into the embeddings.
         bound: "none", or "gap": R_i = r_i sigmoid(x_i) of the network's output x_i, always between

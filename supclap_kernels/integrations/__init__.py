@@ -4,5 +4,5 @@ None of these modules imports the library it serves. Each takes the support vect
 (`radius`, `bilateral`, `alpha`, ...); without a radius the value is the library's own.
 
 Trainers that give their optimizer the model alone train the radius once it hangs on the model:
-`attach_radius(model, StaticRadius())` (`examples/` has a script for each trainer).
+`attach_radius(model, StaticRadius(1.0))` (`examples/` has a script for each trainer).
 """

@@ -1,7 +1,7 @@
 """`laion_clap.clap_module.loss.ClipLoss` in its call (laion_clap 1.1.7).
 
     from supclap_kernels.integrations.laion_clap import ClipLoss
-    loss = ClipLoss(..., radius=sk.attach_radius(model, sk.StaticRadius()))
+    loss = ClipLoss(..., radius=sk.attach_radius(model, sk.StaticRadius(1.0)), beta=1.0)
 
 Its trainer builds the loss anew each epoch, and optimises the model alone: `attach_radius` gives
 the same radius each time; the first time before DDP and the optimizer.

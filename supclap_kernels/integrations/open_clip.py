@@ -1,8 +1,8 @@
 """`open_clip.ClipLoss` and `open_clip.SigLipLoss` in their calls (open_clip 3.3 and 4.0).
 
     from supclap_kernels.integrations.open_clip import ClipLoss
-    radius = sk.attach_radius(model, sk.StaticRadius())     # before DDP and the optimizer
-    loss = ClipLoss(radius=radius)                          # instead of open_clip.ClipLoss()
+    radius = sk.attach_radius(model, sk.StaticRadius(1.0))  # before DDP and the optimizer
+    loss = ClipLoss(radius=radius, beta=1.0)                # instead of open_clip.ClipLoss()
 
 The image's place is the audio's. Values are open_clip's for every `local_loss` and
 `gather_with_grad`. Gradients are always the true ones of the loss over all ranks' rows, once they

@@ -1,7 +1,7 @@
 """A loss module for sentence-transformers' trainer: pairs (anchor, positive), both directions.
 
-    radius = sk.attach_radius(model, sk.StaticRadius())
-    loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius)
+    radius = sk.attach_radius(model, sk.StaticRadius(1.0))
+    loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius, beta=1.0)
     SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss)
 
 Attached to the model, the radius is saved and resumed with it, and is the same on all ranks.

@@ -1,9 +1,9 @@
 """A contrastive loss for transformers' `ClapModel`.
 
     outputs = model(input_ids=..., input_features=...)
-    loss = clap_loss(outputs, model.logit_scale_a.exp(), radius=0.1)
+    loss = clap_loss(outputs, model.logit_scale_a.exp(), radius=0.5)
 
-A radius that the Trainer is to train hangs on the model: `attach_radius(model, StaticRadius())`
+A radius that the Trainer is to train hangs on the model: `attach_radius(model, StaticRadius(1.0))`
 before the Trainer is made (examples/transformers_trainer.py).
 
 `ClapModel(return_loss=True)` adds up two cross entropies that are the same direction, texts against

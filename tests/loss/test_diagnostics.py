@@ -156,14 +156,17 @@ def test_numbers_and_tensors_agree():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("R", [0.0, 0.2, 0.9, -0.4])
-def test_the_gradient_of_the_svr_term_is_contracted_across_u(objective, R):
-    """One-sided, constant R, no renormalisation: the part of dL_svr/dt along u is that of
-    dL_svr/dt_sup, the part across it 1 - R / r times as large.
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_gradient_of_the_svr_term_is_contracted_across_u(objective, R, renormalize):
+    """One-sided, constant R: the part of dL_svr/dt along u is that of dL_svr/dt_sup, the part
+    across it 1 - R / r times as large; on the sphere t_sup is the vector before it is put there.
     """
     inputs = make_inputs(Case(dtype=DOUBLE, options={"objective": objective}))
     A, T = inputs.audio, inputs.text.requires_grad_()
     k, b = 9.0, torch.tensor(-4.0, dtype=DOUBLE)
-    options: dict[str, Any] = {"objective": objective, "bilateral": "none", "reduction": "sum"}
+    options: dict[str, Any] = {
+        "objective": objective, "bilateral": "none", "reduction": "sum", "renormalize": renormalize,
+    }  # fmt: skip
     bias = b if objective == "siglip" else None
     whole = sk.fused_svr_loss(A, T, R, k, bias, alpha=1.0, **options)
     plain = sk.fused_svr_loss(A, T, None, k, bias, **options)
@@ -172,7 +175,8 @@ def test_the_gradient_of_the_svr_term_is_contracted_across_u(objective, R):
     r, u = gap_and_direction(T.detach(), A)
     T_sup = (T.detach() + R * u).requires_grad_()
     keep = torch.ones(len(A), len(A), dtype=torch.bool)
-    logits = k * T_sup @ A.t()
+    shown = F.normalize(T_sup, dim=1) if renormalize else T_sup
+    logits = k * shown @ A.t()
     rows = infonce_rows(logits, keep) if objective == "infonce" else siglip_rows(logits + b, keep)
     (at_support,) = torch.autograd.grad(rows.sum(), T_sup)
 
@@ -223,7 +227,8 @@ def test_stats_are_those_of_the_specification(case, dtype, bound):
 
 
 @pytest.mark.parametrize(
-    "options", [{"normalize": True}, {"renormalize": False}, {"reduction": "none"}, {"workspace": 0}]
+    "options",
+    [{"normalize": True}, {"renormalize": False}, {"reduction": "none"}, {"workspace": 0}],
 )
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_stats_under_other_options(options, objective):
@@ -251,6 +256,7 @@ def test_stats_by_hand():
         return (w * torch.stack(rows)).mean()
 
     t_sup = T + (R / r)[:, None] * (A - T)
+    t_sup = t_sup / t_sup.norm(dim=1, keepdim=True)
     beaten = [any(S[i, j] >= S[i, i] for j in range(N) if (i, j) in pairs) for i in range(N)]
     beaten_column = [any(S[j, i] >= S[i, i] for j in range(N) if (i, j) in pairs) for i in range(N)]
     wanted = sk.SVRStats(

@@ -26,7 +26,7 @@ SIGNATURE = {
     "alpha": 1.0,
     "beta": 0.0,
     "normalize": False,
-    "renormalize": False,
+    "renormalize": True,
     "ids": None,
     "weight": None,
     "reduction": "mean",

@@ -55,13 +55,18 @@ def test_one_pair_costs_nothing(backend, dtype, radius):
         assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
 
 
-def test_one_pair_of_siglip():
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_one_pair_of_siglip(renormalize):
     """softplus(-(k s + b)) for the base and both support vectors."""
     a, t = rows(1, 7, torch.float64, 1), rows(1, 7, torch.float64, 2)
-    loss = sk.fused_svr_loss(a, t, 0.1, 5.0, -2.0, objective="siglip")
+    options = {"objective": "siglip", "renormalize": renormalize}
+    loss = sk.fused_svr_loss(a, t, 0.1, 5.0, -2.0, **options)
     r = (a - t).norm()
     u = (a - t) / r
-    pairs = [(t, a), (t + 0.1 * u, a), (a - 0.1 * u, t)]
+    supports = [t + 0.1 * u, a - 0.1 * u]
+    if renormalize:
+        supports = [x / x.norm() for x in supports]
+    pairs = [(t, a), *zip(supports, (a, t), strict=True)]
     wanted = sum(F.softplus(-(5.0 * (x * y).sum() - 2.0)) for x, y in pairs)
     assert close(loss, wanted, 1e-7)  # the smoothing of r
 

@@ -70,13 +70,15 @@ def test_the_push_across_is_what_a_control_says(renormalize, across):
     assert close(gradients(loss, text)[0], along + across * (slope - along), 1e-9)
 
 
-def test_half_the_push_across_is_what_svr_does():
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_half_the_push_across_is_what_svr_does(renormalize):
     """Of support vectors of the texts, with R = r / 2 held still."""
     audio, text = rows()
     r, _ = sk.reference.gap_and_direction(text.detach(), audio.detach())
     infonce = sk.fused_svr_loss(audio, text, None, SCALE, backend="reference")
-    svr = sk.fused_svr_loss(audio, text, 0.5 * r, SCALE, bilateral="none", backend="reference")
-    control = Control(CONTROLS["these, and a smaller push across"], False)
+    options = {"bilateral": "none", "renormalize": renormalize, "backend": "reference"}
+    svr = sk.fused_svr_loss(audio, text, 0.5 * r, SCALE, **options)
+    control = Control(CONTROLS["these, and a smaller push across"], renormalize)
     made = control.support_vectors(text, audio.detach(), control.term)
     term = torch.nn.functional.cross_entropy(SCALE * made @ audio.detach().t(), torch.arange(N))
     (theirs,) = gradients(svr - infonce, text)

@@ -1,4 +1,6 @@
-"""Runs that were begun when the radius was stored without dimensions."""
+"""Runs that an earlier version began: a radius without dimensions, other defaults."""
+
+import json
 
 import pytest
 import torch
@@ -62,3 +64,19 @@ def test_an_old_model_file_is_read(manifest, tmp_path):
     state = load_file(run / "model.safetensors")
     criterion.load_state_dict({"radius.radius": state[name]})
     assert torch.equal(criterion.radius.radius, tensors[name])
+
+
+@pytest.mark.parametrize("svr, beta", [("bi-static", 0.0), ("uni-dynamic", 0.01), ("none", 0.0)])
+def test_an_old_run_keeps_its_reading_of_the_radius(manifest, tmp_path, svr, beta):
+    """It was free and without a bound, and a weight that nobody gave was the paper's."""
+    run = train(settings(manifest, tmp_path / svr, svr=svr, epochs=1))
+    path = run / "config.json"
+    written = json.loads(path.read_text())
+    for name in ("support", "radius_bound"):
+        del written[name]
+    path.write_text(json.dumps(written | {"beta": None, "radius_init": 0.1}))
+    config = read_config(run)
+    assert (config.support, config.radius_bound, config.radius_init) == ("free", "none", 0.1)
+    assert config.beta == beta and not build_loss(config, 4).options["renormalize"]
+    path.write_text(json.dumps(written | {"beta": 0.3}))
+    assert read_config(run).beta == 0.3

@@ -10,6 +10,7 @@ from supclap import run as module
 from supclap.errors import UserError
 from supclap.model import SupclapModel
 from supclap.ranks import Ranks
+from supclap.reproduction.experiments import CHOSEN
 from supclap.step import SPREAD, build_loss, build_optimizer, pair_numbers
 from supclap.train import train
 from torch.nn.functional import normalize
@@ -41,8 +42,19 @@ def test_settings_reach_the_criterion(manifest, tmp_path, svr):
     for group in groups:
         for p in group["params"]:
             assert group["peak"] == (0.03 if id(p) in ours else 0.001)
-    plain = build_loss(settings(manifest, tmp_path, svr=svr), 4)
-    assert not plain.options["renormalize"] and plain.radius.bound == "none"
+    other = build_loss(settings(manifest, tmp_path, svr=svr, support="free", beta=0.0), 4)
+    assert not other.options["renormalize"] and other.radius.bound == "none"
+    assert other.options["beta"] == 0.0
+
+
+@pytest.mark.parametrize("svr", ["bi-static", "bi-dynamic"])
+def test_the_defaults_are_the_chosen_reading(manifest, tmp_path, svr):
+    config = settings(manifest, tmp_path, svr=svr)
+    assert {name: getattr(config, name) for name in CHOSEN} == CHOSEN
+    criterion = build_loss(config, 4)
+    assert criterion.options["renormalize"] and criterion.options["beta"] == 1.0
+    audio, text = (normalize(torch.randn(4, 8), dim=1) for _ in range(2))
+    assert close(criterion.radius(audio, text, 14.0), torch.ones(4 if "dynamic" in svr else ()), 0)
 
 
 def test_a_bounded_radius_starts_within_the_gap(manifest, tmp_path):

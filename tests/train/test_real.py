@@ -14,7 +14,7 @@ from supclap.leaks import leaks
 from supclap.logs import read_lines
 from supclap.manifest import read_manifest
 from supclap.reproduction.corpora import line_of, manifest_of, take_recordings
-from supclap.reproduction.experiments import plan_experiments
+from supclap.reproduction.experiments import CONTENDERS, SVR, plan_experiments
 from supclap.reproduction.presets import PRESETS
 from supclap.synth import synthesise
 
@@ -110,7 +110,8 @@ def test_the_plan_of_recordings_has_the_main_comparisons():
     preset = PRESETS["real"]
     assert preset.seeds >= 10 and preset.few == preset.seeds
     plan = plan_experiments(preset)
-    assert len(plan) == preset.seeds * (2 * 3 + 2 + len(preset.rates))
+    others = len(SVR) * (len(CONTENDERS) - 1)  # one of these readings is the chosen one
+    assert len(plan) == preset.seeds * (2 * 3 + 2 + len(preset.rates) + others)
     assert {run.data for run in plan} == {"here/train"}
 
 

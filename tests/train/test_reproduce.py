@@ -28,12 +28,14 @@ from supclap.reproduction.corpora import with_noise
 from supclap.reproduction.difficulty import HARD, radius_by_hard
 from supclap.reproduction.experiments import (
     CHOSEN,
+    CONTENDERS,
     HERE,
     LITERAL,
     LOSSES,
     MAIN,
     PRESETS,
     READINGS,
+    SVR,
     Experiment,
     plan_experiments,
 )
@@ -97,6 +99,11 @@ def test_the_plan_has_every_loss_and_sweep():
                 start = {**reading, "radius_init": min(init, 0.9) if "gap" in reading.values()
                          else init}  # fmt: skip
                 assert all(seeds(name, **start) >= few for name in MAIN[1:])
+        for words, init in CONTENDERS.items():
+            contender = {**READINGS[words], "radius_init": init}
+            for rate in preset.other_rates:
+                assert all(seeds(name, **contender, lr=rate * preset.lr) == few for name in SVR)
+            assert all(seeds(name, **contender) >= few for name in SVR)
         for noise in preset.noises:
             assert all(seeds(name, f"here/noise{noise}") == few for name in MAIN)
     cpu = PRESETS["cpu"]
@@ -115,8 +122,12 @@ def test_equal_trainings_are_one():
     preset, out = PRESETS["cpu"], Path("out")
     config = experiments.settings_of(usual, out, preset)
     assert {name: getattr(config, name) for name in CHOSEN} == CHOSEN
-    literal = experiments.settings_of(Experiment("bi-DynamicSVR", 0, changes=LITERAL), out, preset)
-    assert {name: getattr(literal, name) for name in LITERAL} == LITERAL
+    for loss, beta in (("bi-DynamicSVR", 0.01), ("bi-StaticSVR", 0.0)):  # the paper's
+        literal = experiments.settings_of(Experiment(loss, 0, changes=LITERAL), out, preset)
+        assert {name: getattr(literal, name) for name in LITERAL} == LITERAL | {"beta": beta}
+    assert experiments.INIT in preset.inits and CHOSEN == READINGS[experiments.READING] | {
+        "radius_init": experiments.INIT
+    }
     control = Experiment(next(iter(CONTROLS)), 0)
     assert experiments.settings_of(control, out, preset).svr == "none"
     assert isinstance(experiments.criterion_of(control)(config, 4), Control)
@@ -183,11 +194,13 @@ def test_a_small_reproduction_is_interrupted_and_goes_on(tmp_path):
         word = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         assert verdict["verdict"] == word
     titles = [table["title"] for table in results["tables"]]
-    assert titles[:4] == [
-        "Ablation", "Readings of the radius", "Controls", "At equal steps and at rest"
+    assert titles[:5] == [
+        "Ablation", "Readings of the radius", "Readings that could be the default", "Controls",
+        "At equal steps and at rest",
     ]  # fmt: skip
-    assert all(f"### {title}" in first for title in titles) and len(titles) == 13
+    assert all(f"### {title}" in first for title in titles) and len(titles) == 14
     assert len(results["tables"][1]["rows"]) == 3 * len(READINGS) + 2  # every reading
+    assert len(results["tables"][2]["rows"]) == 2 * 2 * len(CONTENDERS)  # at two learning rates
 
     # The claims, recomputed from the runs' own files.
     def folder(name, seed, **changes):

@@ -297,13 +297,14 @@ def test_every_loss_by_name(manifest, tmp_path, loss, svr):
     built = {}
     for bilateral in ("mirror", "shared"):
         for beta in (None, 0.0, 0.3):
-            options = {"loss": loss, "svr": svr, "bilateral": bilateral, "beta": beta}
+            options = {"loss": loss, "svr": svr, "bilateral": bilateral}
+            options |= {} if beta is None else {"beta": beta}
             built[bilateral, beta] = build_loss(settings(manifest, tmp_path, **options), 18)
     for (bilateral, beta), criterion in built.items():
         side, _, kind = svr.partition("-")
-        default = 0.01 if kind == "dynamic" else 0.0
         assert criterion.options["objective"] == loss
         assert criterion.options["bilateral"] == (bilateral if side == "bi" else "none")
-        assert criterion.options["beta"] == (default if beta is None else beta)
+        assert criterion.options["beta"] == (1.0 if beta is None else beta)
+        assert criterion.options["renormalize"]
         names = {"static": "StaticRadius", "dynamic": "DynamicRadius", "": "NoneType"}
         assert type(criterion.radius).__name__ == names[kind]

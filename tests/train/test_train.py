@@ -109,9 +109,9 @@ def test_the_log_has_one_object_per_step(manifest, tmp_path):
         assert math.isfinite(line["loss"]) and line["norm"] > 0
         assert 0 <= line["recall_t2a"] <= 1 and 0 < line["gap"] < 2
         assert near(line["logit_scale"], 1 / 0.07, within=1e-5)
-        parts = line["l_t2a"] + line["l_a2t"] + line["l_svr"]  # bi-StaticSVR: alpha 1, beta 0
+        parts = line["l_t2a"] + line["l_a2t"] + line["l_svr"] + line["l_cons"]  # alpha = beta = 1
         assert near(line["loss"], parts, within=1e-4)
-    assert near(log[0]["radius"], 0.1)
+    assert near(log[0]["radius"], 1.0)
     assert log[-1]["radius"] != log[0]["radius"]
     assert {path.name for path in run.iterdir()} >= {"model.safetensors", "config.json"}
 
