@@ -75,20 +75,22 @@ def readable() -> Iterator[None]:
 
 
 def read_wave(
-    source: bytes | BinaryIO, max_seconds: float, draw: Callable[[int], int] | None = None
-) -> tuple[np.ndarray, int]:
-    """Reads at most `max_seconds` of a file, as mono float32 [S], and its sample rate.
+    opened: soundfile.SoundFile, max_seconds: float, draw: Callable[[int], int] | None = None
+) -> np.ndarray:
+    """Reads at most `max_seconds` of a file, as mono float32 [S].
 
     These are the first ones, or those from frame draw(n) on, if the file has n - 1 frames more.
     """
-    with readable(), soundfile.SoundFile(source) as opened:
-        rate, frames = opened.samplerate, math.ceil(max_seconds * opened.samplerate)
-        if draw is not None and opened.frames > frames:
-            wave = read_from(opened, draw(opened.frames - frames + 1), frames)
-        else:
-            wave = opened.read(frames, dtype="float32", always_2d=True)
+    frames = math.ceil(max_seconds * opened.samplerate)
+    if draw is not None and opened.frames > frames:
+        wave = read_from(opened, draw(opened.frames - frames + 1), frames)
+    else:
+        wave = opened.read(frames, dtype="float32", always_2d=True)
     check_samples(wave)
-    return wave.mean(axis=1), rate
+    channels = wave.shape[1]
+    if channels <= 2:  # the mean, several times as fast as NumPy's over so few
+        return wave[:, 0] if channels == 1 else (wave[:, 0] + wave[:, 1]) / np.float32(2)
+    return wave.mean(axis=1)
 
 
 def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
@@ -217,6 +219,13 @@ def examine(source: bytes | BinaryIO) -> tuple[float, int]:
     return frames / rate, rate
 
 
+def resample(wave: np.ndarray, native: int, rate: int) -> np.ndarray:
+    """[S] samples at one rate -> [S'] at another, at least one."""
+    with readable():
+        resampled = wave if native == rate else soxr.resample(wave, native, rate)
+    return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
+
+
 def load_audio(
     source: bytes | BinaryIO,
     max_seconds: float,
@@ -224,10 +233,17 @@ def load_audio(
     draw: Callable[[int], int] | None = None,
 ) -> np.ndarray:
     """Reads a file as `read_wave` does and resamples it to `rate`: [S]."""
-    wave, native = read_wave(source, max_seconds, draw)
-    with readable():
-        resampled = wave if native == rate else soxr.resample(wave, native, rate)
-    return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
+    with readable(), soundfile.SoundFile(source) as opened:
+        native, wave = opened.samplerate, read_wave(opened, max_seconds, draw)
+    return resample(wave, native, rate)
+
+
+def load_first(source: bytes | BinaryIO, max_seconds: float, rate: int) -> tuple[float, np.ndarray]:
+    """Returns the seconds of a file as `read_duration` does, and its beginning at `rate`: [S]."""
+    with readable(), soundfile.SoundFile(source) as opened:
+        seconds = duration_of(opened, source)
+        native, wave = opened.samplerate, read_wave(opened, max_seconds)
+    return seconds, resample(wave, native, rate)
 
 
 @cache

@@ -23,7 +23,7 @@ Tokenizer = Callable[[list[str], list[str]], tuple[Tensor, ...]]
 class Batch(NamedTuple):
     """Some pairs, as the encoders take them."""
 
-    audio: tuple[Tensor, ...]  # features [B, F, M], lengths [B]
+    audio: tuple[Tensor, ...]  # features [B, F, M], lengths [B]; or a frozen encoder's [B, W]
     text: tuple[Tensor, ...]
     ids: Tensor | None  # [B] int64, the clip of each pair; None: as if all were different
 
@@ -66,19 +66,23 @@ class Epoch:
     def batch(self, number: int) -> Batch:
         corpus, pairs = self.corpus, self.parts[number].tolist()
         clips = corpus.clip_of[pairs]
-        features = [
-            corpus.features(clip, [*self.seed, pair])
-            for clip, pair in zip(clips.tolist(), pairs, strict=True)
-        ]
-        text = self.tokenizer(
-            [corpus.captions[pair] for pair in pairs], [corpus.languages[pair] for pair in pairs]
-        )
-        return Batch(pad_features(features), text, clips)
+        audio: tuple[Tensor, ...]
+        if corpus.audio_outputs is not None:
+            audio = (corpus.audio_outputs[clips],)
+        else:
+            each = zip(clips.tolist(), pairs, strict=True)
+            audio = pad_features([corpus.features(c, [*self.seed, pair]) for c, pair in each])
+        if corpus.text_outputs is not None:
+            text: tuple[Tensor, ...] = (corpus.text_outputs[pairs],)
+        else:
+            captions = [corpus.captions[pair] for pair in pairs]
+            text = self.tokenizer(captions, [corpus.languages[pair] for pair in pairs])
+        return Batch(audio, text, clips)
 
     def batches(self, start: int = 0, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
         """Yields the batches from `start` on."""
-        nothing_to_decode = self.corpus.kept is not None and not self.corpus.longer.any()
-        workers = 0 if nothing_to_decode else workers
+        kept = self.corpus.kept is not None and not self.corpus.longer.any()
+        workers = 0 if kept or self.corpus.audio_outputs is not None else workers
         yield from load_items(self.batch, range(start, len(self.parts)), workers, pin)
 
 

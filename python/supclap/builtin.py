@@ -51,6 +51,9 @@ class AudioEncoder(nn.Module):
         self.mel_mean.copy_(mean)
         self.mel_std.copy_(variance.sqrt().clamp(min=1.0))
 
+    def lengths_of(self, mel: Tensor, lengths: Tensor) -> Tensor:
+        return lengths
+
     def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
         """mel: [B, F, N_MELS] decibels; lengths: [B] real frames -> [B, W]."""
         size = self.patch_frames
@@ -85,6 +88,9 @@ class TextEncoder(nn.Module):
         self.embed = nn.Embedding(257, config.width // 2, padding_idx=0)
         self.runs = nn.Conv1d(config.width // 2, config.width, kernel_size=7, padding=3)
         self.transformer = Transformer(config.width, config.heads, config.text_layers)
+
+    def lengths_of(self, text: Tensor) -> Tensor:
+        return (text > 0).sum(dim=1)
 
     def forward(self, text: Tensor) -> Tensor:
         """text: [B, L] int64, bytes plus 1, 0 where padded -> [B, W]."""

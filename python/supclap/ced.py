@@ -51,6 +51,9 @@ class CED(nn.Module):
         self.init_bn.running_mean.copy_(mean)
         self.init_bn.running_var.copy_(variance.clamp(min=1.0))
 
+    def lengths_of(self, mel: Tensor, lengths: Tensor) -> Tensor:
+        return lengths
+
     def forward(self, mel: Tensor, lengths: Tensor) -> Tensor:
         """mel: [B, F, N_MELS] decibels; lengths: [B] real frames -> [B, W]."""
         frames = min(CHUNK, max(PATCH, mel.shape[1]))

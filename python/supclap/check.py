@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from .audio import examine, open_audio
 from .errors import UserError
@@ -21,11 +22,13 @@ def examine_clip(clip: Clip) -> tuple[float, int] | str:
         return str(error)
 
 
-def check(manifest: Path) -> tuple[list[str], list[str]]:
-    """Returns lines that describe the manifest, and its problems, each with its line."""
+def check(manifest: Path, workers: int | None = None) -> tuple[list[str], list[str]]:
+    """Returns lines that describe the manifest, and its problems, each with its line. `workers`:
+    threads that decode; None: as many as there are cores."""
     clips, problems, unused = scan_manifest(manifest)
-    with ThreadPoolExecutor() as pool:
-        headers = list(pool.map(examine_clip, clips))
+    with ThreadPoolExecutor(workers) as pool:
+        items = pool.map(examine_clip, clips)
+        headers = list(tqdm(items, f"decoding {manifest.name}", len(clips), mininterval=1.0))
     seconds, rates = [], Counter[int]()
     for clip, header in zip(clips, headers, strict=True):
         place = f"manifest {manifest}, {clip.place} ({clip.name})"

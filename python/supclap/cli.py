@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="describe a manifest and list its problems")
     check.add_argument("manifest", type=Path, metavar="MANIFEST")
+    check.add_argument("--workers", type=int, help="that decode (default: one for each core)")
 
     def on_a_run(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
@@ -130,10 +131,12 @@ def train(config: Path | None, recipe: str | None, resume: Path | None, **settin
     train(replace(read_config(resume), **settings), resume=True)
 
 
-def check(manifest: Path) -> int:
+def check(manifest: Path, workers: int | None) -> int:
     from .check import check
 
-    lines, problems = check(manifest)
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
+    lines, problems = check(manifest, workers)
     print("\n".join(lines))
     print("\n".join([*problems, f"{len(problems)} problems"]) if problems else "no problems")
     return 1 if problems else 0

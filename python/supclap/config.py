@@ -182,6 +182,11 @@ class TrainConfig:
         return replace(self, overwrite=False, cache=cache, **settled)
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """The encoders that stay as they are."""
+        return {"none": (), "both": ("audio", "text")}.get(self.freeze, (self.freeze,))
+
+    @property
     def selection(self) -> Path | None:
         """The manifest that chooses the checkpoint."""
         return self.test if self.select_on == "test" else self.val

@@ -3,31 +3,26 @@ it is longer than `max_seconds`: training takes another part of such a clip each
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .audio import FrontEnd, LogMel, load_audio, open_audio, read_duration
+from .audio import FrontEnd, LogMel, load_audio, load_first, open_audio, read_duration
+from .cache import Decoded, FeatureCache, digest, key_of
 from .errors import Exhausted, UserError
-from .files import write_whole
 from .folders import alike
 from .loader import load_items
 from .manifest import SHOWN, Clip, read_manifest
 from .model import SupclapModel
-
-CACHE = 2  # changes with what is found wrong with a file
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,8 @@ class Corpus:
     skipped: list[str]  # one reason per clip left out
     kept: list[Tensor] | None  # [F_c, M] of each clip; None: decoded whenever it is asked for
     longer: Tensor  # [N] bool: whether a clip is cut to max_seconds
+    audio_outputs: Tensor | None = None  # [N, W]: what a frozen encoder makes of the clips
+    text_outputs: Tensor | None = None  # [M, W]: ... of the captions
 
     @cached_property
     def captions(self) -> list[str]:
@@ -97,11 +94,6 @@ class Corpus:
         return [self.features(n * len(self.clips) // count) for n in range(count)]
 
 
-def digest(value: Any) -> str:
-    """Returns a checksum of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
 def decode(
     clip: Clip, front_end: FrontEnd, max_seconds: float, seed: list[int] | None = None
 ) -> Tensor:
@@ -111,59 +103,25 @@ def decode(
     return front_end(load_audio(open_audio(clip), max_seconds, front_end.sample_rate, draw))
 
 
-class Decoded(NamedTuple):
-    """What reading a clip gave."""
-
-    features: Tensor | None  # None if they are not to be kept
-    longer: bool  # whether the clip is longer than max_seconds
-    problem: str  # what is wrong with the file; "" if nothing is
-
-
 def read_clip(
     clip: Clip, front_end: FrontEnd, max_seconds: float, keep: bool, whole: bool
 ) -> Decoded:
     """Reads a clip. `whole`: decodes all that is heard of it, not its header and end alone."""
+    features = None
     try:
-        seconds = read_duration(open_audio(clip))
+        source = open_audio(clip)
+        if whole:
+            seconds, wave = load_first(source, max_seconds, front_end.sample_rate)
+            features = front_end(wave)
+        else:
+            seconds = read_duration(source)
         if not seconds:
             raise UserError("the clip has zero length")
-        features = decode(clip, front_end, max_seconds) if whole else None
     except Exhausted:  # no fault of the file
         raise
     except UserError as error:
         return Decoded(None, False, str(error))
     return Decoded(features if keep else None, seconds > max_seconds, "")
-
-
-def cache_file(folder: Path, clips: list[Clip], front_end: FrontEnd, max_seconds: float) -> Path:
-    """Returns where the features of just these files are kept."""
-    sources = []
-    for clip in clips:
-        stat = clip.path.stat() if clip.path.is_file() else None
-        version = (stat.st_size, stat.st_mtime_ns) if stat else None
-        sources.append([str(clip.path.resolve()), clip.span, version])
-    key = digest([CACHE, front_end.key, max_seconds, sources])
-    return folder / f"features-{key}.safetensors"
-
-
-def read_cache(path: Path, count: int) -> list[Decoded] | None:
-    """Maps the features from the file; returns None if there is none, or a broken one."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as stored:
-            notes = json.loads(stored.metadata()["said"])
-            tensors = [None if notes[n][1] else stored.get_tensor(str(n)) for n in range(count)]
-    except (SafetensorError, OSError, KeyError, IndexError, ValueError):
-        return None
-    return [Decoded(tensor, *note) for tensor, note in zip(tensors, notes, strict=True)]
-
-
-def write_cache(path: Path, decoded: list[Decoded]) -> None:
-    notes = json.dumps([(clip.longer, clip.problem) for clip in decoded])
-    tensors = {str(n): clip.features for n, clip in enumerate(decoded) if clip.features is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: save_file(tensors, partial, {"said": notes}))
 
 
 @dataclass(frozen=True)
@@ -182,23 +140,24 @@ def read_clips(
     headers are read, unless bad files are to be skipped. An error names them, as of `manifest`."""
     max_seconds = min(max_seconds, front_end.seconds)
     keep = options.cache != "off"
-    stored, decoded = None, None
+    cache = None
     if options.cache not in ("memory", "off"):
-        stored = cache_file(Path(options.cache), clips, front_end, max_seconds)
-        decoded = read_cache(stored, len(clips))
-    if decoded is None:
+        cache = FeatureCache(Path(options.cache), front_end, max_seconds)
+    keys = list(map(key_of, clips))
+    known = cache.find(keys) if cache else dict[str, Decoded]()
+    new = {key: clip for key, clip in zip(keys, clips, strict=True) if key not in known}
+    if new:
         read = partial(
             read_clip, front_end=front_end, max_seconds=max_seconds, keep=keep,
             whole=keep or options.skip_bad_audio,
         )  # fmt: skip
-        items = load_items(read, clips, options.workers)
-        bar = tqdm(items, f"reading {manifest.name}", len(clips), mininterval=1.0)
-        # A copy: what a worker sends is in shared memory.
-        decoded = [
-            x if x.features is None else x._replace(features=x.features.clone()) for x in bar
-        ]
-        if stored is not None:
-            write_cache(stored, decoded)
+        items = load_items(read, list(new.values()), options.workers)
+        bar = tqdm(items, f"reading {manifest.name}", len(new), mininterval=1.0)
+        for key, x in zip(new, bar, strict=True):  # a copy: a worker's tensor is in shared memory
+            known[key] = x if x.features is None else x._replace(features=x.features.clone())
+        if cache is not None:
+            cache.add({key: known[key] for key in new})
+    decoded = [known[key] for key in keys]
 
     bad = [f"{clip}: {x.problem}" for clip, x in zip(clips, decoded, strict=True) if x.problem]
     if bad and not options.skip_bad_audio:

@@ -214,6 +214,9 @@ class PublishedText(nn.Module):
         most = min(int(getattr(config, "max_position_embeddings", 512)) - 2, 512)
         self.tokenizer = Tokenizer(self.files, most)
 
+    def lengths_of(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return mask.sum(dim=1)
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: [B, L] -> [B, W]."""
         output = self.model(input_ids=ids, attention_mask=mask)

@@ -19,10 +19,15 @@ from .ced import CED, SIZES
 from .config import ModelConfig, read_config
 from .errors import UserError
 from .files import write_whole
+from .pieces import encode_in_pieces
 
 
 class Tower(nn.Module):
-    """An encoder and its head, which give unit vectors in float32."""
+    """An encoder and its head, which give unit vectors in float32.
+
+    An encoder whose inputs are padded along their second dimension says by `lengths_of(*inputs)`
+    how long each row is: it gets a batch in pieces of similar length.
+    """
 
     def __init__(self, encoder: Any, head: nn.Module) -> None:
         super().__init__()
@@ -30,11 +35,19 @@ class Tower(nn.Module):
         self.bf16 = False  # in training under autocast
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the encoder takes -> [B, D]."""
+        """What the encoder takes, or its outputs [B, W] -> [B, D]."""
         lowered = self.bf16 and self.training
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=lowered):
-            embedding = self.head(self.encoder(*inputs))
+            embedding = self.head(self.encode(*inputs))
         return F.normalize(embedding.float(), dim=1)
+
+    def encode(self, *inputs: Tensor) -> Tensor:
+        """What the encoder makes of a batch, [B, W]; or made of it before, if it is frozen."""
+        if len(inputs) == 1 and inputs[0].is_floating_point():
+            return inputs[0]
+        if not hasattr(self.encoder, "lengths_of"):
+            return self.encoder(*inputs)
+        return encode_in_pieces(self.encoder, inputs, self.encoder.lengths_of(*inputs))
 
 
 @contextlib.contextmanager

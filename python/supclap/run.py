@@ -17,6 +17,7 @@ from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state
 from .config import TrainConfig, config_text
 from .corpus import Corpus, ReadOptions, read_as_heard
 from .diagnose import Diagnosis
+from .embeddings import encode_once
 from .errors import Interrupted, UserError
 from .evaluate import evaluate_corpus, mean_recall
 from .files import write_json, write_text
@@ -80,6 +81,7 @@ class Run:
         self.reversed_steps, self.told = 0, False
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
         self.open_folder()
+        self.encode_frozen()
         clips = len(self.corpus.clips)
         self.say(f"{clips} clips, {pairs} pairs, {self.total_steps} steps on {self.device}")
         if config.select_on == "test":
@@ -173,14 +175,25 @@ class Run:
     def write_config(self) -> None:
         write_text(self.folder / "config.json", config_text(self.config.settled()))
 
+    def encode_frozen(self) -> None:
+        """Encodes what frozen encoders hear and read, once."""
+        frozen = self.config.frozen
+        if not frozen:
+            return
+        made = {
+            flag: encode_once(self.model, corpus, frozen, self.config.workers)
+            for flag, corpus in self.corpora.items()
+        }
+        self.corpora, self.corpus = made, made["data"]
+        self.held_out = made.get(self.config.select_on)
+
     # ----------------------------------------------------------------------------------- one step
 
     def set_modes(self) -> None:
         """Turns dropout on, but for frozen encoders."""
         self.model.train()
-        for name in ("audio", "text"):
-            if self.config.freeze in (name, "both"):
-                getattr(self.model, name).encoder.eval()
+        for name in self.config.frozen:
+            getattr(self.model, name).encoder.eval()
 
     def batches(self) -> Iterator[Batch]:
         """Yields the batches of the epoch that are left."""

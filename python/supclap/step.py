@@ -53,9 +53,8 @@ def build_optimizer(
     biases, temperature or radius; each group has its own peak learning rate, `peak`."""
     model.log_scale.requires_grad_(config.learn_tau)
     model.logit_bias.requires_grad_(config.loss == "siglip")
-    frozen = ("audio", "text") if config.freeze == "both" else (config.freeze,)
     for name in ("audio", "text"):
-        getattr(model, name).encoder.requires_grad_(name not in frozen)
+        getattr(model, name).encoder.requires_grad_(name not in config.frozen)
     rates = {
         "audio.encoder.": config.audio_lr, "text.encoder.": config.text_lr,
         "radius.": config.radius_lr,
