@@ -75,15 +75,26 @@ def build_parser() -> argparse.ArgumentParser:
     zeroshot.add_argument("--lang", default="eng", help="language of the templates")
     zeroshot.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
 
-    embed = on_a_run("embed", "write the embeddings of a manifest")
-    embed.add_argument("--data", type=Path, required=True, help="manifest")
-    embed.add_argument("--out", type=Path, required=True, help="safetensors file")
+    embed = on_a_run("embed", "write the embeddings of sounds and sentences")
+    embed.add_argument(
+        "--data", type=Path, required=True,
+        help="manifest, folder of sounds, or .txt with a sentence a line",
+    )  # fmt: skip
+    embed.add_argument(
+        "--out", type=Path, required=True, help="FILE.safetensors, .npy or .faiss (an index)"
+    )
+    embed.add_argument("--only", choices=("audio", "text"), help="of a manifest")
+    embed.add_argument("--lang", default="eng", help="language of the lines of a .txt")
 
-    search = on_a_run("search", "find clips of a folder by a sentence")
-    search.add_argument("query", help='such as "a dog barks"')
-    search.add_argument("--audio", type=Path, required=True, help="folder, searched in depth")
+    search = on_a_run("search", "find sounds by a sentence or by a sound")
+    search.add_argument("query", nargs="?", help='such as "a dog barks"')
+    search.add_argument("--like", type=Path, metavar="FILE", help="a sound, instead of a query")
+    among = search.add_mutually_exclusive_group(required=True)
+    among.add_argument("--audio", type=Path, metavar="FOLDER", help="searched in depth")
+    among.add_argument("--index", type=Path, metavar="FILE", help="what `embed` wrote")
     search.add_argument("--top", type=int, default=10)
     search.add_argument("--lang", default="eng", help="language of the query")
+    search.add_argument("--json", type=Path, metavar="FILE", help="also write the hits here")
 
     synth = commands.add_parser("synth", help="write a corpus of synthetic scenes with captions")
     synth.add_argument("out", type=Path, metavar="OUT", help="gets {train,val,test}.csv and audio/")
@@ -219,20 +230,41 @@ def zeroshot(
         write_json(json, numbers)
 
 
-def embed(run: Path, data: Path, out: Path, **shared: Any) -> None:
+def embed(run: Path, data: Path, out: Path, only: str | None, lang: str, **shared: Any) -> None:
     from .search import embed
 
-    clips, captions = embed(run, data, out, embed_options(**shared))
-    print(f"{clips} clips and {captions} captions are in {out}")
+    language = language_of("--lang", lang)
+    saved, skipped = embed(run, data, out, only, language, embed_options(**shared))
+    print_skipped(skipped)
+    print(f"{len(saved.files)} clips and {len(saved.captions)} captions are in {out}")
 
 
-def search(run: Path, query: str, audio: Path, top: int, lang: str, **shared: Any) -> None:
+def search(
+    run: Path,
+    query: str | None,
+    like: Path | None,
+    audio: Path | None,
+    index: Path | None,
+    top: int,
+    lang: str,
+    json: Path | None,
+    **shared: Any,
+) -> None:
+    from .files import check_folder_of, write_json
     from .model import selection_note
     from .search import search
 
-    language = language_of("--lang", lang)
-    hits, skipped = search(run, query, audio, top, language, embed_options(**shared))
+    if json is not None:
+        check_folder_of(json, "--json")
+    if (query is None) == (like is None):
+        raise UserError("search for a sentence, or for what sounds --like a file")
+    asked = query if like is None else like
+    assert asked is not None
+    language, options = language_of("--lang", lang), embed_options(**shared)
+    hits, skipped = search(run, asked, audio, top, language, options, index)
     print_skipped(skipped)
+    if json is not None:
+        write_json(json, [{"cosine": score, "file": name} for score, name in hits])
     print("rank  cosine  file")
     for rank, (score, name) in enumerate(hits, 1):
         print(f"{rank:4d}  {score:6.3f}  {name}")

@@ -145,6 +145,9 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
 
     def __post_init__(self) -> None:
+        for name, setting in TRAIN.items():
+            if kind_of(setting) is Path and isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
         every = ("validate_every", "checkpoint_every", "diagnose_every")
         counts = ("epochs", "batch_size", "micro_batch_size", *every, "threads")
         self.check(counts, lambda count: count >= 1, "be at least 1")

@@ -133,12 +133,10 @@ class ReadOptions:
     workers: int = 0
 
 
-def read_clips(
-    clips: list[Clip], manifest: Path, front_end: FrontEnd, max_seconds: float, options: ReadOptions
-) -> Corpus:
-    """Reads every clip, cut to max_seconds and to what the front end hears. With the cache off only
-    headers are read, unless bad files are to be skipped. An error names them, as of `manifest`."""
-    max_seconds = min(max_seconds, front_end.seconds)
+def decode_clips(
+    clips: list[Clip], front_end: FrontEnd, max_seconds: float, options: ReadOptions, bar: Any
+) -> list[Decoded]:
+    """Reads clips, those that the cache has not; `bar` is told of each."""
     keep = options.cache != "off"
     cache = None
     if options.cache not in ("memory", "off"):
@@ -146,29 +144,50 @@ def read_clips(
     keys = list(map(key_of, clips))
     known = cache.find(keys) if cache else dict[str, Decoded]()
     new = {key: clip for key, clip in zip(keys, clips, strict=True) if key not in known}
+    bar.update(len(clips) - len(new))
     if new:
         read = partial(
             read_clip, front_end=front_end, max_seconds=max_seconds, keep=keep,
             whole=keep or options.skip_bad_audio,
         )  # fmt: skip
         items = load_items(read, list(new.values()), options.workers)
-        bar = tqdm(items, f"reading {manifest.name}", len(new), mininterval=1.0)
-        for key, x in zip(new, bar, strict=True):  # a copy: a worker's tensor is in shared memory
+        for key, x in zip(new, items, strict=True):  # a copy: it may be in a worker's memory
             known[key] = x if x.features is None else x._replace(features=x.features.clone())
+            bar.update()
         if cache is not None:
             cache.add({key: known[key] for key in new})
-    decoded = [known[key] for key in keys]
+    return [known[key] for key in keys]
 
+
+def problems_of(clips: list[Clip], decoded: list[Decoded], manifest: Path, skip: bool) -> list[str]:
+    """Returns what is wrong with clips, if they are to be skipped; else it is an error."""
     bad = [f"{clip}: {x.problem}" for clip, x in zip(clips, decoded, strict=True) if x.problem]
-    if bad and not options.skip_bad_audio:
+    if bad and not skip:
         shown = bad[:SHOWN] + ([f"... and {len(bad) - SHOWN} more"] if bad[SHOWN:] else [])
         raise UserError(
             f"{len(bad)} of {len(clips)} audio files of {manifest} cannot be used "
             "(--skip-bad-audio leaves them out):\n  " + "\n  ".join(shown)
         )
+    return bad
+
+
+def check_any_left(clips: list[Clip], bad: list[str], manifest: Path) -> None:
     if len(bad) == len(clips):
         raise UserError(f"no audio file of {manifest} can be used; the first: {bad[0]}")
+
+
+def read_clips(
+    clips: list[Clip], manifest: Path, front_end: FrontEnd, max_seconds: float, options: ReadOptions
+) -> Corpus:
+    """Reads every clip, cut to max_seconds and to what the front end hears. With the cache off only
+    headers are read, unless bad files are to be skipped. An error names them, as of `manifest`."""
+    max_seconds = min(max_seconds, front_end.seconds)
+    with tqdm(total=len(clips), desc=f"reading {manifest.name}", mininterval=1.0) as bar:
+        decoded = decode_clips(clips, front_end, max_seconds, options, bar)
+    bad = problems_of(clips, decoded, manifest, options.skip_bad_audio)
+    check_any_left(clips, bad, manifest)
     good = [clip for clip, x in zip(clips, decoded, strict=True) if not x.problem]
+    keep = options.cache != "off"
     kept = [x.features for x in decoded if x.features is not None] if keep else None
     longer = torch.tensor([x.longer for x in decoded if not x.problem])
     return Corpus(good, front_end, max_seconds, bad, kept, longer)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .batches import Tokenizer, pad_features
-from .corpus import Corpus, ReadOptions
+from .corpus import Corpus, ReadOptions, check_any_left, decode_clips, problems_of
 from .loader import load_items
+from .manifest import Clip
 from .model import SupclapModel, Tower, evaluating
 
 
@@ -25,6 +28,7 @@ class EmbedOptions(ReadOptions):
 
 DEFAULTS = EmbedOptions()
 Encode = Callable[..., Tensor]
+SLICE = 1024  # clips that are decoded before they are encoded
 
 
 def padded_features(clips: range, corpus: Corpus) -> tuple[Tensor, ...]:
@@ -82,6 +86,36 @@ def embed_audio(
     else:
         for part in corpus.audio_outputs.split(batch_size):
             yield encode(part.to(device)).cpu()
+
+
+def embed_features(model: SupclapModel, features: list[Tensor], batch_size: int = 64) -> Tensor:
+    """Returns the unit vectors of clips by their features [F_c, M], on the CPU: [N, D]."""
+    device, encode = model.log_scale.device, inferring(model, model.audio)
+    parts = [features[n : n + batch_size] for n in range(0, len(features), batch_size)]
+    vectors = [encode(*(x.to(device) for x in pad_features(part))).cpu() for part in parts]
+    return torch.cat([torch.empty(0, model.width), *vectors])
+
+
+def embed_clips(
+    model: SupclapModel, clips: list[Clip], manifest: Path, options: EmbedOptions
+) -> tuple[Tensor, list[Clip], list[str]]:
+    """Returns the unit vectors [N, D] of the clips that can be used, these clips, and what is wrong
+    with the others. Features of SLICE clips are in memory at a time."""
+    front_end = model.audio.encoder.front_end
+    seconds = min(model.config.max_seconds, front_end.seconds)
+    if options.cache == "off":
+        options = replace(options, cache="memory")  # decoded once
+    vectors, used, bad = [], list[Clip](), list[str]()
+    with tqdm(total=len(clips), desc=f"embedding {manifest.name}", mininterval=1.0) as bar:
+        for start in range(0, len(clips), SLICE):
+            some = clips[start : start + SLICE]
+            decoded = decode_clips(some, front_end, seconds, options, bar)
+            bad += problems_of(some, decoded, manifest, options.skip_bad_audio)
+            features = [x.features for x in decoded if x.features is not None]
+            vectors.append(embed_features(model, features, options.batch_size))
+            used += [clip for clip, x in zip(some, decoded, strict=True) if not x.problem]
+    check_any_left(clips, bad, manifest)
+    return torch.cat(vectors), used, bad
 
 
 def embed_text(

@@ -119,6 +119,12 @@ class SupclapModel(nn.Module):
         """0-d: the factor of every inner product."""
         return self.log_scale.exp()
 
+    @property
+    def width(self) -> int:
+        """Dimensions of the shared space."""
+        bare = isinstance(self.audio.head, nn.Identity)
+        return int(self.audio.encoder.width) if bare else self.config.embed_dim
+
     def keep_encoders(self, run: Path) -> None:
         """Writes what `load_model` needs beside the weights."""
         for kind, tower in (("audio", self.audio), ("text", self.text)):

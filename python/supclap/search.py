@@ -1,63 +1,114 @@
-"""Embeddings for use elsewhere, and a search over a folder of audio files."""
+"""Embeddings for use elsewhere, and a search over sounds: of a folder, or by saved embeddings."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from .corpus import read_as_heard
-from .embeddings import DEFAULTS, EmbedOptions, embed_audio, embed_corpus, embed_text
+from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_text
 from .errors import UserError
-from .files import check_folder_of, write_whole
+from .files import check_folder_of
 from .folders import EXTENSIONS, is_audio
+from .interface import Embedder
 from .languages import LANGUAGE
 from .manifest import Clip, read_manifest
 from .model import load_model, selection_note
+from .saved import Index, Saved, best_of, check_ending
+from .tables import read_text
+
+Hits = list[tuple[float, str]]
+"""Cosines and files, best first."""
 
 
-def embed(run: Path, data: Path, out: Path, options: EmbedOptions = DEFAULTS) -> tuple[int, int]:
-    """Writes unit vectors to a safetensors file: audio [N, D], text [M, D], clip_of [M], and as
-    metadata the `files` and `captions` (JSON). Returns N and M."""
+def clips_of(folder: Path, option: str) -> list[Clip]:
+    """Returns every sound of a folder, searched in depth."""
+    if not folder.is_dir():
+        raise UserError(f"{option} {folder}: no such folder")
+    paths = sorted(path for path in folder.rglob("*") if is_audio(path.name))
+    if not paths:
+        raise UserError(f"{option} {folder}: it holds no audio ({', '.join(EXTENSIONS)})")
+    return [Clip(path.relative_to(folder).as_posix(), path, ()) for path in paths]
+
+
+def embed(
+    run: Path,
+    data: Path,
+    out: Path,
+    only: str | None = None,
+    language: str = LANGUAGE,
+    options: EmbedOptions = DEFAULTS,
+) -> tuple[Saved, list[str]]:
+    """Writes the unit vectors of a manifest, of a folder of sounds, or of the lines of a .txt.
+
+    `only`: "audio" or "text"; None: what there is. Returns what was written and what could not be
+    read.
+    """
     check_folder_of(out, "--out")
+    is_text, is_folder = data.suffix.lower() == ".txt", data.is_dir()
+    if only == ("audio" if is_text else "text") and (is_text or is_folder):
+        raise UserError(f"--only {only}: {data} has none")
+    only = "text" if is_text else "audio" if is_folder else only
+    check_ending(out, both=only is None)
+    saved, skipped = Saved(), list[str]()
+    if is_text:
+        lines = [line.strip() for line in read_text(data).splitlines()]
+        saved.captions = [line for line in lines if line]
+        saved.languages = [language] * len(saved.captions)
+        if not saved.captions:
+            raise UserError(f"--data {data}: no line of it has a sentence")
+    clips = [] if is_text else clips_of(data, "--data") if is_folder else read_manifest(data)
     model = load_model(run).to(options.device)
-    corpus = read_as_heard(model, read_manifest(data), data, options)
-    text, audio = embed_corpus(model, corpus, options.batch_size, options.workers)
-    tensors = {"audio": audio, "text": text, "clip_of": corpus.clip_of}
-    files = json.dumps([clip.name for clip in corpus.clips])
-    note = {"files": files, "captions": json.dumps(corpus.captions), "run": str(run)}
-    note |= selection_note(run)
-    write_whole(out, lambda path: save_file(tensors, path, note))
-    return len(audio), len(text)
+    if only != "text":
+        saved.audio, clips, skipped = embed_clips(model, clips, data, options)
+        saved.files = [clip.name for clip in clips]
+    if only != "audio":
+        if not is_text:
+            saved.captions = [caption for clip in clips for caption in clip.captions]
+            saved.languages = [language for clip in clips for language in clip.languages]
+        saved.text = embed_text(model, saved.captions, saved.languages, options.batch_size)
+    if only is None:
+        counts = torch.tensor([len(clip.captions) for clip in clips])
+        saved.clip_of = torch.repeat_interleave(torch.arange(len(clips)), counts)
+    saved.note = {"run": str(run)} | selection_note(run)
+    saved.write(out)
+    return saved, skipped
 
 
 def search(
     run: Path,
-    query: str,
-    audio: Path,
+    query: str | Path,
+    audio: Path | None = None,
     top: int = 10,
     language: str = LANGUAGE,
     options: EmbedOptions = DEFAULTS,
-) -> tuple[list[tuple[float, str]], list[str]]:
-    """Returns the clips of a folder nearest to the query, as (cosine, file), best first, and what
-    could not be read."""
-    if not audio.is_dir():
-        raise UserError(f"--audio {audio}: no such folder")
+    index: Path | None = None,
+) -> tuple[Hits, list[str]]:
+    """Returns the clips nearest to the query, a sentence or the path of a sound, and what could not
+    be read.
+
+    `audio`: a folder, which is embedded now; or `index`: what `embed` wrote.
+    """
     if top < 1:
         raise UserError(f"--top must be at least 1, got {top}")
-    if not query.strip():
+    if isinstance(query, str) and not query.strip():
         raise UserError("the query is empty")
-    paths = sorted(path for path in audio.rglob("*") if is_audio(path.name))
-    if not paths:
-        raise UserError(f"--audio {audio}: it holds no audio ({', '.join(EXTENSIONS)})")
-    model = load_model(run).to(options.device)
-    clips = [Clip(path.relative_to(audio).as_posix(), path, ()) for path in paths]
-    corpus = read_as_heard(model, clips, audio, replace(options, skip_bad_audio=True))
-    vector = embed_text(model, [query], [language])[0]
-    parts = embed_audio(model, corpus, options.batch_size, options.workers)
-    scores = torch.cat([part @ vector for part in parts])
-    best = scores.argsort(descending=True, stable=True)[:top].tolist()
-    return [(scores[n].item(), corpus.clips[n].name) for n in best], corpus.skipped
+    if (audio is None) == (index is None):
+        raise UserError("name a folder by --audio, or saved embeddings by --index")
+    clips = [] if audio is None else clips_of(audio, "--audio")
+    saved = None if index is None else Index(index)
+    model = Embedder(run, options)
+    if saved is not None and saved.width != model.width:
+        raise UserError(
+            f"--index {index}: it has {saved.width} dimensions and {run} {model.width}: another "
+            "run wrote it"
+        )
+    embedded = model.embed_audio(query) if isinstance(query, Path) else None
+    vector = (model.embed_text(str(query), language) if embedded is None else embedded)[0]
+    if saved is not None:
+        return saved.nearest(vector, top), []
+    assert audio is not None
+    options = replace(options, skip_bad_audio=True)
+    vectors, used, skipped = embed_clips(model.model, clips, audio, options)
+    return best_of(vectors @ vector, [clip.name for clip in used], top), skipped

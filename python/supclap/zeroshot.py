@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .corpus import read_as_heard
-from .embeddings import DEFAULTS, EmbedOptions, embed_audio, embed_text
+from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_text
 from .errors import UserError
 from .folders import Folders
 from .languages import LANGUAGE
@@ -118,12 +117,11 @@ def classify_run(
     model = load_model(run).to(options.device)
     clips, labels, folds = labelled_clips(data)
     names, templates = sorted(set(labels)), templates or [TEMPLATE]
-    corpus = read_as_heard(model, clips, data, options)
-    used = {id(clip) for clip in corpus.clips}
-    kept = [n for n, clip in enumerate(clips) if id(clip) in used]
-    audio = torch.cat(list(embed_audio(model, corpus, options.batch_size, options.workers)))
+    audio, used, skipped = embed_clips(model, clips, data, options)
+    known = set(map(id, used))
+    kept = [n for n, clip in enumerate(clips) if id(clip) in known]
     scores = audio @ class_vectors(model, names, templates, language).T
     truth = torch.tensor([names.index(labels[n]) for n in kept])
     numbers = accuracies(scores, truth, [folds[n] for n in kept]) | selection_note(run)
     shared = {"rule": RULE, "templates": templates, "clips": len(kept), "classes": len(names)}
-    return {**shared, **numbers, "skipped": corpus.skipped}
+    return {**shared, **numbers, "skipped": skipped}

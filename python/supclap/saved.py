@@ -1,0 +1,126 @@
+"""Embeddings in files: safetensors, NumPy or a FAISS index, by the ending of the name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import UserError
+from .files import write_json, write_whole
+
+ENDINGS = (".safetensors", ".npy", ".faiss")
+
+
+@dataclass
+class Saved:
+    """Unit vectors and what they are of."""
+
+    audio: Tensor | None = None  # [N, D]
+    text: Tensor | None = None  # [M, D]
+    clip_of: Tensor | None = None  # [M] int64, if there are both
+    files: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)  # of each caption
+    note: dict[str, str] = field(default_factory=dict)  # the run, and what it was selected on
+
+    def described(self) -> dict[str, str]:
+        """What a file says beside its numbers."""
+        lists = {"files": self.files, "captions": self.captions, "languages": self.languages}
+        return {name: json.dumps(x) for name, x in lists.items() if x} | self.note
+
+    def only(self) -> Tensor:
+        """The vectors of a file that holds one kind of them."""
+        one = self.audio if self.text is None else self.text
+        assert one is not None
+        return one
+
+    def write(self, path: Path) -> None:
+        """Writes the file; the names beside a .npy or .faiss go into a .json of the same name."""
+        if path.suffix == ".safetensors":
+            tensors = {"audio": self.audio, "text": self.text, "clip_of": self.clip_of}
+            held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            write_whole(path, lambda partial: save_file(held, partial, self.described()))
+            return
+        vectors = self.only().numpy()
+        if path.suffix == ".npy":
+
+            def write(partial: Path) -> None:
+                with partial.open("wb") as stream:  # np.save adds an ending to a name
+                    np.save(stream, vectors)
+        else:
+            faiss = import_faiss()
+            index = faiss.IndexFlatIP(vectors.shape[1])
+            index.add(vectors)
+
+            def write(partial: Path) -> None:
+                faiss.write_index(index, str(partial))
+
+        write_whole(path, write)
+        lists: dict[str, Any] = {
+            "files": self.files, "captions": self.captions, "languages": self.languages,
+        }  # fmt: skip
+        write_json(path.with_suffix(".json"), {k: x for k, x in lists.items() if x} | self.note)
+
+
+def import_faiss() -> Any:
+    try:
+        import faiss  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        raise UserError("a .faiss index needs `pip install faiss-cpu`") from None
+    return faiss
+
+
+def check_ending(path: Path, both: bool) -> None:
+    """Raises an error for a file that cannot hold the embeddings. `both`: of audio and of text."""
+    if path.suffix not in ENDINGS:
+        raise UserError(f"--out {path}: known endings are {', '.join(ENDINGS)}")
+    if both and path.suffix != ".safetensors":
+        raise UserError(f"--out {path}: it holds one matrix; add --only audio or --only text")
+    if path.suffix == ".faiss":
+        import_faiss()
+
+
+class Index:
+    """Saved embeddings of audio that can be searched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.files, self.vectors = self.read()
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"--index {path}: no embeddings of audio: {error}") from error
+
+    def read(self) -> tuple[list[str], Any]:
+        if self.path.suffix == ".safetensors":
+            with safe_open(self.path, "pt") as stored:
+                return json.loads(stored.metadata()["files"]), stored.get_tensor("audio")
+        names = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))["files"]
+        if self.path.suffix == ".faiss":
+            return names, import_faiss().read_index(str(self.path))
+        return names, torch.from_numpy(np.load(self.path, allow_pickle=False))
+
+    @property
+    def width(self) -> int:
+        return int(self.vectors.d if self.path.suffix == ".faiss" else self.vectors.shape[1])
+
+    def nearest(self, vector: Tensor, top: int) -> list[tuple[float, str]]:
+        """Returns the clips nearest to a unit vector [D], as (cosine, file), best first."""
+        top = min(top, len(self.files))
+        if self.path.suffix == ".faiss":
+            scores, places = self.vectors.search(vector[None].numpy(), top)
+            return [(float(s), self.files[n]) for s, n in zip(scores[0], places[0], strict=True)]
+        return best_of(self.vectors @ vector, self.files, top)
+
+
+def best_of(scores: Tensor, names: list[str], top: int) -> list[tuple[float, str]]:
+    """Returns the highest scores and their names, best first."""
+    order = scores.argsort(descending=True, stable=True)[:top].tolist()
+    return [(scores[n].item(), names[n]) for n in order]
