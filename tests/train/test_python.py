@@ -178,7 +178,8 @@ def test_what_is_written(manifest, run, model, tmp_path, capsys):
         (["--data", manifest, "--out", tmp_path / "x.npy"], "--only audio or --only text"),
         (["--data", manifest, "--out", tmp_path / "x.csv"], "known endings are .safetensors"),
         (["--data", manifest.parent, "--out", tmp_path / "x.npy", "--only", "text"], "has none"),
-        (["--data", tmp_path / "lines.txt", "--out", tmp_path / "x.npy", "--only", "audio"], "none"),
+        (["--data", tmp_path / "lines.txt", "--out", tmp_path / "x.npy", "--only", "audio"],
+         "has none"),
         (["--data", tmp_path / "none", "--out", tmp_path / "x.safetensors"], "not found"),
     ):  # fmt: skip
         assert main(["embed", str(run), *map(str, arguments)]) == 2
