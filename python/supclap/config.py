@@ -119,7 +119,10 @@ class TrainConfig:
     detach_similarity: bool = setting(False, "no gradient through what predicts a dynamic radius")
     tau: float = setting(0.07, "temperature (its initial value with --learn-tau)")
     learn_tau: bool = setting(False, "learn the temperature")
-    ids: bool = setting(True, "captions of one clip are no negatives of each other")
+    ids: str = setting(
+        "both", "which pairs are no negatives of each other: of one clip, with one caption, both, "
+        "or none", "clip", "caption", "both", "none",
+    )  # fmt: skip
     optimizer: str = setting("adamw", "decay is on matrices only", "adamw", "adam")
     lr: float = setting(1e-3, "peak learning rate")
     audio_lr: float | None = setting(None, "of the audio encoder, if another")
@@ -306,6 +309,8 @@ def read_config(run: Path) -> TrainConfig:
         if kind_of(TRAIN[name]) is Path and value is not None:
             settings[name] = Path(value)
     settings = EARLIER | settings | {"out": run}
+    if isinstance(settings.get("ids"), bool):
+        settings["ids"] = "clip" if settings["ids"] else "none"
     if settings["beta"] is None:
         settings["beta"] = 0.01 if settings["svr"].endswith("dynamic") else 0.0
     return TrainConfig(**settings, model=ModelConfig(**model))

@@ -20,6 +20,7 @@ from .audio import FrontEnd, LogMel, load_audio, load_first, open_audio, read_du
 from .cache import Decoded, FeatureCache, digest, key_of
 from .errors import Exhausted, UserError
 from .folders import alike
+from .leaks import sentence
 from .loader import load_items
 from .manifest import SHOWN, Clip, read_manifest
 from .model import SupclapModel
@@ -53,6 +54,12 @@ class Corpus:
         """Returns the clip of each caption: [M] int64."""
         counts = torch.tensor([len(clip.captions) for clip in self.clips])
         return torch.repeat_interleave(torch.arange(len(self.clips)), counts)
+
+    @cached_property
+    def sentence_of(self) -> Tensor:
+        """Returns a number for each caption, equal for equal sentences: [M] int64."""
+        number: dict[str, int] = {}
+        return torch.tensor([number.setdefault(sentence(c), len(number)) for c in self.captions])
 
     def features(self, clip: int, seed: list[int] | None = None) -> Tensor:
         """Returns [F, M] of one clip: its beginning, or a part that the seed draws."""

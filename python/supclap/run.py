@@ -133,7 +133,7 @@ class Run:
             raise UserError(
                 f"a batch of {size} pairs is too small for {self.ranks.count} processes"
             )
-        one_clip = config.ids and len(self.corpus.clips) == 1
+        one_clip = config.ids in ("clip", "both") and len(self.corpus.clips) == 1
         if config.loss == "infonce" and (size == 1 or one_clip):
             self.say(
                 "NOTE: no pair of a batch has a negative: the contrastive loss is 0 and trains "
@@ -200,6 +200,7 @@ class Run:
         epoch = Epoch(
             self.corpus, self.model.text.encoder.tokenizer, self.batch_size, self.config.seed,
             self.progress.epoch, self.ranks.rank, self.ranks.count, self.whole_batches,
+            self.config.ids,
         )  # fmt: skip
         pin = self.device.type == "cuda"
         return epoch.batches(self.progress.batch, self.config.workers, pin)
@@ -210,7 +211,7 @@ class Run:
         share = schedule(config, progress.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        batch = batch.to(self.device, config.ids)
+        batch = batch.to(self.device)
         diagnosis = None
         if is_due(config.diagnose_every, progress.step + 1):
             diagnosis = Diagnosis(

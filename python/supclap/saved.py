@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,10 +73,9 @@ class Saved:
 
 def import_faiss() -> Any:
     try:
-        import faiss  # type: ignore[import-not-found]
+        return importlib.import_module("faiss")
     except ModuleNotFoundError:
         raise UserError("a .faiss index needs `pip install faiss-cpu`") from None
-    return faiss
 
 
 def check_ending(path: Path, both: bool) -> None:

@@ -200,7 +200,7 @@ def test_a_run_that_trains_nothing_says_so(manifest, tmp_path, capsys):
     for options, expected in (
         ({"batch_size": 1}, True), ({"batch_size": 2}, False),
         ({"batch_size": 1, "loss": "siglip"}, False),
-        ({"data": folder / "one.csv"}, True), ({"data": folder / "one.csv", "ids": False}, False),
+        ({"data": folder / "one.csv"}, True), ({"data": folder / "one.csv", "ids": "none"}, False),
     ):  # fmt: skip
         changes = {"epochs": 1, "overwrite": True, "data": manifest, **options}
         train(settings(changes.pop("data"), tmp_path / "run", **changes))

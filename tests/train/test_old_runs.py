@@ -78,5 +78,6 @@ def test_an_old_run_keeps_its_reading_of_the_radius(manifest, tmp_path, svr, bet
     config = read_config(run)
     assert (config.support, config.radius_bound, config.radius_init) == ("free", "none", 0.1)
     assert config.beta == beta and not build_loss(config, 4).options["renormalize"]
-    path.write_text(json.dumps(written | {"beta": 0.3}))
-    assert read_config(run).beta == 0.3
+    for old, ids in ((True, "clip"), (False, "none"), ("caption", "caption")):
+        path.write_text(json.dumps(written | {"beta": 0.3, "ids": old}))
+        assert read_config(run).beta == 0.3 and read_config(run).ids == ids

@@ -163,7 +163,7 @@ def settings_of(experiment: Experiment, out: Path, preset: Preset) -> TrainConfi
         "lr": preset.lr, "validate_every": steps_between(preset.validate_every),
         "diagnose_every": steps_between(preset.diagnose_every),
         "device": preset.device, "cache": str(out / "features"), "model": preset.model,
-        "checkpoint_every": preset.validate_every,
+        "checkpoint_every": preset.validate_every, "ids": "clip",
     }  # fmt: skip
     return TrainConfig(
         data=out / f"{experiment.data}.jsonl",
