@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .audio import examine, open_audio
 from .errors import UserError
 from .manifest import Clip, scan_manifest
+from .progress import Bar
 
 
 def examine_clip(clip: Clip) -> tuple[float, int] | str:
@@ -28,7 +28,7 @@ def check(manifest: Path, workers: int | None = None) -> tuple[list[str], list[s
     clips, problems, unused = scan_manifest(manifest)
     with ThreadPoolExecutor(workers) as pool:
         items = pool.map(examine_clip, clips)
-        headers = list(tqdm(items, f"decoding {manifest.name}", len(clips), mininterval=1.0))
+        headers = list(Bar(items, f"decoding {manifest.name}", len(clips)))
     seconds, rates = [], Counter[int]()
     for clip, header in zip(clips, headers, strict=True):
         place = f"manifest {manifest}, {clip.place} ({clip.name})"

@@ -96,6 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--lang", default="eng", help="language of the query")
     search.add_argument("--json", type=Path, metavar="FILE", help="also write the hits here")
 
+    plot = commands.add_parser("plot", help="draw how runs went, in one picture")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--out", type=Path, required=True, help="FILE.png, .svg, .pdf or .html")
+
     synth = commands.add_parser("synth", help="write a corpus of synthetic scenes with captions")
     synth.add_argument("out", type=Path, metavar="OUT", help="gets {train,val,test}.csv and audio/")
     synth.add_argument("--clips", type=int, default=1000, help="in all (default: 1000)")
@@ -184,7 +188,7 @@ def print_skipped(skipped: list[str]) -> None:
 
 
 def evaluate(run: Path, data: list[Path], json: Path | None, **shared: Any) -> None:
-    from .evaluate import RULE, evaluate_run, table
+    from .evaluate import RULE, chance_of, evaluate_run, table
     from .files import check_folder_of, write_json
 
     if json is not None:
@@ -197,7 +201,7 @@ def evaluate(run: Path, data: list[Path], json: Path | None, **shared: Any) -> N
         print(f"{manifest}: {len(corpus.clips)} clips, {len(corpus.captions)} captions, in %")
         rows = {f"{run} {code}": of_code for code, of_code in metrics.get("languages", {}).items()}
         mean = f"{run} mean of {len(rows)} languages" if rows else str(run)
-        print(table({**rows, mean: metrics}))
+        print(table({**rows, mean: metrics, "chance": chance_of(corpus)}))
         for way, name in (("t2a", "text to audio"), ("a2t", "audio to text")):
             print(f"median rank, {name}: {metrics[way]['median_rank']:g}")
         if "selected_on" in metrics:
@@ -222,6 +226,7 @@ def zeroshot(
     for name in ("accuracy", "top5", "mean_class_accuracy", "mean_fold_accuracy"):
         if name in numbers:
             print(f"{name:<20}{100 * numbers[name]:8.2f}")
+    print(f"{'chance':<20}{100 / numbers['classes']:8.2f}")
     print(f"templates: {', '.join(numbers['templates'])}")
     if "selected_on" in numbers:
         print(ON_TEST)
@@ -272,6 +277,14 @@ def search(
         print(ON_TEST)
 
 
+def plot(runs: list[Path], out: Path) -> None:
+    from .plot import plot_runs
+
+    alone = len({run.name for run in runs}) == len(runs)
+    plot_runs({run.name if alone else str(run): run for run in runs}, out)
+    print(f"{len(runs)} runs are in {out}")
+
+
 def synth(out: Path, clips: int, languages: list[str], **options: Any) -> None:
     from .synth import synthesise
 
@@ -300,6 +313,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "zeroshot": zeroshot,
     "embed": embed,
     "search": search,
+    "plot": plot,
     "synth": synth,
     "reproduce": reproduce,
     "demo": demo,
@@ -337,7 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing == __package__:
             raise
-        extra = {"transformers": "hub", "huggingface_hub": "hub", "tensorboard": "tensorboard"}
+        extra = {"transformers": "hub", "huggingface_hub": "hub"}
+        extra |= {name: name for name in ("tensorboard", "wandb")}
         print(
             f"supclap: {error.name} is not installed; "
             f"pip install 'supclap-kernels[{extra.get(missing, 'train')}]'",

@@ -143,6 +143,7 @@ class TrainConfig:
     device: str = setting("auto", "auto takes a GPU if there is one", "auto", "cpu", "cuda")
     threads: int | None = setting(None, "CPU threads of PyTorch")
     tensorboard: bool = setting(False, "also write RUN/tensorboard")
+    wandb: bool = setting(False, "also write to Weights & Biases")
     skip_bad_audio: bool = setting(False, "leave broken or missing files out instead of stopping")
     overwrite: bool = setting(False, "write over an earlier run in --out")
     model: ModelConfig = ModelConfig()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .audio import FrontEnd, LogMel, load_audio, load_first, open_audio, read_duration
 from .cache import Decoded, FeatureCache, digest, key_of
@@ -24,6 +23,7 @@ from .leaks import sentence
 from .loader import load_items
 from .manifest import SHOWN, Clip, read_manifest
 from .model import SupclapModel
+from .progress import Bar
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def read_clips(
     """Reads every clip, cut to max_seconds and to what the front end hears. With the cache off only
     headers are read, unless bad files are to be skipped. An error names them, as of `manifest`."""
     max_seconds = min(max_seconds, front_end.seconds)
-    with tqdm(total=len(clips), desc=f"reading {manifest.name}", mininterval=1.0) as bar:
+    with Bar(total=len(clips), desc=f"reading {manifest.name}") as bar:
         decoded = decode_clips(clips, front_end, max_seconds, options, bar)
     bad = problems_of(clips, decoded, manifest, options.skip_bad_audio)
     check_any_left(clips, bad, manifest)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .batches import Tokenizer, pad_features
 from .corpus import Corpus, ReadOptions, check_any_left, decode_clips, problems_of
 from .loader import load_items
 from .manifest import Clip
 from .model import SupclapModel, Tower, evaluating
+from .progress import Bar
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def embed_clips(
     if options.cache == "off":
         options = replace(options, cache="memory")  # decoded once
     vectors, used, bad = [], list[Clip](), list[str]()
-    with tqdm(total=len(clips), desc=f"embedding {manifest.name}", mininterval=1.0) as bar:
+    with Bar(total=len(clips), desc=f"embedding {manifest.name}") as bar:
         for start in range(0, len(clips), SLICE):
             some = clips[start : start + SLICE]
             decoded = decode_clips(some, front_end, seconds, options, bar)

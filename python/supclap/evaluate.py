@@ -76,10 +76,12 @@ def retrieval_metrics(text: Tensor, audio: Tensor, clip_of: Tensor) -> dict[str,
     return {"t2a": summarise(t2a, reciprocal), "a2t": summarise(best, torch.stack(precision))}
 
 
-def chance(clip_of: Tensor) -> dict[str, Metrics]:
-    """Returns R@k and mAP@10 of a random ranking. clip_of: [M], the clip of each caption."""
-    counts = torch.bincount(clip_of).double()  # captions of each of the N clips
+def chance(clip_of: Tensor, clips: int = 0) -> dict[str, Metrics]:
+    """Returns R@k and mAP@10 of a random ranking. clip_of: [M], the clip of each caption; `clips`:
+    how many there are, if some of the last have no caption."""
+    counts = torch.bincount(clip_of, minlength=clips).double()  # captions of each of the N clips
     clips, captions = len(counts), len(clip_of)
+    counts = counts[counts > 0]  # of the clips that are queries
     places = torch.arange(1, 11).double()
     t2a = {f"R@{k}": min(1.0, k / clips) for k in (1, 5, 10)}
     t2a["mAP@10"] = (1 / places[:clips]).sum().item() / clips
@@ -118,6 +120,16 @@ def corpus_metrics(text: Tensor, audio: Tensor, corpus: Corpus) -> dict[str, Any
         by_language[code] = retrieval_metrics(text[rows], audio, corpus.clip_of[rows])
     several = list(by_language.values())
     return several[0] if len(several) == 1 else mean_metrics(several) | {"languages": by_language}
+
+
+def chance_of(corpus: Corpus) -> dict[str, Metrics]:
+    """Returns what a random ranking gets on a corpus, as `corpus_metrics` counts: the mean over
+    languages."""
+    languages = sorted(set(corpus.languages))
+    spoken = [[language == code for language in corpus.languages] for code in languages]
+    clips = len(corpus.clips)
+    several = [chance(corpus.clip_of[torch.tensor(rows)], clips) for rows in spoken]
+    return mean_metrics(several)
 
 
 def evaluate_corpus(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import threading
 import time
@@ -116,6 +117,12 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU without units for bfloat16, where it is slower than float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not supported()
 
 
 def set_threads(count: int | None) -> None:

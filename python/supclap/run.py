@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from supclap_kernels import DynamicRadius, SVRLoss
 
 from .batches import Batch, Epoch, steps_of
 from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state, save_state
+from .clock import PARTS, Clock
 from .config import TrainConfig, config_text
 from .corpus import Corpus, ReadOptions, read_as_heard
 from .diagnose import Diagnosis
@@ -24,7 +24,8 @@ from .files import write_json, write_text
 from .logs import Logs
 from .manifest import read_manifest
 from .model import WEIGHTS, SupclapModel, load_criterion, load_weights, save_model
-from .ranks import Ranks, choose_device, set_threads
+from .progress import Bar, say
+from .ranks import Ranks, choose_device, lacks_bf16, set_threads
 from .step import backward, build_loss, build_optimizer, schedule
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -86,9 +87,10 @@ class Run:
         self.say(f"{clips} clips, {pairs} pairs, {self.total_steps} steps on {self.device}")
         if config.select_on == "test":
             self.say(f"NOTE: the checkpoint is selected on the test set, {config.selection}")
-        self.logs = Logs(config, self.progress.step, self.first)
-        self.bar = tqdm(
-            total=self.total_steps, initial=self.progress.step, desc="training", mininterval=0.5,
+        self.logs, self.clock = Logs(config, self.progress.step, self.first), Clock(self.device)
+        self.losses = list[float]()  # since the last line about speed
+        self.bar = Bar(
+            total=self.total_steps, initial=self.progress.step, desc="training",
             disable=not self.first,
         )  # fmt: skip
 
@@ -96,7 +98,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.first:
-            print(text)
+            say(text)
 
     def check_folders(self) -> None:
         """Raises an error where a new run would write over another, or begins from none."""
@@ -151,6 +153,8 @@ class Run:
         if hasattr(encoder, "set_statistics") and not self.resume and self.init is None:
             encoder.set_statistics(self.corpus.sample)
         self.model.audio.bf16 = self.model.text.bf16 = self.config.precision == "bf16"
+        if self.config.precision == "bf16" and lacks_bf16(self.device):
+            self.say("NOTE: this CPU has no units for bfloat16: --precision fp32 is faster")
         self.model.to(self.device)
 
     def open_folder(self) -> None:
@@ -163,7 +167,7 @@ class Run:
                 raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
         elif self.first:
             folder.mkdir(parents=True, exist_ok=True)
-            logs = ("log.jsonl", "val.jsonl", "diagnostics.jsonl")
+            logs = ("log.jsonl", "val.jsonl", "speed.jsonl", "diagnostics.jsonl")
             for name in (STATE, FINISHED, LAST, WEIGHTS, *logs):
                 (folder / name).unlink(missing_ok=True)
             self.write_config()
@@ -208,6 +212,7 @@ class Run:
     def step(self, batch: Batch) -> None:
         """Trains on a batch, and logs it."""
         config, progress = self.config, self.progress
+        self.clock.add("data")
         share = schedule(config, progress.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -217,8 +222,11 @@ class Run:
             diagnosis = Diagnosis(
                 self.model, self.criterion, batch, config.micro_batch_size, self.ranks
             )
+            self.clock.add(None)
         self.optimizer.zero_grad()
-        line = backward(self.model, self.criterion, batch, config.micro_batch_size, self.ranks)
+        line = backward(
+            self.model, self.criterion, batch, config.micro_batch_size, self.ranks, self.clock
+        )
         self.ranks.average_gradients(self.parameters)
         limit = config.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
@@ -231,12 +239,16 @@ class Run:
         if config.learn_tau:
             with torch.no_grad():
                 self.model.log_scale.clamp_(max=MAX_LOG_SCALE)
+        self.clock.add("model")
+        self.clock.pairs += len(batch.text[0]) * self.ranks.count
+        self.losses.append(line["loss"])
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
         place = {"step": progress.step, "epoch": progress.epoch}
         self.logs.append("log", {**place, **line, "norm": norm, "lr": config.lr * share})
         if diagnosis is not None:
             self.logs.append("diagnostics", {**place, **diagnosis.finish()})
         self.mind_contraction(line["contraction_50"])
+        self.clock.add(None)
         self.bar.update()
         self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
 
@@ -254,10 +266,25 @@ class Run:
 
     # ----------------------------------------------------------------------------- what it leaves
 
-    def validate(self) -> None:
-        """Measures the model on the held-out corpus, if there is one; keeps the best model."""
+    def tell(self) -> None:
+        """Writes how fast it was since the last time, and says so; then measures the model on the
+        held-out corpus, if there is one, and keeps the best model."""
+        progress, speed = self.progress, self.clock.line()
+        place = {"epoch": progress.epoch, "step": progress.step}
+        self.logs.append("speed", place | speed)
+        shares = ", ".join(f"{100 * speed[part]:.0f} % {part}" for part in PARTS)
+        loss = sum(self.losses) / max(1, len(self.losses))
+        text = f"epoch {progress.epoch} of {self.config.epochs}, step {progress.step}: loss "
+        text += f"{loss:.3f}, {speed['pairs_per_second']:.0f} pairs a second ({shares})"
+        self.losses.clear()
+        self.say(text + self.validate())
+        self.clock.add(None)
+
+    def validate(self) -> str:
+        """Measures the model on the held-out corpus, if there is one; keeps the best model. Returns
+        what there is to say."""
         if self.held_out is None:
-            return
+            return ""
         progress, on_test = self.progress, self.config.select_on == "test"
         metrics = evaluate_corpus(self.model, self.held_out, workers=self.config.workers)
         mark = {"selected_on": "test"} if on_test else {}
@@ -271,6 +298,9 @@ class Run:
             if progress.batch == self.epoch_steps:
                 when = f"epoch {progress.epoch}"
             self.keep_model(f"{when} (mean R@1 on {where} {recall:.3f})")
+        ways = [f"{100 * metrics[way]['R@1']:.1f} % {way}" for way in ("t2a", "a2t")]
+        best = ", the best so far" if recall == progress.best else ""
+        return f"; R@1 {' and '.join(ways)}{best}"
 
     def keep_model(self, when: str) -> None:
         """Writes the model as the run's checkpoint."""

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from .config import check_seed
 from .errors import UserError
 from .files import write_text
 from .languages import LANGUAGE
 from .phrases import CAPTIONS, CODES, describe, words_of
+from .progress import Bar
 
 RATE = 16_000
 SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -294,7 +294,7 @@ def synthesise(
     rows: dict[str, list[tuple[str, dict[str, list[str]]]]] = {split: [] for split in SPLITS}
     truth = []
     scenes = list(draw_corpus(clips, rng))
-    bar = tqdm(scenes, desc="synthesising", mininterval=1.0)
+    bar = Bar(scenes, desc="synthesising")
     for number, (split, family, variant, scene) in enumerate(bar):
         name = f"scene_{number:05d}.wav"
         wave, onsets = compose(scene, rng)

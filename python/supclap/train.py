@@ -56,13 +56,14 @@ def train_epoch(run: Run, stop: threading.Event) -> None:
     """Takes the steps that are left of an epoch, or those until `stop` is set."""
     config, progress = run.config, run.progress
     run.set_modes()
+    run.clock.add(None)
     for batch in run.batches():
         run.step(batch)
         if progress.batch == run.epoch_steps:  # the end of an epoch does both
             break
         validation = is_due(config.validate_every, progress.step)
         if validation:
-            run.validate()
+            run.tell()
         stopped = run.ranks.any(stop.is_set())
         validated = validation and config.selection is not None
         if stopped or validated or is_due(config.checkpoint_every, progress.step):
@@ -70,7 +71,7 @@ def train_epoch(run: Run, stop: threading.Event) -> None:
         if stopped:
             return
 
-    run.validate()
+    run.tell()
     progress.epoch, progress.batch = progress.epoch + 1, 0
     run.checkpoint()
 

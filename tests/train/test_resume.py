@@ -152,7 +152,8 @@ def test_a_full_disk_loses_nothing(manifest, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     load_model(out)
     assert {path.name for path in out.iterdir()} == {
-        STATE, "model.safetensors", "config.json", "log.jsonl", "val.jsonl", "diagnostics.jsonl"
+        STATE, "model.safetensors", "config.json", "log.jsonl", "val.jsonl", "speed.jsonl",
+        "diagnostics.jsonl",
     }  # fmt: skip
     run = train(read_config(out), resume=True)
     assert [line["step"] for line in log_of(run)] == list(range(1, 16))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..plot import smooth
 from .experiments import BINS, CHOSEN, DYNAMIC, MAIN, READINGS, SVR
 from .findings import Findings, Result
-from .report import smooth
 from .text import FIGURES
 
 

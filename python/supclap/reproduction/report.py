@@ -9,55 +9,9 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..evaluate import RULE, Metrics, chance, evaluate_run, table
 from ..files import write_json
-from ..logs import read_lines
+from ..plot import plot_runs
 from ..synth import synthesise
 from ..train import train
-
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """Returns the mean of the last `window` values at each point."""
-    means = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - window) : end]
-        means.append(sum(recent) / len(recent))
-    return means
-
-
-def plot_runs(runs: dict[str, Path], path: Path) -> None:
-    """Draws loss, radius and gap over the steps and validation recall over the epochs, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    titles = {
-        "loss": "in-batch InfoNCE (both directions)",
-        "radius": "semantic radius R",
-        "gap": "gap r = |a - t|",
-    }
-    for name, run in runs.items():
-        log = read_lines(run / "log.jsonl")
-        for panel, key in zip(panels.flat, titles, strict=False):
-            terms = ("l_t2a", "l_a2t") if key == "loss" else (key,)
-            shown = [line for line in log if all(line[term] is not None for term in terms)]
-            if shown:
-                values = [sum(line[term] for term in terms) for line in shown]
-                panel.plot([line["step"] for line in shown], smooth(values, 8), label=name)
-        epochs = read_lines(run / "val.jsonl")
-        for way, style in (("t2a", "-"), ("a2t", "--")):
-            recall = [line[way]["R@1"] for line in epochs]
-            label = f"{name}, {'text to audio' if way == 't2a' else 'audio to text'}"
-            colour = f"C{list(runs).index(name)}"
-            steps = [line["step"] for line in epochs]
-            panels[1, 1].plot(steps, recall, style, color=colour, marker=".", label=label)
-    for panel, title in zip(panels.flat, [*titles.values(), "validation R@1"], strict=True):
-        panel.set(title=title, xlabel="step")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0, 0].set_yscale("log")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def demo(out: Path, clips: int = 1000, epochs: int = 4, seed: int = 0, **options: Any) -> Path:

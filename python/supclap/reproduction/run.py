@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..errors import Interrupted, UserError
 from ..files import write_json, write_text
+from ..progress import Bar
 from ..ranks import choose_device
 from .corpora import make_corpora, take_recordings
 from .experiments import (
@@ -152,7 +153,7 @@ def carry_out_all(left: list[Experiment], out: Path, preset: Preset, jobs: int) 
     """Carries out experiments in processes of their own, with a bar that knows what each costs."""
     waiting, failed = list(reversed(left)), []
     running: dict[Any, tuple[Any, Experiment]] = {}
-    bar = tqdm(
+    bar = Bar(
         total=round(sum(cost_of(experiment, preset) for experiment in left), 1),
         desc="runs", smoothing=0.1,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
