@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import UserError, explained
 from .manifest import Clip
 from .mp3 import bit_rates
+from .parquet import read_cell
 
 # The front end of CED: 16 kHz, 32 ms windows, 10 ms hop, 64 HTK mel bins, decibels.
 SAMPLE_RATE = 16_000
@@ -53,9 +54,11 @@ class FrontEnd(Protocol):
 
 
 def open_audio(clip: Clip) -> bytes | BinaryIO:
-    """Returns what soundfile reads: the name of the clip's file, or its bytes in a tar."""
+    """Returns what soundfile reads: the name of the clip's file, or its bytes in a larger one."""
     if not clip.path.is_file():
         raise UserError("no such file (looked in the manifest's folder and in audio/ beside it)")
+    if clip.cell is not None:
+        return io.BytesIO(read_cell(clip.path, clip.cell))
     if clip.span is None:
         return os.fsencode(clip.path)  # names that are not UTF-8, too
     start, size = clip.span

@@ -34,10 +34,10 @@ def digest(value: Any) -> str:
 
 
 def key_of(clip: Clip) -> str:
-    """Names a clip by its file, its place in a tar, and when and how long the file was written."""
+    """Names a clip by its file, its place in it, and when and how long the file was written."""
     stat = clip.path.stat() if clip.path.is_file() else None
     version = (stat.st_size, stat.st_mtime_ns) if stat else None
-    return digest([str(clip.path.resolve()), clip.span, version])
+    return digest([str(clip.path.resolve()), clip.span, clip.cell, version])
 
 
 class FeatureCache:

@@ -10,7 +10,9 @@ import numpy as np
 
 from .audio import examine, open_audio
 from .errors import UserError
-from .manifest import Clip, scan_manifest
+from .labels import is_labelled, labelled_clips
+from .leaks import leaks
+from .manifest import Clip, read_manifest, scan_manifest
 from .progress import Bar
 
 
@@ -22,10 +24,26 @@ def examine_clip(clip: Clip) -> tuple[float, int] | str:
         return str(error)
 
 
+def check_splits(manifests: list[Path]) -> list[str]:
+    """Returns a line for each clip of a later manifest that the first one knows: by its sound, or
+    by its sentence."""
+    training, *others = map(read_manifest, manifests)
+    return [
+        f"{manifest}: {line}"
+        for manifest, clips in zip(manifests[1:], others, strict=True)
+        for line in leaks(training, clips)
+    ]
+
+
 def check(manifest: Path, workers: int | None = None) -> tuple[list[str], list[str]]:
     """Returns lines that describe the manifest, and its problems, each with its line. `workers`:
     threads that decode; None: as many as there are cores."""
-    clips, problems, unused = scan_manifest(manifest)
+    labels: list[str] = []
+    if is_labelled(manifest):
+        clips, labels, _ = labelled_clips(manifest)
+        problems, unused = list[str](), list[str]()
+    else:
+        clips, problems, unused = scan_manifest(manifest)
     with ThreadPoolExecutor(workers) as pool:
         items = pool.map(examine_clip, clips)
         headers = list(Bar(items, f"decoding {manifest.name}", len(clips)))
@@ -49,7 +67,11 @@ def check(manifest: Path, workers: int | None = None) -> tuple[list[str], list[s
     lines = [f"{len(clips)} clips, {sum(counts)} captions"]
     if unused:
         lines.append(f"unused columns: {', '.join(unused)}")
-    if clips:
+    if labels:
+        counts = sorted(Counter(labels).values())
+        lines = [f"{len(clips)} clips, {len(counts)} labels"]
+        lines.append(f"clips of a label: {counts[0]} to {counts[-1]}")
+    elif clips:
         lines.append(f"captions of a clip: {min(counts)} to {max(counts)}")
         lines.append("languages: " + ", ".join(f"{k} {n}" for k, n in sorted(languages.items())))
     if seconds:

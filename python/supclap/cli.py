@@ -50,8 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(train, TRAIN)
     add_options(train.add_argument_group("model"), MODEL)
 
-    check = commands.add_parser("check", help="describe a manifest and list its problems")
-    check.add_argument("manifest", type=Path, metavar="MANIFEST")
+    check = commands.add_parser("check", help="describe manifests and list their problems")
+    check.add_argument(
+        "manifests", type=Path, nargs="+", metavar="MANIFEST",
+        help="or labelled clips; of several: what the first one and a later one share",
+    )  # fmt: skip
     check.add_argument("--workers", type=int, help="that decode (default: one for each core)")
 
     def on_a_run(name: str, text: str) -> argparse.ArgumentParser:
@@ -146,15 +149,20 @@ def train(config: Path | None, recipe: str | None, resume: Path | None, **settin
     train(replace(read_config(resume), **settings), resume=True)
 
 
-def check(manifest: Path, workers: int | None) -> int:
-    from .check import check
+def check(manifests: list[Path], workers: int | None) -> int:
+    from .check import check, check_splits
 
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
-    lines, problems = check(manifest, workers)
-    print("\n".join(lines))
-    print("\n".join([*problems, f"{len(problems)} problems"]) if problems else "no problems")
-    return 1 if problems else 0
+    every = []
+    for manifest in manifests:
+        lines, problems = check(manifest, workers)
+        every += problems
+        print("\n".join([f"{manifest}:"] * (len(manifests) > 1) + lines))
+    if len(manifests) > 1 and not every:
+        every = check_splits(manifests)
+    print("\n".join([*every, f"{len(every)} problems"]) if every else "no problems")
+    return 1 if every else 0
 
 
 def language_of(option: str, text: str) -> str:

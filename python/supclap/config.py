@@ -82,7 +82,9 @@ SVR = ("none", "uni-static", "bi-static", "uni-dynamic", "bi-dynamic")
 class TrainConfig:
     """One training run."""
 
-    data: Path = setting(MISSING, "manifest: CSV, JSON, JSONL or tar; all of it is trained on")
+    data: Path = setting(
+        MISSING, "manifest (CSV, JSON, JSONL, Parquet, tar); all of it is trained on"
+    )
     out: Path = setting(MISSING, "folder of the run: model.safetensors, config.json, log.jsonl")
     init: Path | None = setting(None, "run to begin from: its model, weights and temperature")
     val: Path | None = setting(None, "manifest for choosing the best epoch; without: the last")

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from .manifest import Clip
+from .parquet import read_cell
 
 
 def sentence(caption: str) -> str:
@@ -19,6 +20,8 @@ def sentence(caption: str) -> str:
 
 def content(clip: Clip) -> str:
     """Returns a digest of a clip's bytes."""
+    if clip.cell is not None:
+        return hashlib.sha256(read_cell(clip.path, clip.cell)).hexdigest()
     with clip.path.open("rb") as stream:
         first, size = clip.span or (0, -1)
         stream.seek(first)

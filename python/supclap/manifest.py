@@ -1,11 +1,13 @@
-"""Which clips there are, and their captions: CSV, JSON, JSONL and webdataset tars.
+"""Which clips there are, and their captions: CSV, JSON, JSONL, Parquet and webdataset tars.
 
     CSV    file_name, caption_1, ... caption_k [, lang]     Clotho; rows of one file are joined
            file_name, caption [, lang]                      one caption a row
            file_name, caption, caption_fr, caption_de_1     several languages
            audiocap_id, youtube_id, start_time, caption     AudioCaps as published
+           audio, path, wav or filename for file_name; .tsv: tabs for commas
     JSON   {"data": [{"id" | "audio", "caption" | "caption_1", ..., ["lang"]}]}   WavCaps, ML-CLAP
     JSONL  {"audio": ..., "captions": ["..."] | {"eng": ["..."]} [, "lang": "eng"]}
+    Parquet   a row as a line of JSONL; its audio a name, or {"bytes", "path"} (datasets' Audio)
     tar    KEY.flac beside KEY.json (of JSONL's keys, or "text") or KEY.txt; {000..012} in a name
            stands for all of them
 
@@ -27,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import parquet
 from .errors import UserError
 from .folders import EXTENSIONS, Folders, is_audio
 from .languages import LANGUAGE, caption_language, language_code
@@ -34,6 +37,7 @@ from .tables import TOO_MANY, clean, csv_rows, read_text
 
 SHOWN = 10  # problems of one manifest that an error lists
 FILE_KEYS = ("audio", "file_name", "wav", "path", "id")  # of JSON, the first one counts
+FILE_COLUMNS = ("file_name", "audio", "path", "wav", "filename")  # of CSV
 LANGUAGE_KEYS = ("lang", "language")
 
 
@@ -47,10 +51,11 @@ class Clip:
     languages: tuple[str, ...] = ()  # of each caption
     place: str = ""  # in the manifest, for messages
     span: tuple[int, int] | None = None  # first byte and number of bytes in a tar
+    cell: tuple[str, int, int] | None = None  # column, row group and row in it, of a Parquet file
 
     def __str__(self) -> str:
         """The file and where it is named."""
-        inside = f", {self.name}" if self.span else ""
+        inside = f", {self.name}" if self.span or self.cell else ""
         return f"{self.path}{inside}" + (f" ({self.place})" if self.place else "")
 
 
@@ -62,6 +67,7 @@ class Reading:
     clips: dict[Any, Clip] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unused: dict[str, None] = field(default_factory=dict)  # columns, in their order
+    used: set[str] = field(default_factory=set)  # by another row: this one has a hole there
     folders: Folders = field(default_factory=Folders)
 
     def find(self, stems: list[str], bare: bool = False) -> tuple[str, Path]:
@@ -82,15 +88,16 @@ class Reading:
         file: tuple[str, Path],
         captions: list[tuple[str, str]],
         span: tuple[int, int] | None = None,
+        cell: tuple[str, int, int] | None = None,
     ) -> None:
         """Adds captions and their languages to what the file has from other rows."""
         name, path = file
         texts = tuple(text for text, _ in captions)
         languages = tuple(language for _, language in captions)
-        key = path if span is None else (path, *span)
+        key = (path, span, cell)
         old = self.clips.get(key)
         if old is None:
-            self.clips[key] = Clip(name, path, texts, languages, place, span)
+            self.clips[key] = Clip(name, path, texts, languages, place, span, cell)
         else:
             self.clips[key] = replace(
                 old, captions=old.captions + texts, languages=old.languages + languages
@@ -101,6 +108,7 @@ class Reading:
         captions, keys = captions_of(entry)
         numbered = (key for key in entry if key.startswith("source_lang_"))
         used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered}
+        self.used |= used
         self.unused |= dict.fromkeys(key for key in entry if key and key not in used)
         return captions
 
@@ -115,8 +123,9 @@ def read_csv(reading: Reading) -> None:
     columns, rows = csv_rows(manifest)
     if not columns:
         raise UserError(f"manifest {manifest} is empty: it needs the columns file_name, caption_1")
-    published = "youtube_id" in columns and "file_name" not in columns
-    places = ["youtube_id", "start_time", "audiocap_id"] if published else ["file_name"]
+    file_column = next((name for name in FILE_COLUMNS if name in columns), FILE_COLUMNS[0])
+    published = "youtube_id" in columns and file_column not in columns
+    places = ["youtube_id", "start_time", "audiocap_id"] if published else [file_column]
     texts_of = {name: [row[name] for _, row in rows] for name in columns}
     caption_columns = [name for name in columns if holds_captions(name, texts_of[name])]
     needed = [places[0]]
@@ -303,7 +312,27 @@ def read_tar(reading: Reading) -> None:
             reading.add(f"sample {key}", (audio.name, reading.manifest), captions, span)
 
 
-READERS = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".tar": read_tar}
+def read_parquet(reading: Reading) -> None:
+    """Reads rows; one whose audio is inside has the bytes of a file there."""
+    stored = parquet.opened(reading.manifest)
+    embedded = parquet.audio_column(stored)
+    if embedded is None:
+        rows = (row for _, _, row in parquet.rows_of(stored, None))
+        read_objects(reading, ((f"row {n}", row) for n, row in enumerate(rows, 1)))
+        return
+    for number, (group, index, row) in enumerate(parquet.rows_of(stored, embedded), 1):
+        name = str((row.pop(embedded) or {}).get("path") or f"row-{number}")
+        try:
+            captions, cell = reading.captions_of(row), (embedded, group, index)
+            reading.add(f"row {number}", (name, reading.manifest), captions, cell=cell)
+        except ValueError as error:
+            reading.problems.append(f"row {number} ({name}): {error}")
+
+
+READERS = {
+    ".csv": read_csv, ".tsv": read_csv, ".json": read_json, ".jsonl": read_jsonl,
+    ".tar": read_tar, ".parquet": read_parquet,
+}  # fmt: skip
 
 
 def expand(manifest: Path) -> list[Path]:
@@ -340,7 +369,8 @@ def scan_manifest(manifest: Path) -> tuple[list[Clip], list[str], list[str]]:
     parts = list(readings(manifest))
     clips = [clip for part in parts for clip in part.clips.values()]
     problems = [f"manifest {part.manifest}, {text}" for part in parts for text in part.problems]
-    return clips, problems, list(dict.fromkeys(name for part in parts for name in part.unused))
+    unused = [name for part in parts for name in part.unused if name not in part.used]
+    return clips, problems, list(dict.fromkeys(unused))
 
 
 def read_manifest(manifest: Path) -> list[Clip]:

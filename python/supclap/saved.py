@@ -30,12 +30,13 @@ class Saved:
     files: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of each caption
+    labels: list[str] = field(default_factory=list)  # of each clip, if it has one
     note: dict[str, str] = field(default_factory=dict)  # the run, and what it was selected on
 
-    def described(self) -> dict[str, str]:
-        """What a file says beside its numbers."""
-        lists = {"files": self.files, "captions": self.captions, "languages": self.languages}
-        return {name: json.dumps(x) for name, x in lists.items() if x} | self.note
+    def names(self) -> dict[str, list[str]]:
+        """What the vectors are of."""
+        names = ("files", "captions", "languages", "labels")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def only(self) -> Tensor:
         """The vectors of a file that holds one kind of them."""
@@ -48,7 +49,8 @@ class Saved:
         if path.suffix == ".safetensors":
             tensors = {"audio": self.audio, "text": self.text, "clip_of": self.clip_of}
             held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            write_whole(path, lambda partial: save_file(held, partial, self.described()))
+            note = {name: json.dumps(values) for name, values in self.names().items()} | self.note
+            write_whole(path, lambda partial: save_file(held, partial, note))
             return
         vectors = self.only().numpy()
         if path.suffix == ".npy":
@@ -65,10 +67,7 @@ class Saved:
                 faiss.write_index(index, str(partial))
 
         write_whole(path, write)
-        lists: dict[str, Any] = {
-            "files": self.files, "captions": self.captions, "languages": self.languages,
-        }  # fmt: skip
-        write_json(path.with_suffix(".json"), {k: x for k, x in lists.items() if x} | self.note)
+        write_json(path.with_suffix(".json"), self.names() | self.note)
 
 
 def import_faiss() -> Any:

@@ -12,6 +12,7 @@ from .errors import UserError
 from .files import check_folder_of
 from .folders import EXTENSIONS, is_audio
 from .interface import Embedder
+from .labels import is_labelled, labelled_clips
 from .languages import LANGUAGE
 from .manifest import Clip, read_manifest
 from .model import load_model, selection_note
@@ -40,29 +41,36 @@ def embed(
     language: str = LANGUAGE,
     options: EmbedOptions = DEFAULTS,
 ) -> tuple[Saved, list[str]]:
-    """Writes the unit vectors of a manifest, of a folder of sounds, or of the lines of a .txt.
+    """Writes the unit vectors of a manifest, of labelled clips, of a folder of sounds, or of the
+    lines of a .txt.
 
     `only`: "audio" or "text"; None: what there is. Returns what was written and what could not be
     read.
     """
     check_folder_of(out, "--out")
-    is_text, is_folder = data.suffix.lower() == ".txt", data.is_dir()
-    if only == ("audio" if is_text else "text") and (is_text or is_folder):
+    labelled, is_text = is_labelled(data), data.suffix.lower() == ".txt"
+    is_audio = labelled or data.is_dir()
+    if only == ("audio" if is_text else "text") and (is_text or is_audio):
         raise UserError(f"--only {only}: {data} has none")
-    only = "text" if is_text else "audio" if is_folder else only
+    only = "text" if is_text else "audio" if is_audio else only
     check_ending(out, both=only is None)
-    saved, skipped = Saved(), list[str]()
+    saved, skipped, clips = Saved(), list[str](), list[Clip]()
     if is_text:
         lines = [line.strip() for line in read_text(data).splitlines()]
         saved.captions = [line for line in lines if line]
         saved.languages = [language] * len(saved.captions)
         if not saved.captions:
             raise UserError(f"--data {data}: no line of it has a sentence")
-    clips = [] if is_text else clips_of(data, "--data") if is_folder else read_manifest(data)
+    elif labelled:
+        clips, labels, _ = labelled_clips(data)
+        label_of = {id(clip): label for clip, label in zip(clips, labels, strict=True)}
+    else:
+        clips = clips_of(data, "--data") if data.is_dir() else read_manifest(data)
     model = load_model(run).to(options.device)
     if only != "text":
         saved.audio, clips, skipped = embed_clips(model, clips, data, options)
         saved.files = [clip.name for clip in clips]
+        saved.labels = [label_of[id(clip)] for clip in clips] if labelled else []
     if only != "audio":
         if not is_text:
             saved.captions = [caption for clip in clips for caption in clip.captions]

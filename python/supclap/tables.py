@@ -34,12 +34,13 @@ def clean(text: Any) -> str:
     return cleaned
 
 
-def split_rows(text: str, blanks: bool) -> list[tuple[int, list[str]]]:
+def split_rows(text: str, blanks: bool, delimiter: str) -> list[tuple[int, list[str]]]:
     """Returns the fields of each row of a CSV with the line where it begins. `blanks`: those after
-    a comma are dropped, so that a quote may follow them."""
+    a delimiter are dropped, so that a quote may follow them."""
     csv.field_size_limit(2**31 - 1)  # a long text is no error, and a quote's end may be far
     rows, line = [], 0
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=blanks)
+    stream = io.StringIO(text, newline="")
+    reader = csv.reader(stream, delimiter=delimiter, strict=True, skipinitialspace=blanks)
     try:
         for fields in reader:
             if fields:
@@ -51,14 +52,15 @@ def split_rows(text: str, blanks: bool) -> list[tuple[int, list[str]]]:
 
 
 def csv_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[Any, Any]]]]:
-    """Reads the columns, and the rows with the line where each begins. What a row has beyond the
-    columns is under None. Names may begin with a blank, unless blanks stand before quotes."""
-    text = read_text(path)
-    rows = split_rows(text, blanks=False)
+    """Reads the columns, and the rows with the line where each begins; a .tsv has tabs for commas.
+    What a row has beyond the columns is under None. Names may begin with a blank, unless blanks
+    stand before quotes."""
+    text, delimiter = read_text(path), "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = split_rows(text, False, delimiter)
     if any(
         field != field.lstrip() and field.lstrip()[:1] == '"' for _, row in rows for field in row
     ):
-        rows = split_rows(text, blanks=True)
+        rows = split_rows(text, True, delimiter)
     if not rows:
         return [], []
     columns = [name.strip() for name in rows[0][1]]

@@ -1,13 +1,7 @@
-"""Zero-shot classification: the label whose sentence is nearest to the clip.
-
-folder with meta/esc50.csv                  ESC-50: filename, fold, category
-folder with metadata/UrbanSound8K.csv       UrbanSound8K: slice_file_name, fold, class
-any CSV                                     file_name, label [, fold]
-"""
+"""Zero-shot classification: the label whose sentence is nearest to the clip."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +10,15 @@ from torch import Tensor
 
 from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_text
 from .errors import UserError
-from .folders import Folders
+from .labels import labelled_clips
 from .languages import LANGUAGE
-from .manifest import Clip
 from .model import load_model, selection_note
-from .tables import TOO_MANY, clean, csv_rows
 
 TEMPLATE = "This is a sound of {label}"
 RULE = (
     "a clip is right if its label's sentence scores higher than every other label's (a tie is "
     "wrong); with several templates a label is the mean of its sentences' unit vectors"
 )
-
-
-def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
-    """Returns the clips, and the label and the fold of each."""
-    layouts = (
-        (data / "meta/esc50.csv", "filename", "category", "audio/{name}"),
-        (data / "metadata/UrbanSound8K.csv", "slice_file_name", "class", "audio/fold{fold}/{name}"),
-    )
-    present = [layout for layout in layouts if layout[0].is_file()]
-    if data.is_dir() and not present:
-        raise UserError(
-            f"{data} is neither ESC-50 (meta/esc50.csv) nor UrbanSound8K "
-            "(metadata/UrbanSound8K.csv); pass a CSV with the columns file_name, label"
-        )
-    table, file_column, label_column, pattern = (
-        present[0] if present else (data, "file_name", "label", "")
-    )
-    try:
-        columns, rows = csv_rows(table)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {table}") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"cannot read {table}: {error}") from error
-    for name in (file_column, label_column):
-        if name not in columns:
-            raise UserError(f"{table} has no column {name!r}; it has {', '.join(columns)}")
-    if not rows:
-        raise UserError(f"{table} has a header and no clip")
-    base, places = (data, [pattern]) if pattern else (table.parent, ["{name}", "audio/{name}"])
-    clips, labels, folds, folders = [], [], [], Folders()
-    for line, row in rows:
-        written = row[file_column] or ""
-        name = written.strip()
-        try:
-            label, fold = clean(row[label_column]), clean(row.get("fold"))
-        except ValueError as error:
-            raise UserError(f"{table}, line {line} ({name}): {error}") from None
-        if None in row:
-            raise UserError(f"{table}, line {line} ({name}): {TOO_MANY}")
-        if not name or not label:
-            missing = file_column if not name else label_column
-            raise UserError(f"{table}, line {line}: {missing} is empty")
-        tried = [folders.locate(base, place.format(name=written, fold=fold)) for place in places]
-        path = next((path for path in tried if path), base / places[0].format(name=name, fold=fold))
-        clips.append(Clip(name, path, (), (), f"line {line}"))
-        labels.append(label.replace("_", " "))
-        folds.append(fold)
-    return clips, labels, folds
 
 
 def class_vectors(model: Any, labels: list[str], templates: list[str], language: str) -> Tensor:

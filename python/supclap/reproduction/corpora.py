@@ -86,8 +86,8 @@ def manifest_of(folder: Path, split: str) -> Path:
 
 def line_of(clip: Clip) -> str:
     """A clip as a line of JSONL, wherever it is."""
-    if clip.span is not None:
-        raise UserError(f"--real takes files, not clips in a tar: {clip}")
+    if clip.span is not None or clip.cell is not None:
+        raise UserError(f"--real takes files, not clips inside of one: {clip}")
     captions = defaultdict(list)
     for caption, language in zip(clip.captions, clip.languages, strict=True):
         captions[language].append(caption)

@@ -1,0 +1,64 @@
+"""Parquet files as the Hugging Face hub has them: captions beside the bytes of audio files."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def opened(path: Path) -> Any:
+    """Opens a file; reads nothing of it but its schema."""
+    try:
+        pyarrow = importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise UserError("a .parquet file needs `pip install 'supclap-kernels[parquet]'`") from None
+    try:
+        return pyarrow.ParquetFile(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of a class of its own
+        raise ValueError(f"no Parquet file: {error}") from error
+
+
+def audio_column(stored: Any) -> str | None:
+    """Returns the column that holds files, as `datasets` writes it: a struct with bytes."""
+    for column in stored.schema_arrow:
+        if hasattr(column.type, "fields") and "bytes" in {part.name for part in column.type}:
+            return str(column.name)
+    return None
+
+
+def rows_of(stored: Any, embedded: str | None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields row group, row in it, and the row, without the bytes of the column `embedded`."""
+    columns = []
+    for column in stored.schema_arrow:
+        parts = [column.name]
+        if column.name == embedded:
+            parts = [f"{column.name}.{part.name}" for part in column.type if part.name != "bytes"]
+        columns += parts
+    for group in range(stored.num_row_groups):
+        rows = stored.read_row_group(group, columns=columns, use_threads=False).to_pylist()
+        for index, row in enumerate(rows):
+            yield group, index, {embedded: None, **row} if embedded else row
+
+
+@lru_cache(maxsize=2)
+def group_of(path: str, version: int, column: str, group: int) -> Any:
+    """The bytes of a row group; the neighbours of a clip are mostly asked for next."""
+    stored = opened(Path(path))
+    table = stored.read_row_group(group, columns=[f"{column}.bytes"], use_threads=False)
+    return table.column(column).combine_chunks().field("bytes")
+
+
+def read_cell(path: Path, cell: tuple[str, int, int]) -> bytes:
+    """Returns the bytes of the audio file in a row."""
+    column, group, index = cell
+    value = group_of(str(path), path.stat().st_mtime_ns, column, group)[index].as_py()
+    if not value:
+        raise UserError("the row has no audio")
+    return bytes(value)
