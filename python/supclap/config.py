@@ -37,7 +37,7 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed must be in [0, 2**63), got {seed}")
 
 
-ENCODERS = "or hf:NAME or hf:FOLDER, a model of transformers"
+ENCODERS = "or hf:NAME or hf:FOLDER, a model of transformers, or py:MODULE:NAME"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Encoders of the Hugging Face hub, by name or from a folder: CED, CLAP, SONAR, any text encoder.
+"""Encoders of the Hugging Face hub, by name or from a folder: CED, CLAP, SONAR, any text encoder;
+other audio encoders are in hub_audio.py.
 
 A run keeps what it needs to load again (settings, tokenizer) in its own folder, without weights:
 `RUN/audio_encoder`, `RUN/text_encoder`.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .ced import CED, SIZES, translate
 from .errors import UserError
+from .hub_audio import FRAMES, WAVES, HubAudio
 from .languages import language_code
 from .layers import masked_mean
 
@@ -136,11 +138,39 @@ class PublishedCED(CED):
         (folder / "config.json").write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
+POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
+
+
+def pooling_of(folder: Path, option: str) -> str:
+    """Returns how sentence-transformers pools the states of a model: mean, cls or lasttoken; the
+    mean where nothing says so."""
+    if not (folder / POOLING).is_file():
+        return "mean"
+    settings = json.loads((folder / POOLING).read_text(encoding="utf-8"))
+    modes = [settings.get("pooling_mode")]
+    if not modes[0]:
+        names = [key.removeprefix("pooling_mode_") for key, on in settings.items() if on is True]
+        modes = [name.removesuffix("s").removesuffix("_token") for name in names]
+        modes = [mode for mode in modes if mode != "include_prompt"]
+    if modes not in (["mean"], ["cls"], ["lasttoken"]):
+        raise UserError(f"{option} hf:{folder}: pooling {modes}; known are mean, cls, lasttoken")
+    return str(modes[0])
+
+
+def prompt_of(folder: Path) -> str:
+    """Returns what stands before every sentence, where the folder says so."""
+    if not (folder / PROMPTS).is_file():
+        return ""
+    settings = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    name = settings.get("default_prompt_name")
+    return str((settings.get("prompts") or {}).get(name) or "")
+
+
 class Tokenizer:
     """Makes token ids and masks of captions, by their languages where the model has them."""
 
-    def __init__(self, tokenizer: Any, most: int) -> None:
-        self.tokenizer, self.most = tokenizer, most
+    def __init__(self, tokenizer: Any, most: int, prompt: str = "") -> None:
+        self.tokenizer, self.most, self.prompt = tokenizer, most, prompt
         self.languages = self.known() if hasattr(tokenizer, "src_lang") else []
 
     def known(self) -> list[str]:
@@ -171,7 +201,8 @@ class Tokenizer:
         for caption, language in zip(captions, languages, strict=True):
             if self.languages:
                 self.tokenizer.src_lang = self.code(language)
-            rows.append(self.tokenizer(caption, truncation=True, max_length=self.most)["input_ids"])
+            text = self.prompt + caption
+            rows.append(self.tokenizer(text, truncation=True, max_length=self.most)["input_ids"])
         ids = [torch.tensor(row) for row in rows]
         mask = [torch.ones_like(row) for row in ids]
         pad, padding = torch.nn.utils.rnn.pad_sequence, self.tokenizer.pad_token_id or 0
@@ -179,7 +210,8 @@ class Tokenizer:
 
 
 class PublishedText(nn.Module):
-    """CLAP's text tower with its projection, or the mean of any text encoder's last states."""
+    """CLAP's text tower with its projection, or any text encoder's last states, pooled as its
+    folder says."""
 
     def __init__(self, folder: Path, weights: bool, option: str) -> None:
         from transformers import AutoModel, AutoTokenizer, ClapTextModelWithProjection
@@ -212,7 +244,10 @@ class PublishedText(nn.Module):
         except (OSError, ValueError) as error:
             raise UserError(f"{option} hf:{folder}: cannot load its tokenizer: {error}") from error
         most = min(int(getattr(config, "max_position_embeddings", 512)) - 2, 512)
-        self.tokenizer = Tokenizer(self.files, most)
+        self.tokenizer = Tokenizer(self.files, most, prompt_of(folder))
+        self.pooling = pooling_of(folder, option)
+        names = [name for name in (POOLING, PROMPTS) if (folder / name).is_file()]
+        self.said = {name: (folder / name).read_text(encoding="utf-8") for name in names}
 
     def lengths_of(self, ids: Tensor, mask: Tensor) -> Tensor:
         return mask.sum(dim=1)
@@ -222,22 +257,32 @@ class PublishedText(nn.Module):
         output = self.model(input_ids=ids, attention_mask=mask)
         if self.projects:
             return output.text_embeds
-        return masked_mean(output.last_hidden_state, mask)
+        states = output.last_hidden_state
+        if self.pooling == "mean":
+            return masked_mean(states, mask)
+        last = mask.sum(dim=1) - 1 if self.pooling == "lasttoken" else mask.new_zeros(len(mask))
+        return states[torch.arange(len(states), device=states.device), last]
 
     def keep(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)
         self.files.save_pretrained(folder)
+        for name, text in self.said.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encoder") -> nn.Module:
-    """Builds CED or CLAP from the hub or a folder."""
+    """Builds an audio encoder from the hub or a folder."""
     folder = fetch(name, option, weights)
     kind = settings_of(folder, option).get("model_type")
     if kind == "ced":
         return PublishedCED(folder, weights, option)
     if kind in ("clap", "clap_audio_model"):
         return ClapAudio(folder, weights, option)
-    raise UserError(f"{option} hf:{name}: model type {kind!r}; known are ced and clap")
+    if kind in (*WAVES, *FRAMES):
+        return HubAudio(folder, weights, option, str(kind))
+    known = ", ".join(("ced", "clap", *FRAMES, *WAVES))
+    raise UserError(f"{option} hf:{name}: model type {kind!r}; known are {known}")
 
 
 def text_encoder(name: str, weights: bool = True, option: str = "--text-encoder") -> nn.Module:

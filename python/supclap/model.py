@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,16 @@ def evaluating(model: nn.Module, inference: bool = True) -> Iterator[None]:
             module.training = training
 
 
+def build_own(name: str, option: str) -> Any:
+    """Calls what builds an encoder of the user's own: py:MODULE:NAME (examples/own_encoder.py)."""
+    module, _, function = name[3:].partition(":")
+    sys.path[:0] = [""] * ("" not in sys.path)  # a module beside the user, whatever started us
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{option} {name}: {error}") from error
+
+
 def build_encoder(name: str, config: ModelConfig, kind: str, run: Path | None) -> Any:
     """Builds an encoder; `kind`: audio or text. One from a run's own folder has no weights yet: the
     checkpoint has them."""
@@ -72,9 +84,12 @@ def build_encoder(name: str, config: ModelConfig, kind: str, run: Path | None) -
         return builtin.AudioEncoder(config) if kind == "audio" else builtin.TextEncoder(config)
     if kind == "audio" and name.removeprefix("ced-") in SIZES:
         return CED(*SIZES[name.removeprefix("ced-")])
+    if name.startswith("py:"):
+        return build_own(name, option)
     if not name.startswith("hf:"):
-        sizes = [f"ced-{size}, " for size in SIZES] if kind == "audio" else []
-        raise UserError(f"{option} {name}: known are builtin, {''.join(sizes)}hf:NAME, hf:FOLDER")
+        known = ["builtin", *(f"ced-{size}" for size in SIZES if kind == "audio")]
+        known += ["hf:NAME", "hf:FOLDER", "py:MODULE:NAME"]
+        raise UserError(f"{option} {name}: known are {', '.join(known)}")
     from . import hub
 
     build = hub.audio_encoder if kind == "audio" else hub.text_encoder

@@ -290,7 +290,7 @@ def test_a_model_that_cannot_be_had_is_explained(manifest, tmp_path, monkeypatch
     assert "pass its folder: --text-encoder hf:/path/to/it" in message
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for name, expected in (
-        (f"hf:{tmp_path}", "model type 'bert'; known are ced and clap"),
+        (f"hf:{tmp_path}", "model type 'bert'; known are ced, clap"),
         ("wav2vec", "--audio-encoder wav2vec: known are builtin"),
     ):
         assert main([*arguments, "--audio-encoder", name]) == 2
