@@ -34,6 +34,7 @@ class Progress:
     epoch: int = 1  # the epoch to go on in
     batch: int = 0  # its batches done
     best: float = -1.0  # mean R@1 of the checkpoint on the manifest that selects
+    since: int = 0  # validations since then
     saved: str = "no checkpoint"  # which one is in model.safetensors
 
 

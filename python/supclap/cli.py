@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
         if missing == __package__:
             raise
         extra = {"transformers": "hub", "huggingface_hub": "hub"}
-        extra |= {name: name for name in ("tensorboard", "wandb")}
+        extra |= {name: name for name in ("tensorboard", "wandb", "peft")}
         print(
             f"supclap: {error.name} is not installed; "
             f"pip install 'supclap-kernels[{extra.get(missing, 'train')}]'",

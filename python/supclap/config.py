@@ -51,6 +51,7 @@ class ModelConfig:
         "auto", "after each encoder; auto: none after CLAP's", "auto", "mlp", "none"
     )
     dropout: float = setting(0.0, "share of the head's hidden units dropped in training")
+    lora: int = setting(0, "rank of adapters in hub encoders, whose own weights stay (peft)")
     width: int = setting(128, "builtin: channels of the transformers")
     heads: int = setting(4, "builtin: attention heads")
     audio_layers: int = setting(2, "builtin: transformer layers for audio")
@@ -63,8 +64,9 @@ class ModelConfig:
         for name in ("width", "heads", "embed_dim", "patch_frames", "max_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} must be at least 1")
-        if min(self.audio_layers, self.text_layers) < 0:
-            raise UserError("--audio-layers and --text-layers must not be negative")
+        for name in ("audio_layers", "text_layers", "lora"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag(name)} must not be negative")
         if self.width % (2 * self.heads):
             raise UserError(
                 f"--width must be a multiple of 2 * --heads, got {self.width} and {self.heads}"
@@ -131,9 +133,12 @@ class TrainConfig:
     text_lr: float | None = setting(None, "of the text encoder, if another")
     radius_lr: float | None = setting(None, "of the radius, if another")
     freeze: str = setting("none", "encoders that stay as they are", "none", "audio", "text", "both")
+    train_last: int | None = setting(None, "train so many last layers of each encoder, no others")
     weight_decay: float = setting(0.01, "of AdamW")
     schedule: str = setting("cosine", "after the warm-up", "cosine", "constant")
     warmup: float = setting(0.05, "share of the steps for linear warm-up")
+    ema: float = setting(0.0, "decay of an average of the weights, which is kept; 0: none")
+    patience: int | None = setting(None, "validations without a better one that end training")
     clip_grad: float = setting(1.0, "largest gradient norm; 0: any")
     precision: str = setting("fp32", "bf16: encoders under autocast", "fp32", "bf16")
     seed: int = setting(0, "of the weights, the order of the pairs and the crops")
@@ -155,10 +160,10 @@ class TrainConfig:
             if kind_of(setting) is Path and isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
         every = ("validate_every", "checkpoint_every", "diagnose_every")
-        counts = ("epochs", "batch_size", "micro_batch_size", *every, "threads")
-        self.check(counts, lambda count: count >= 1, "be at least 1")
+        counts = ("epochs", "batch_size", "micro_batch_size", "threads", "train_last", "patience")
+        self.check((*counts, *every), lambda count: count >= 1, "be at least 1")
         check_seed(self.seed)
-        self.check(("warmup",), lambda share: 0 <= share < 1, "be in [0, 1)")
+        self.check(("warmup", "ema"), lambda share: 0 <= share < 1, "be in [0, 1)")
         sizes = ("weight_decay", "clip_grad", "workers")
         self.check(sizes, lambda size: 0 <= size < math.inf, "not be negative")
         rates = ("lr", "tau", "audio_lr", "text_lr", "radius_lr")
@@ -167,6 +172,8 @@ class TrainConfig:
             value = getattr(self if name in TRAIN else self.model, name)
             if value not in choices:
                 raise UserError(f"{flag(name)} must be one of {choices}, got {value!r}")
+        if self.patience is not None and self.selection is None:
+            raise UserError("--patience needs --val: nothing says when a run is better")
         if (self.select_on == "test") != (self.test is not None):
             raise UserError(
                 "--select-on test needs --test MANIFEST, and --test is for nothing else"

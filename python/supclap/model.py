@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import builtin
+from .adapt import add_adapters
 from .ced import CED, SIZES
 from .config import ModelConfig, read_config
 from .errors import UserError
@@ -108,6 +109,8 @@ class SupclapModel(nn.Module):
             build_encoder(name, config, kind, run)
             for kind, name in (("audio", config.audio_encoder), ("text", config.text_encoder))
         ]
+        if config.lora and not sum(add_adapters(encoder, config.lora) for encoder in encoders):
+            raise UserError("--lora needs an encoder of the hub: neither has adapters")
         projected = all(encoder.projects for encoder in encoders)
         bare = config.head == "none" or (config.head == "auto" and projected)
         widths = [encoder.width for encoder in encoders]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from supclap_kernels import DynamicRadius, SVRLoss
 
@@ -78,6 +80,11 @@ class Run:
         self.total_steps = config.epochs * self.epoch_steps
 
         self.parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
+        self.average: AveragedModel | None = None
+        if config.ema:
+            mean = get_ema_multi_avg_fn(config.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=mean)
+            self.parts["average"] = self.average
         self.progress = Progress()
         self.reversed_steps, self.told = 0, False
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
@@ -95,6 +102,17 @@ class Run:
         )  # fmt: skip
 
     # ------------------------------------------------------------------------- what it is made of
+
+    @property
+    def shown(self) -> SupclapModel:
+        """The model that is validated and kept: the averaged one, if there is one."""
+        return self.model if self.average is None else cast(SupclapModel, self.average.module)
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many validations found nothing better that training ends."""
+        patience = self.config.patience
+        return patience is not None and self.progress.since >= patience
 
     def say(self, text: str) -> None:
         if self.first:
@@ -163,6 +181,7 @@ class Run:
         if self.resume:
             self.progress = load_state(folder, self.parts, self.corpora, self.ranks, self.device)
             epoch = self.progress.epoch
+            self.progress.since *= not self.extended
             if epochs < epoch - (0 if self.progress.batch else 1):
                 raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
         elif self.first:
@@ -236,6 +255,8 @@ class Run:
                 f"--lr ({progress.saved} is in {self.folder})"
             )
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         if config.learn_tau:
             with torch.no_grad():
                 self.model.log_scale.clamp_(max=MAX_LOG_SCALE)
@@ -286,13 +307,14 @@ class Run:
         if self.held_out is None:
             return ""
         progress, on_test = self.progress, self.config.select_on == "test"
-        metrics = evaluate_corpus(self.model, self.held_out, workers=self.config.workers)
+        metrics = evaluate_corpus(self.shown, self.held_out, workers=self.config.workers)
         mark = {"selected_on": "test"} if on_test else {}
         place = {"epoch": progress.epoch, "step": progress.step}
         self.logs.append("val", {**place, **mark, **metrics})
         recall = mean_recall(metrics)
+        progress.since += 1
         if recall > progress.best:
-            progress.best = recall
+            progress.best, progress.since = recall, 0
             where = "--test, the test set" if on_test else "--val"
             when = f"step {progress.step}"
             if progress.batch == self.epoch_steps:
@@ -307,7 +329,7 @@ class Run:
         self.progress.saved = f"the checkpoint after {when}"
         chosen_by = self.config.select_on if self.config.selection else "nothing: the last"
         note = {"selected_on": chosen_by, "step": str(self.progress.step)}
-        save_model(self.folder / WEIGHTS, self.model, note, self.criterion)
+        save_model(self.folder / WEIGHTS, self.shown, note, self.criterion)
 
     def checkpoint(self) -> None:
         """Writes all that is needed to go on; without a validation so far the model as well."""
@@ -343,6 +365,8 @@ class Run:
             write_json(self.folder / FINISHED, summary | {"model": self.progress.saved})
             (self.folder / STATE).replace(self.folder / LAST)
         self.ranks.close()
+        if self.enough:
+            self.say(f"ended: {self.progress.since} validations found nothing better")
         self.say(f"{self.progress.saved} is in {self.folder}")
 
 

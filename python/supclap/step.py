@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss, cached_step
 
+from .adapt import choose_trained
 from .batches import Batch
 from .clock import Clock
 from .config import TrainConfig
@@ -54,8 +55,7 @@ def build_optimizer(
     biases, temperature or radius; each group has its own peak learning rate, `peak`."""
     model.log_scale.requires_grad_(config.learn_tau)
     model.logit_bias.requires_grad_(config.loss == "siglip")
-    for name in ("audio", "text"):
-        getattr(model, name).encoder.requires_grad_(name not in config.frozen)
+    choose_trained(config, {"audio": model.audio.encoder, "text": model.text.encoder})
     rates = {
         "audio.encoder.": config.audio_lr, "text.encoder.": config.text_lr,
         "radius.": config.radius_lr,

@@ -44,7 +44,7 @@ def train(
     run = Run(config, resume, build)
     with run.bar, contextlib.closing(run.logs), stop_asked() as stop:
         run.begin()
-        while run.progress.epoch <= config.epochs:
+        while run.progress.epoch <= config.epochs and not run.ranks.any(run.enough):
             train_epoch(run, stop)
             if run.ranks.any(stop.is_set()) and run.progress.epoch <= config.epochs:
                 raise run.interruption()
@@ -68,7 +68,7 @@ def train_epoch(run: Run, stop: threading.Event) -> None:
         validated = validation and config.selection is not None
         if stopped or validated or is_due(config.checkpoint_every, progress.step):
             run.checkpoint()  # after a validation, which may have written the model
-        if stopped:
+        if stopped or (validated and run.ranks.any(run.enough)):
             return
 
     run.tell()
