@@ -4,6 +4,7 @@ encoders of one's own; tiny random ones, saved as the hub has them."""
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +214,21 @@ class Loudness(torch.nn.Module):
 def build():
     return Loudness()
 """
+
+
+def test_the_example_of_ones_own(manifest, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2] / "examples")
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x != ""])
+    model = ModelConfig(audio_encoder="py:own_encoder:build", width=32, heads=2, embed_dim=16)
+    run = train(settings(manifest, tmp_path / "run", model=model, epochs=8, lr=1e-2))
+    losses = [line["loss"] for line in log_of(run)]
+    assert losses[-1] < losses[0]
+    encoder = load_model(run).audio.encoder
+    waves = [torch.randn(n, 1) for n in (100, 400, 3_000, 16_000)]
+    with torch.no_grad():
+        together = encoder(*pad_features(waves))
+        for wave, row in zip(waves, together, strict=True):
+            assert close(encoder(*pad_features([wave]))[0], row, 1e-5)
 
 
 def test_an_encoder_of_ones_own(manifest, tmp_path, monkeypatch):

@@ -151,7 +151,10 @@ def test_labelled_clips_are_described(labelled, manifest, tmp_path, capsys):
     table = manifest.with_name("labels.tsv")
     table.write_text("file_name\tlabel\ndog.wav\tdog\nrain.wav\train\n")
     assert is_labelled(labelled) and is_labelled(table)
-    for other in (manifest, manifest.parent, tmp_path / "none.csv"):
+    both, neither = manifest.with_name("both.csv"), manifest.with_name("neither.csv")
+    both.write_text("file_name,caption,label\ndog.wav,a dog,dog\n")
+    neither.write_text("file_name,number\ndog.wav,1\n")
+    for other in (manifest, manifest.parent, tmp_path / "none.csv", both, neither):
         assert not is_labelled(other)
     assert main(["check", str(labelled)]) == 0
     printed = capsys.readouterr().out
