@@ -72,6 +72,15 @@ def build(model_class: Any, folder: Path, weights: bool, option: str) -> Any:
         logging.set_verbosity(verbosity)
 
 
+def any_model(folder: Path, weights: bool, option: str) -> Any:
+    """Builds whatever model of transformers a folder holds."""
+    from transformers import AutoConfig, AutoModel
+
+    if weights:
+        return build(AutoModel, folder, weights, option)
+    return AutoModel.from_config(AutoConfig.from_pretrained(folder))
+
+
 class ClapFrontEnd:
     """CLAP's own features, without its random crop: clips come cut."""
 
@@ -214,7 +223,7 @@ class PublishedText(nn.Module):
     folder says."""
 
     def __init__(self, folder: Path, weights: bool, option: str) -> None:
-        from transformers import AutoModel, AutoTokenizer, ClapTextModelWithProjection
+        from transformers import AutoTokenizer, ClapTextModelWithProjection
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
         super().__init__()
@@ -229,12 +238,8 @@ class PublishedText(nn.Module):
             self.model = build(M2M100Encoder, folder, weights, option)
         elif self.projects:
             self.model = build(ClapTextModelWithProjection, folder, weights, option)
-        elif weights:
-            self.model = build(AutoModel, folder, weights, option)
         else:
-            from transformers import AutoConfig
-
-            self.model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+            self.model = any_model(folder, weights, option)
         config = self.model.config
         if config.is_encoder_decoder and hasattr(self.model, "get_encoder"):
             self.model = self.model.get_encoder()
@@ -280,7 +285,7 @@ def audio_encoder(name: str, weights: bool = True, option: str = "--audio-encode
     if kind in ("clap", "clap_audio_model"):
         return ClapAudio(folder, weights, option)
     if kind in (*WAVES, *FRAMES):
-        return HubAudio(folder, weights, option, str(kind))
+        return HubAudio(any_model(folder, weights, option), folder, option, str(kind))
     known = ", ".join(("ced", "clap", *FRAMES, *WAVES))
     raise UserError(f"{option} hf:{name}: model type {kind!r}; known are {known}")
 

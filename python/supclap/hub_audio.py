@@ -49,28 +49,25 @@ class HubAudio(nn.Module):
 
     projects = False
 
-    def __init__(self, folder: Path, weights: bool, option: str, kind: str) -> None:
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
-
-        from .hub import build
+    def __init__(self, model: Any, folder: Path, option: str, kind: str) -> None:
+        from transformers import AutoFeatureExtractor
 
         super().__init__()
-        self.kind, config = kind, AutoConfig.from_pretrained(folder)
-        model = build(AutoModel, folder, True, option) if weights else AutoModel.from_config(config)
+        self.kind, self.config = kind, model.config
         self.model = model.encoder if kind == "whisper" else model
         try:
             extractor = AutoFeatureExtractor.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise UserError(f"{option} hf:{folder}: cannot load its extractor: {error}") from error
-        self.config = config
         self.front_end = Extractor(extractor, by_time=kind != "whisper")
-        self.frames = {"whisper": 2 * getattr(config, "max_source_positions", 0)}.get(
-            kind, getattr(config, "max_length", 0)
-        )
+        if kind == "whisper":
+            self.frames, self.width = 2 * model.config.max_source_positions, model.config.d_model
+        else:
+            frames = getattr(model.config, "max_length", 0)
+            self.frames, self.width = frames, model.config.hidden_size
         self.shortest = 1  # samples of a clip of which the convolutions leave something
         while kind in WAVES and self.model._get_feat_extract_output_lengths(self.shortest) < 1:
             self.shortest *= 2
-        self.width = int(config.d_model if kind == "whisper" else config.hidden_size)
 
     def whole(self, features: Tensor, lengths: Tensor) -> Tensor:
         """[B, frames, M]: with the frames that were left out, which equal the last one."""
