@@ -17,7 +17,7 @@ from .audio import FrontEnd
 from .files import write_whole
 from .manifest import Clip
 
-VERSION = 3  # changes with what is found wrong with a file
+VERSION = 3  # changes with how a file is read
 
 
 class Decoded(NamedTuple):
@@ -60,10 +60,13 @@ class FeatureCache:
         return found
 
     def add(self, decoded: dict[str, Decoded]) -> None:
-        """Keeps clips, in a file of their own."""
-        notes = {key: (clip.longer, clip.problem) for key, clip in decoded.items()}
+        """Keeps clips, in a file of their own; not those that could not be read, which may be next
+        time."""
         tensors = {key: x.features for key, x in decoded.items() if x.features is not None}
-        path = self.folder / f"{self.name}-{digest(sorted(decoded))}.safetensors"
+        if not tensors:
+            return
+        notes = {key: decoded[key].longer for key in tensors}
+        path = self.folder / f"{self.name}-{digest(sorted(tensors))}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda partial: save_file(tensors, partial, {"said": json.dumps(notes)}))
 
@@ -76,7 +79,6 @@ def entries(path: Path, wanted: set[str]) -> Iterator[tuple[str, Decoded]]:
         with safe_open(path, "pt") as stored:
             notes = json.loads(stored.metadata()["said"])
             for key in notes.keys() & wanted:
-                longer, problem = notes[key]
-                yield key, Decoded(None if problem else stored.get_tensor(key), longer, problem)
+                yield key, Decoded(stored.get_tensor(key), notes[key], "")
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
         return

@@ -27,7 +27,9 @@ def examine_clip(clip: Clip) -> tuple[float, int] | str:
 def check_splits(manifests: list[Path]) -> list[str]:
     """Returns a line for each clip of a later manifest that the first one knows: by its sound, or
     by its sentence."""
-    training, *others = map(read_manifest, manifests)
+    training, *others = (
+        labelled_clips(path)[0] if is_labelled(path) else read_manifest(path) for path in manifests
+    )
     return [
         f"{manifest}: {line}"
         for manifest, clips in zip(manifests[1:], others, strict=True)

@@ -172,6 +172,8 @@ class TrainConfig:
             value = getattr(self if name in TRAIN else self.model, name)
             if value not in choices:
                 raise UserError(f"{flag(name)} must be one of {choices}, got {value!r}")
+        if self.train_last is not None and self.model.lora:
+            raise UserError("--train-last and --lora are two ways: drop one")
         if self.patience is not None and self.selection is None:
             raise UserError("--patience needs --val: nothing says when a run is better")
         if (self.select_on == "test") != (self.test is not None):

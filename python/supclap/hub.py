@@ -78,7 +78,7 @@ def any_model(folder: Path, weights: bool, option: str) -> Any:
 
     if weights:
         return build(AutoModel, folder, weights, option)
-    return AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    return AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 class ClapFrontEnd:

@@ -30,11 +30,16 @@ class Extractor:
     def __init__(self, extractor: Any, by_time: bool) -> None:
         self.extractor, self.by_time = extractor, by_time
         self.sample_rate = int(extractor.sampling_rate)
-        self.seconds = float(getattr(extractor, "chunk_length", SECONDS))
+        self.seconds = SECONDS
+        if hasattr(extractor, "chunk_length"):
+            self.seconds = float(extractor.chunk_length)
+        elif hasattr(extractor, "max_length"):  # AST: in frames of 10 ms
+            self.seconds = extractor.max_length / 100
         self.key = f"hub {json.dumps(extractor.to_dict(), sort_keys=True, default=str)}"
 
     def __call__(self, wave: np.ndarray) -> Tensor:
         """[S] -> [F, M], or [S, 1] of a model that hears waves."""
+        wave = np.pad(wave, (0, max(0, self.sample_rate // 20 - len(wave))))  # of one window
         batch = self.extractor(wave, sampling_rate=self.sample_rate, return_tensors="pt")
         features: Tensor = next(iter(batch.values()))[0]
         if features.ndim == 1:
@@ -61,6 +66,7 @@ class HubAudio(nn.Module):
             raise UserError(f"{option} hf:{folder}: cannot load its extractor: {error}") from error
         self.front_end = Extractor(extractor, by_time=kind != "whisper")
         if kind == "whisper":
+            self.model.embed_positions.requires_grad_(False)  # sines
             self.frames, self.width = 2 * model.config.max_source_positions, model.config.d_model
         else:
             frames = getattr(model.config, "max_length", 0)

@@ -66,7 +66,8 @@ class Embedder:
             clips = [Clip(str(path), path, ()) for path in paths]
             if not clips:
                 return torch.empty(0, self.width)
-            return embed_clips(self.model, clips, Path("the list"), self.options)[0]
+            options = replace(self.options, skip_bad_audio=False)  # a row for each
+            return embed_clips(self.model, clips, Path("the list"), options)[0]
         if sample_rate is None:
             raise TypeError("arrays of samples need their sample_rate, in Hz")
         features = [self.features(sound, sample_rate) for sound in sounds]
@@ -127,7 +128,8 @@ def samples_of(sound: Any) -> np.ndarray:
     if wave.ndim not in (1, 2) or (wave.ndim == 2 and wave.shape[0] < wave.shape[1]):
         raise ValueError(f"samples are [S] or [S, channels], got an array of shape {wave.shape}")
     if np.issubdtype(wave.dtype, np.integer):
-        wave = wave / -float(np.iinfo(wave.dtype).min or -1)
+        low, high = np.iinfo(wave.dtype).min, np.iinfo(wave.dtype).max
+        wave = (wave - (low + high + 1) / 2) / ((high - low + 1) / 2)
     wave = wave.astype(np.float32)
     wave = wave[:, None] if wave.ndim == 1 else wave
     check_samples(wave)

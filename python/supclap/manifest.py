@@ -320,10 +320,12 @@ def read_parquet(reading: Reading) -> None:
         rows = (row for _, _, row in parquet.rows_of(stored, None))
         read_objects(reading, ((f"row {n}", row) for n, row in enumerate(rows, 1)))
         return
+    known: dict[str, list[parquet.Cell]] = {}
     for number, (group, index, row) in enumerate(parquet.rows_of(stored, embedded), 1):
         name = str((row.pop(embedded) or {}).get("path") or f"row-{number}")
+        cell = parquet.first_alike(reading.manifest, (embedded, group, index), known, name)
         try:
-            captions, cell = reading.captions_of(row), (embedded, group, index)
+            captions = reading.captions_of(row)
             reading.add(f"row {number}", (name, reading.manifest), captions, cell=cell)
         except ValueError as error:
             reading.problems.append(f"row {number} ({name}): {error}")

@@ -109,8 +109,12 @@ class SupclapModel(nn.Module):
             build_encoder(name, config, kind, run)
             for kind, name in (("audio", config.audio_encoder), ("text", config.text_encoder))
         ]
-        if config.lora and not sum(add_adapters(encoder, config.lora) for encoder in encoders):
-            raise UserError("--lora needs an encoder of the hub: neither has adapters")
+        names = (config.audio_encoder, config.text_encoder)
+        if config.lora and not any(name.startswith("hf:") for name in names):
+            raise UserError("--lora needs an encoder of the hub, hf:NAME or hf:FOLDER")
+        for name, encoder in zip(names, encoders, strict=True):
+            if config.lora and name.startswith("hf:"):
+                add_adapters(encoder, config.lora)
         projected = all(encoder.projects for encoder in encoders)
         bare = config.head == "none" or (config.head == "auto" and projected)
         widths = [encoder.width for encoder in encoders]

@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import UserError
 
+Cell = tuple[str, int, int]
+"""Column, row group, and row in it."""
+
 
 def opened(path: Path) -> Any:
     """Opens a file; reads nothing of it but its schema."""
@@ -55,10 +58,32 @@ def group_of(path: str, version: int, column: str, group: int) -> Any:
     return table.column(column).combine_chunks().field("bytes")
 
 
-def read_cell(path: Path, cell: tuple[str, int, int]) -> bytes:
-    """Returns the bytes of the audio file in a row."""
+def bytes_of(path: Path, cell: Cell) -> bytes:
+    """Returns the bytes of the audio file in a row, b"" if there are none."""
     column, group, index = cell
-    value = group_of(str(path), path.stat().st_mtime_ns, column, group)[index].as_py()
+    try:
+        value = group_of(str(path), path.stat().st_mtime_ns, column, group)[index].as_py()
+    except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
+        raise UserError(f"the row cannot be read: {error}") from error
+    return bytes(value or b"")
+
+
+def read_cell(path: Path, cell: Cell) -> bytes:
+    """Returns the bytes of the audio file in a row; a UserError says that there are none."""
+    value = bytes_of(path, cell)
     if not value:
         raise UserError("the row has no audio")
-    return bytes(value)
+    return value
+
+
+def first_alike(path: Path, cell: Cell, known: dict[str, list[Cell]], name: str) -> Cell:
+    """Returns the first row whose file has this name and these bytes: a file may be there once for
+    each of its captions. `known`: rows so far, by their names; this one is added."""
+    others = known.setdefault(name, [])
+    if others:
+        value = bytes_of(path, cell)
+        for other in others:
+            if value and bytes_of(path, other) == value:
+                return other
+    others.append(cell)
+    return cell

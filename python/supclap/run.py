@@ -281,8 +281,8 @@ class Run:
             self.say(
                 f"NOTE: for {REVERSED_STEPS} steps most pairs have had a radius R beyond their gap "
                 "r: the factor 1 - R/r on the push of the negatives is negative, so it is turned "
-                "round instead of shrunk. Remedy: --support sphere keeps R near r, --radius-bound "
-                "gap below it"
+                "round instead of shrunk. Remedy: --support sphere and --beta 1 keep R near r, "
+                "--radius-bound gap with --radius-init 0.9 below it"
             )
 
     # ----------------------------------------------------------------------------- what it leaves
@@ -321,7 +321,7 @@ class Run:
                 when = f"epoch {progress.epoch}"
             self.keep_model(f"{when} (mean R@1 on {where} {recall:.3f})")
         ways = [f"{100 * metrics[way]['R@1']:.1f} % {way}" for way in ("t2a", "a2t")]
-        best = ", the best so far" if recall == progress.best else ""
+        best = "" if progress.since else ", the best so far"
         return f"; R@1 {' and '.join(ways)}{best}"
 
     def keep_model(self, when: str) -> None:

@@ -45,7 +45,7 @@ class Saved:
         return one
 
     def write(self, path: Path) -> None:
-        """Writes the file; the names beside a .npy or .faiss go into a .json of the same name."""
+        """Writes the file; the names of a .npy or .faiss go into a .json beside it."""
         if path.suffix == ".safetensors":
             tensors = {"audio": self.audio, "text": self.text, "clip_of": self.clip_of}
             held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -67,7 +67,12 @@ class Saved:
                 faiss.write_index(index, str(partial))
 
         write_whole(path, write)
-        write_json(path.with_suffix(".json"), self.names() | self.note)
+        write_json(names_of(path), self.names() | self.note)
+
+
+def names_of(path: Path) -> Path:
+    """Where it stands what the vectors of a .npy or .faiss are of."""
+    return path.with_name(f"{path.name}.json")
 
 
 def import_faiss() -> Any:
@@ -94,6 +99,9 @@ class Index:
         self.path = path
         try:
             self.files, self.vectors = self.read()
+            count = self.vectors.ntotal if path.suffix == ".faiss" else len(self.vectors)
+            if count != len(self.files):
+                raise ValueError(f"{count} vectors and {len(self.files)} names")
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"--index {path}: no embeddings of audio: {error}") from error
 
@@ -101,7 +109,7 @@ class Index:
         if self.path.suffix == ".safetensors":
             with safe_open(self.path, "pt") as stored:
                 return json.loads(stored.metadata()["files"]), stored.get_tensor("audio")
-        names = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))["files"]
+        names = json.loads(names_of(self.path).read_text(encoding="utf-8"))["files"]
         if self.path.suffix == ".faiss":
             return names, import_faiss().read_index(str(self.path))
         return names, torch.from_numpy(np.load(self.path, allow_pickle=False))

@@ -70,6 +70,7 @@ def train_epoch(run: Run, stop: threading.Event) -> None:
             run.checkpoint()  # after a validation, which may have written the model
         if stopped or (validated and run.ranks.any(run.enough)):
             return
+        run.clock.add(None)
 
     run.tell()
     progress.epoch, progress.batch = progress.epoch + 1, 0

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from clips import SMALL, log_of, near, settings, write_clips
-from safetensors.torch import load_file
-from supclap import checkpoint
+from safetensors.torch import load_file, save_file
+from supclap import checkpoint, hub
+from supclap.adapt import last_layers
 from supclap.checkpoint import FINISHED
 from supclap.cli import main
 from supclap.config import ModelConfig
@@ -15,6 +16,7 @@ from supclap.evaluate import evaluate_run
 from supclap.model import SupclapModel, load_model
 from supclap.step import build_loss, build_optimizer
 from supclap.train import train
+from test_encoders import clap_folder, published, small_ced
 from test_hub_encoders import audio_folder, bert_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,8 +88,7 @@ def test_the_last_layers(manifest, tmp_path):
     for tower, last in ((built.audio, 2), (built.text, 1)):
         names = trained(tower.encoder)
         blocks = {name.split(".")[2] for name in names if ".blocks." in name}
-        assert blocks == {str(last)} and "transformer.norm.weight" in names
-        assert not any(name.startswith(("patch", "embed", "runs")) for name in names)
+        assert blocks == {str(last)} and all(".blocks." in name for name in names)
         assert len(trained(tower.head)) == len(list(tower.head.parameters()))
     config = settings(manifest, tmp_path, model=model, train_last=2, freeze="audio")
     build_optimizer(config, built, build_loss(config, 4))
@@ -106,7 +107,56 @@ def test_the_last_layers_of_a_hub_tower(manifest, tmp_path, towers):
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert any("audio.encoder.model.encoder.layers.0" in name for name in moved)
     assert any("text.encoder.model.encoder.layer.0" in name for name in moved)
-    assert not any("feature_extractor" in name or "embeddings" in name for name in moved)
+    layers = ("encoder.model.encoder.layers.", "encoder.model.encoder.layer.")
+    assert all(name.split(".", 1)[1].startswith((*layers, "head.")) for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper", "audio-spectrogram-transformer"])
+def test_the_last_layers_of_audio_towers(kind, tmp_path):
+    audio_folder(kind, tmp_path)
+    encoder = hub.audio_encoder(str(tmp_path))
+    (beginning,) = last_layers(encoder, 1)
+    assert beginning.endswith("layers.0.") and "conv" not in beginning
+
+
+def test_the_last_stages_of_clap(tmp_path):
+    clap_folder(tmp_path, False)
+    encoder = hub.audio_encoder(str(tmp_path))
+    assert [name.split("layers.")[1] for name in last_layers(encoder, 1)] == ["2."]
+
+
+def test_what_was_built_to_stay_stays(manifest, tmp_path):
+    model = SupclapModel(SMALL)
+    kept = model.text.encoder.embed.weight
+    kept.requires_grad_(False)
+    for freeze, expected in (("none", True), ("both", False), ("none", True)):
+        config = settings(manifest, tmp_path, model=SMALL, freeze=freeze)
+        build_optimizer(config, model, build_loss(config, 4))
+        assert not kept.requires_grad
+        assert model.text.encoder.runs.weight.requires_grad == expected
+        assert model.audio.encoder.patch.weight.requires_grad == expected
+    audio_folder("whisper", tmp_path / "whisper")
+    whisper = hub.audio_encoder(str(tmp_path / "whisper"))
+    assert not whisper.model.embed_positions.weight.requires_grad
+
+
+def test_two_ways_at_once():
+    with pytest.raises(UserError, match="--train-last and --lora are two ways"):
+        settings("a", "b", train_last=1, model=ModelConfig(text_encoder="hf:x", lora=2))
+
+
+def test_adapters_of_a_published_ced(tmp_path):
+    (tmp_path / "ced").mkdir()
+    save_file(published(small_ced()), tmp_path / "ced/model.safetensors")
+    kind = {"model_type": "ced", "embed_dim": 16, "num_heads": 2, "depth": 2}
+    (tmp_path / "ced/config.json").write_text(json.dumps(kind))
+    model = ModelConfig(audio_encoder=f"hf:{tmp_path / 'ced'}", width=32, heads=2, lora=2)
+    config = settings("a", "b", model=model)
+    built = SupclapModel(model)
+    build_optimizer(config, built, build_loss(config, 4))
+    names = trained(built.audio.encoder)
+    assert names and all(".lora_" in name for name in names)
+    assert len(trained(built.text.encoder)) == len(list(built.text.encoder.parameters()))
 
 
 # ------------------------------------------------------------------------------------------ average

@@ -126,6 +126,27 @@ def test_a_run_with_such_a_tower(kind, manifest, tmp_path):
     assert load_model(run).audio.encoder.front_end.key
 
 
+def test_half_precision_is_raised_for_good(manifest, tmp_path):
+    model, _ = audio_folder("whisper", tmp_path / "tower")
+    model.half().save_pretrained(tmp_path / "tower")
+    settings_of_model = ModelConfig(
+        audio_encoder=f"hf:{tmp_path / 'tower'}", width=32, heads=2, embed_dim=16, max_seconds=1.0
+    )
+    run = train(settings(manifest, tmp_path / "run", model=settings_of_model, epochs=1))
+    path = run / "audio_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    loaded = load_model(run)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert evaluate_run(run, manifest)[0]["t2a"]["R@10"] > 0
+
+
+def test_what_is_heard_of_a_long_or_a_tiny_clip(tmp_path):
+    _, extractor = audio_folder("audio-spectrogram-transformer", tmp_path)
+    front_end = hub.audio_encoder(str(tmp_path)).front_end
+    assert front_end.seconds == extractor.max_length / 100 == 1.2
+    assert len(front_end(np.ones(100, dtype=np.float32))) >= 1
+
+
 def test_a_kind_that_is_unknown(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(

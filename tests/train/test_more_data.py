@@ -94,6 +94,35 @@ def test_audio_inside_of_parquet(manifest, tmp_path, monkeypatch):
     assert len(groups) == 1 + 3  # for the captions, then each row group once
 
 
+def test_a_row_for_each_caption(manifest, tmp_path):
+    """Rows of the same bytes are one clip; of the same name alone they are not."""
+    dog, rain = ((manifest.parent / f"{word}.wav").read_bytes() for word in ("dog", "rain"))
+    rows = [
+        (dog, "a.wav", "a dog"), (dog, "a.wav", "a hound"), (rain, "a.wav", "rain"),
+        (rain, None, "more rain"), (rain, None, "other rain"), (dog, "a.wav", "barks"),
+    ]  # fmt: skip
+    audio = [{"bytes": data, "path": name} for data, name, _ in rows]
+    table = pyarrow.table({"audio": audio, "caption": [caption for *_, caption in rows]})
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet", row_group_size=2)
+    clips = read_manifest(tmp_path / "m.parquet")
+    assert [clip.captions for clip in clips] == [
+        ("a dog", "a hound", "barks"), ("rain",), ("more rain",), ("other rain",)
+    ]  # fmt: skip
+
+
+def test_a_damaged_page(manifest, tmp_path):
+    path = write_parquet(manifest, tmp_path / "m.parquet")
+    stored = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    raw = bytearray(path.read_bytes())
+    start = stored.dictionary_page_offset or stored.data_page_offset
+    raw[start : start + 60] = b"\xff" * 60
+    path.write_bytes(raw)
+    parquet.group_of.cache_clear()
+    clips = load_corpus(path, 30.0, skip_bad_audio=True)
+    assert len(clips.clips) == 5 and "the row cannot be read" in clips.skipped[0]
+    assert len(check(path)[1]) == 4
+
+
 def test_several_files_of_parquet(manifest, tmp_path):
     for n in range(2):
         write_parquet(manifest, tmp_path / f"part-0{n}.parquet")
@@ -193,6 +222,11 @@ def test_splits_that_share_something(manifest, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "has the caption 'The sound of a dog.'" in printed and "dog.wav" in printed
     assert "sounds like" in printed and printed.rstrip().endswith("2 problems")
+    labels = manifest.with_name("labels.csv")
+    labels.write_text("file_name,label\ndog.wav,dog\n")
+    for one, other in ((first, labels), (labels, first)):
+        assert main(["check", str(one), str(other)]) == 1
+        assert "sounds like" in capsys.readouterr().out
 
 
 def test_a_leak_into_parquet(manifest, tmp_path):

@@ -16,6 +16,7 @@ from supclap import embeddings, saved
 from supclap.cli import main
 from supclap.corpus import load_corpus
 from supclap.embeddings import embed_corpus
+from supclap.interface import samples_of
 from supclap.search import embed, search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,7 +171,7 @@ def test_what_is_written(manifest, run, model, tmp_path, capsys):
             == 0
         )
         assert np.load(out).shape == (count, 32)
-        names = json.loads(out.with_suffix(".json").read_text())
+        names = json.loads((tmp_path / f"{out.name}.json").read_text())
         assert len(names["files" if only == "audio" else "captions"]) == count
         assert names["run"] == str(run) and ("languages" in names) == (only == "text")
     capsys.readouterr()
@@ -193,9 +194,37 @@ def test_what_is_written(manifest, run, model, tmp_path, capsys):
         assert main(["search", str(run), *map(str, arguments)]) == 2
         assert expected in capsys.readouterr().err
     np.save(tmp_path / "other.npy", np.zeros((9, 16), dtype=np.float32))
-    (tmp_path / "other.json").write_text((tmp_path / "audio.json").read_text())
+    (tmp_path / "other.npy.json").write_text((tmp_path / "audio.npy.json").read_text())
     assert main(["search", str(run), "x", "--index", str(tmp_path / "other.npy")]) == 2
     assert "it has 16 dimensions" in capsys.readouterr().err
+
+
+def test_names_stand_beside_each_file(manifest, run, tmp_path, capsys):
+    """Two files of one stem, and a manifest that is called as they are."""
+    table = [{"audio": str(path), "captions": [path.stem]} for path in sounds_of(manifest)]
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/dog.wav").write_bytes((manifest.parent / "dog.wav").read_bytes())
+    embed(run, tmp_path / "a.json", tmp_path / "a.npy", only="audio")
+    embed(run, tmp_path / "one", tmp_path / "a.faiss")
+    assert json.loads((tmp_path / "a.json").read_text()) == table
+    assert len(search(run, "a dog", index=tmp_path / "a.npy")[0]) == 9
+    assert search(run, "a dog", index=tmp_path / "a.faiss")[0][0][1] == "dog.wav"
+    (tmp_path / "a.npy.json").write_text((tmp_path / "a.faiss.json").read_text())
+    assert main(["search", str(run), "a dog", "--index", str(tmp_path / "a.npy")]) == 2
+    assert "9 vectors and 1 names" in capsys.readouterr().err
+
+
+def test_a_row_for_each_sound(manifest, run, tmp_path):
+    (tmp_path / "no.wav").write_text("no audio")
+    model = supclap.Embedder(run, embeddings.EmbedOptions(skip_bad_audio=True))
+    with pytest.raises(supclap.UserError, match="1 of 2 audio files"):
+        model.embed_audio([sounds_of(manifest)[0], tmp_path / "no.wav"])
+
+
+def test_integers_of_full_scale():
+    for dtype, values in ((np.uint8, [0, 128, 192]), (np.int16, [-32768, 0, 16384])):
+        assert near(samples_of(np.array(values, dtype=dtype)), [-1.0, 0.0, 0.5])
 
 
 def test_without_faiss(run, manifest, tmp_path, monkeypatch, capsys):

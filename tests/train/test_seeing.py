@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,19 @@ def test_a_line_for_each_validation(manifest, tmp_path, capsys):
         assert fast["pairs_per_second"] > 0 and all(fast[part] > 0 for part in PARTS)
         before = fast["step"]
     assert "the best so far" in lines[0]
+    best = [max(sum(x[way]["R@1"] for way in ("t2a", "a2t")) for x in validations[:n]) if n else -1
+            for n in range(5)]  # fmt: skip
+    for text, found, before in zip(lines, validations, best, strict=True):
+        now = sum(found[way]["R@1"] for way in ("t2a", "a2t"))
+        assert ("the best so far" in text) == (now > before)  # a tie is none
+
+
+def test_checkpoints_are_no_waiting_for_data(manifest, tmp_path, monkeypatch):
+    slow = run.Run.checkpoint
+    monkeypatch.setattr(run.Run, "checkpoint", lambda self: time.sleep(0.2) or slow(self))
+    options = {"batch_size": 4, "epochs": 2, "checkpoint_every": 1}
+    folder = train(settings(manifest, tmp_path / "run", **options))
+    assert all(line["data"] < 0.5 for line in log_of(folder, "speed"))
 
 
 def test_a_clock_counts_what_it_is_told(monkeypatch):

@@ -14,6 +14,7 @@ from supclap.ced import CED
 from supclap.check import check
 from supclap.cli import main
 from supclap.corpus import load_corpus
+from supclap.errors import UserError
 from supclap.model import SupclapModel, Tower, load_model
 from supclap.train import train
 
@@ -205,6 +206,20 @@ def test_one_changed_file_costs_one_file(manifest, tmp_path, monkeypatch):
         path.write_bytes(path.read_bytes()[:200])
     assert torch.equal(load_corpus(manifest, 30.0, cache=cache).kept[0], first.kept[0])
     assert len(read) == 28
+
+
+def test_what_could_not_be_read_is_tried_again(manifest, tmp_path, monkeypatch):
+    cache, read_duration = str(tmp_path / "kept"), corpus.load_first
+
+    def fails(source, *others):
+        if b"/rain" in source:
+            raise UserError("not readable as audio: Input/output error")
+        return read_duration(source, *others)
+
+    monkeypatch.setattr(corpus, "load_first", fails)
+    assert len(load_corpus(manifest, 30.0, cache=cache, skip_bad_audio=True).clips) == 8
+    monkeypatch.undo()
+    assert len(load_corpus(manifest, 30.0, cache=cache).clips) == 9
 
 
 def test_check_shows_how_far_it_is(manifest, capsys):
