@@ -102,7 +102,7 @@ def test_manifests_are_found_and_taken_wherever_their_clips_are(recordings, tmp_
     with pytest.raises(UserError, match="it has 2"):
         manifest_of(other, "train")
     clip = replace(read_manifest(recordings / "test.jsonl")[0], span=(0, 1))
-    with pytest.raises(UserError, match="not clips in a tar"):
+    with pytest.raises(UserError, match="not clips inside of one"):
         line_of(clip)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import torch
+
+from supclap_kernels.tables import device_name
+
 from .claims import Claims
 from .experiments import INIT, READING
 from .findings import Findings
@@ -102,5 +106,6 @@ class Report:
             "and the number is R/r; beta 1: the weight of the constraint, in the paper 0.01. As "
             "printed: by the paper's formulas alone, from R = 0.1 on. Intervals are Student's t "
             "over paired seeds; a claim holds if its interval is above zero. The paper's levels "
-            "are of other data and other models: compare differences, not levels."
+            "are of other data and other models: compare differences, not levels. Written with "
+            f"torch {torch.__version__} on {device_name(torch.device(plan.device))}."
         )
