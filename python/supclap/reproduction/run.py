@@ -70,11 +70,12 @@ def is_done(experiment: Experiment, out: Path) -> bool:
     return (out / "runs" / experiment.folder / "result.json").exists()
 
 
-def cost_of(experiment: Experiment, preset: Preset) -> float:
-    """Returns about how long it takes, in runs of large batches: small steps cost more."""
+def cost_of(experiment: Experiment, preset: Preset) -> int:
+    """Returns about how long it takes, in tenths of a run of large batches: small steps cost
+    more."""
     settings = experiment.settings
     size = settings.get("batch_size", preset.batch_size)
-    return float(settings.get("epochs", preset.epochs) / preset.epochs) * (1.0 + 8.0 / size)
+    return round(settings.get("epochs", preset.epochs) / preset.epochs * (10 + 80 / size))
 
 
 @contextmanager
@@ -154,7 +155,7 @@ def carry_out_all(left: list[Experiment], out: Path, preset: Preset, jobs: int) 
     waiting, failed = list(reversed(left)), []
     running: dict[Any, tuple[Any, Experiment]] = {}
     bar = Bar(
-        total=round(sum(cost_of(experiment, preset) for experiment in left), 1),
+        total=sum(cost_of(experiment, preset) for experiment in left),
         desc="runs", smoothing=0.1,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
         disable=not left,
