@@ -1,5 +1,6 @@
 """What the numbers depend on: the machine, its software, and the commit that was measured."""
 
+import argparse
 import json
 import os
 import platform
@@ -88,6 +89,18 @@ def environment() -> dict[str, Any]:
     gpu = {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
     triton = first_line(sys.executable, "-c", "import triton; print(triton.__version__)")
     return {**gpu, "triton": triton, **values}
+
+
+def arguments(module: str, documentation: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser of what every measurement on a CPU takes."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=documentation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
 def write_json(path: Path, value: object) -> None:

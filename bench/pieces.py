@@ -7,7 +7,6 @@ similar length, and one that pads every row to the longest. Clips are log-unifor
 seconds; a batch is padded to about 4.7 times what is real; captions have 10 to 100 bytes.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ from supclap.ranks import Ranks
 from supclap.step import backward, build_loss, build_optimizer
 
 from . import timer
-from .machine import environment, write_json
+from .machine import arguments, environment, write_json
 
 CUT = pieces.pieces_of
 
@@ -69,14 +68,8 @@ def measure(size: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.pieces", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = arguments("bench.pieces", __doc__, 21)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     result = {"batch": chosen.batch, "threads": chosen.threads}

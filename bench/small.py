@@ -8,9 +8,7 @@ Function that does nothing for the same tensors, and the pass's products alone b
 N x N x D without support vectors, 4.5 with those of the texts, 6 with both.
 """
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from . import gate, timer
 from .cases import MODES, Case
 from .host import Nothing
 from .inputs import leaves_of, make_inputs
-from .machine import environment, write_json
+from .machine import arguments, environment, write_json
 from .peers import PEERS
 
 CASES = [
@@ -70,16 +68,10 @@ def measure(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.small", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser = arguments("bench.small", __doc__, 21)
     parser.add_argument("--isa", help="of our kernels, such as avx2; default the widest")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--only", nargs="+", help="cases, each MODE:N:D")
-    parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.isa:

@@ -5,9 +5,7 @@
 Forward and backward with `renormalize` and without, in turns: the median of the rounds' ratios.
 """
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ import torch
 from . import gate, timer
 from .cases import Case
 from .inputs import leaves_of, make_inputs
-from .machine import environment, write_json
+from .machine import arguments, environment, write_json
 from .peers import PEERS
 
 MODES = ("one-sided", "mirror", "siglip")
@@ -40,13 +38,7 @@ def measure(N: int, free: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.sphere", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--out", type=Path)
+    parser = arguments("bench.sphere", __doc__, 31)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     rows = []

@@ -1,10 +1,8 @@
 """A lean training loop for audio-text contrastive models with the SVR loss.
 
-import supclap
-
-run = supclap.train(supclap.TrainConfig(data=Path("train.csv"), out=Path("run")))
+run = supclap.train(supclap.TrainConfig(data="train.csv", out="run"))
 model = supclap.load(run)
-model.similarity(["a dog barks", "rain on a roof"], ["a.wav", "b.flac"])  # cosines, [2, 2]
+model.similarity(["a dog barks", "rain"], ["a.wav", "b.flac"])  # cosines, [2, 2]
 """
 
 import importlib

@@ -89,11 +89,7 @@ def read_wave(
         wave = read_from(opened, draw(opened.frames - frames + 1), frames)
     else:
         wave = opened.read(frames, dtype="float32", always_2d=True)
-    check_samples(wave)
-    channels = wave.shape[1]
-    if channels <= 2:  # the mean, several times as fast as NumPy's over so few
-        return wave[:, 0] if channels == 1 else (wave[:, 0] + wave[:, 1]) / np.float32(2)
-    return wave.mean(axis=1)
+    return mono(wave)
 
 
 def read_from(opened: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
@@ -115,6 +111,16 @@ def check_samples(wave: np.ndarray) -> None:
         raise UserError("the clip has zero length")
     if not (np.abs(wave) < LOUDEST).all():
         raise UserError(f"the clip has NaN or infinite samples (or beyond {LOUDEST:g})")
+
+
+def mono(wave: np.ndarray) -> np.ndarray:
+    """Checks samples [S, channels] and returns their mean over channels: [S]."""
+    check_samples(wave)
+    channels = wave.shape[1]
+    if channels <= 2:  # several times as fast as NumPy's mean over so few, and the same bits
+        return wave[:, 0] if channels == 1 else (wave[:, 0] + wave[:, 1]) / np.float32(2)
+    mean: np.ndarray = wave.mean(axis=1)
+    return mean
 
 
 def read_part(source: bytes | BinaryIO, start: int, size: int = -1) -> bytes:

@@ -10,9 +10,9 @@ import numpy as np
 
 from .audio import examine, open_audio
 from .errors import UserError
-from .labels import is_labelled, labelled_clips
+from .labels import is_labelled, labelled_clips, read_clips_of
 from .leaks import leaks
-from .manifest import Clip, read_manifest, scan_manifest
+from .manifest import Clip, scan_manifest
 from .progress import Bar
 
 
@@ -27,9 +27,7 @@ def examine_clip(clip: Clip) -> tuple[float, int] | str:
 def check_splits(manifests: list[Path]) -> list[str]:
     """Returns a line for each clip of a later manifest that the first one knows: by its sound, or
     by its sentence."""
-    training, *others = (
-        labelled_clips(path)[0] if is_labelled(path) else read_manifest(path) for path in manifests
-    )
+    training, *others = (read_clips_of(manifest)[0] for manifest in manifests)
     return [
         f"{manifest}: {line}"
         for manifest, clips in zip(manifests[1:], others, strict=True)

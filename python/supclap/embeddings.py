@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batches import Tokenizer, pad_features
+from .batches import pad_features
 from .corpus import Corpus, ReadOptions, check_any_left, decode_clips, problems_of
 from .loader import load_items
 from .manifest import Clip
@@ -31,39 +31,40 @@ Encode = Callable[..., Tensor]
 SLICE = 1024  # clips that are decoded before they are encoded
 
 
+def encoded(
+    encode: Encode, batches: Iterable[tuple[Tensor, ...]], device: torch.device
+) -> Iterator[Tensor]:
+    """Yields what `encode` makes of each batch, on the CPU: [B, W]."""
+    for batch in batches:
+        yield encode(*(x.to(device) for x in batch)).cpu()
+
+
 def padded_features(clips: range, corpus: Corpus) -> tuple[Tensor, ...]:
     return pad_features([corpus.features(clip) for clip in clips])
 
 
-def over_audio(
-    encode: Encode, corpus: Corpus, device: torch.device, batch_size: int, workers: int
-) -> Iterator[Tensor]:
-    """Yields what `encode` makes of some clips at a time, on the CPU: [at most batch_size, W]."""
+def clip_batches(corpus: Corpus, size: int, workers: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the clips of a corpus as their encoder takes them, or its outputs, if it is frozen."""
+    if corpus.audio_outputs is not None:
+        return ((part,) for part in corpus.audio_outputs.split(size))
     workers = 0 if corpus.kept is not None else workers
     clips = range(len(corpus.clips))
-    parts = [clips[start : start + batch_size] for start in clips[::batch_size]]
-    for batch in load_items(partial(padded_features, corpus=corpus), parts, workers):
-        yield encode(*(x.to(device) for x in batch)).cpu()
+    parts = [clips[start : start + size] for start in clips[::size]]
+    return load_items(partial(padded_features, corpus=corpus), parts, workers)
 
 
-def over_text(
-    encode: Encode,
-    tokenizer: Tokenizer,
-    captions: list[str],
-    languages: list[str],
-    device: torch.device,
-    batch_size: int,
+def encode_texts(
+    encode: Encode, model: SupclapModel, captions: list[str], languages: list[str], size: int
 ) -> Tensor:
     """Returns what `encode` makes of captions, on the CPU: [M, W]. Equal captions are encoded once:
     else they would be padded to another length, rounded otherwise, and no longer tie."""
-    pairs, vectors = list(zip(captions, languages, strict=True)), []
+    pairs, tokenizer = list(zip(captions, languages, strict=True)), model.text.encoder.tokenizer
     row_of = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
     unique = list(row_of)
-    for start in range(0, len(unique), batch_size):
-        texts, codes = zip(*unique[start : start + batch_size], strict=True)
-        tokens = tokenizer(list(texts), list(codes))
-        vectors.append(encode(*(x.to(device) for x in tokens)).cpu())
-    return torch.cat(vectors)[[row_of[pair] for pair in pairs]]
+    parts = [unique[start : start + size] for start in range(0, len(unique), size)]
+    batches = (tokenizer(*map(list, zip(*part, strict=True))) for part in parts)
+    vectors = torch.cat(list(encoded(encode, batches, model.log_scale.device)))
+    return vectors[[row_of[pair] for pair in pairs]]
 
 
 def inferring(model: SupclapModel, tower: Tower) -> Encode:
@@ -80,19 +81,15 @@ def embed_audio(
     model: SupclapModel, corpus: Corpus, batch_size: int = 64, workers: int = 0
 ) -> Iterator[Tensor]:
     """Yields the unit vectors of some clips at a time, on the CPU: [at most batch_size, D]."""
-    device, encode = model.log_scale.device, inferring(model, model.audio)
-    if corpus.audio_outputs is None:
-        yield from over_audio(encode, corpus, device, batch_size, workers)
-    else:
-        for part in corpus.audio_outputs.split(batch_size):
-            yield encode(part.to(device)).cpu()
+    batches = clip_batches(corpus, batch_size, workers)
+    return encoded(inferring(model, model.audio), batches, model.log_scale.device)
 
 
 def embed_features(model: SupclapModel, features: list[Tensor], batch_size: int = 64) -> Tensor:
     """Returns the unit vectors of clips by their features [F_c, M], on the CPU: [N, D]."""
-    device, encode = model.log_scale.device, inferring(model, model.audio)
     parts = [features[n : n + batch_size] for n in range(0, len(features), batch_size)]
-    vectors = [encode(*(x.to(device) for x in pad_features(part))).cpu() for part in parts]
+    encode, device = inferring(model, model.audio), model.log_scale.device
+    vectors = encoded(encode, map(pad_features, parts), device)
     return torch.cat([torch.empty(0, model.width), *vectors])
 
 
@@ -101,8 +98,7 @@ def embed_clips(
 ) -> tuple[Tensor, list[Clip], list[str]]:
     """Returns the unit vectors [N, D] of the clips that can be used, these clips, and what is wrong
     with the others. Features of SLICE clips are in memory at a time."""
-    front_end = model.audio.encoder.front_end
-    seconds = min(model.config.max_seconds, front_end.seconds)
+    front_end, seconds = model.audio.encoder.front_end, model.seconds
     if options.cache == "off":
         options = replace(options, cache="memory")  # decoded once
     vectors, used, bad = [], list[Clip](), list[str]()
@@ -122,9 +118,7 @@ def embed_text(
     model: SupclapModel, captions: list[str], languages: list[str], batch_size: int = 64
 ) -> Tensor:
     """Returns the unit vectors of captions, on the CPU: [M, D]."""
-    device, tokenizer = model.log_scale.device, model.text.encoder.tokenizer
-    encode = inferring(model, model.text)
-    return over_text(encode, tokenizer, captions, languages, device, batch_size)
+    return encode_texts(inferring(model, model.text), model, captions, languages, batch_size)
 
 
 def embed_corpus(
@@ -143,11 +137,12 @@ def encode_once(
 ) -> Corpus:
     """Returns the corpus with what the frozen encoders make of it: of all captions, and of all
     clips unless training takes another part of some each time."""
-    device, audio, text = model.log_scale.device, None, None
+    audio, text = None, None
     with evaluating(model, inference=False):
         if "audio" in frozen and not corpus.longer.any():
-            audio = torch.cat(list(over_audio(model.audio.encode, corpus, device, 64, workers)))
+            batches = clip_batches(corpus, DEFAULTS.batch_size, workers)
+            audio = torch.cat(list(encoded(model.audio.encode, batches, model.log_scale.device)))
         if "text" in frozen:
-            encode, tokenizer = model.text.encode, model.text.encoder.tokenizer
-            text = over_text(encode, tokenizer, corpus.captions, corpus.languages, device, 64)
+            texts = (corpus.captions, corpus.languages)
+            text = encode_texts(model.text.encode, model, *texts, DEFAULTS.batch_size)
     return replace(corpus, audio_outputs=audio, text_outputs=text)

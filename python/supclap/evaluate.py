@@ -111,13 +111,19 @@ def mean_metrics(several: list[dict[str, Metrics]]) -> dict[str, Metrics]:
     }
 
 
+def rows_by_language(corpus: Corpus) -> dict[str, Tensor]:
+    """Returns which captions are in each language: [M] bool."""
+    codes = sorted(set(corpus.languages))
+    return {code: torch.tensor([x == code for x in corpus.languages]) for code in codes}
+
+
 def corpus_metrics(text: Tensor, audio: Tensor, corpus: Corpus) -> dict[str, Any]:
     """Returns metrics "t2a" and "a2t" of the unit vectors of a corpus; with several languages their
     means, and "languages": those of each."""
-    by_language = {}
-    for code in sorted(set(corpus.languages)):
-        rows = torch.tensor([language == code for language in corpus.languages])
-        by_language[code] = retrieval_metrics(text[rows], audio, corpus.clip_of[rows])
+    by_language = {
+        code: retrieval_metrics(text[rows], audio, corpus.clip_of[rows])
+        for code, rows in rows_by_language(corpus).items()
+    }
     several = list(by_language.values())
     return several[0] if len(several) == 1 else mean_metrics(several) | {"languages": by_language}
 
@@ -125,11 +131,8 @@ def corpus_metrics(text: Tensor, audio: Tensor, corpus: Corpus) -> dict[str, Any
 def chance_of(corpus: Corpus) -> dict[str, Metrics]:
     """Returns what a random ranking gets on a corpus, as `corpus_metrics` counts: the mean over
     languages."""
-    languages = sorted(set(corpus.languages))
-    spoken = [[language == code for language in corpus.languages] for code in languages]
-    clips = len(corpus.clips)
-    several = [chance(corpus.clip_of[torch.tensor(rows)], clips) for rows in spoken]
-    return mean_metrics(several)
+    spoken, clips = rows_by_language(corpus).values(), len(corpus.clips)
+    return mean_metrics([chance(corpus.clip_of[rows], clips) for rows in spoken])
 
 
 def evaluate_corpus(

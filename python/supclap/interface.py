@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import check_samples, resample
+from .audio import mono, resample
 from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_features, embed_text
 from .errors import UserError
 from .languages import LANGUAGE, language_code
@@ -75,8 +75,7 @@ class Embedder:
 
     def features(self, sound: Any, sample_rate: int) -> Tensor:
         """[F, M] of samples [S] or [S, channels]."""
-        front_end = self.model.audio.encoder.front_end
-        seconds = min(self.model.config.max_seconds, front_end.seconds)
+        front_end, seconds = self.model.audio.encoder.front_end, self.model.seconds
         wave = samples_of(sound)
         if seconds * sample_rate < len(wave):
             wave = wave[: math.ceil(seconds * sample_rate)]
@@ -131,9 +130,7 @@ def samples_of(sound: Any) -> np.ndarray:
         low, high = np.iinfo(wave.dtype).min, np.iinfo(wave.dtype).max
         wave = (wave - (low + high + 1) / 2) / ((high - low + 1) / 2)
     wave = wave.astype(np.float32)
-    wave = wave[:, None] if wave.ndim == 1 else wave
-    check_samples(wave)
-    return wave.mean(axis=1)
+    return mono(wave[:, None] if wave.ndim == 1 else wave)
 
 
 def load(run: str | Path, device: str = "auto") -> Embedder:

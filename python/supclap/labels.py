@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import UserError
 from .folders import Folders
 from .languages import caption_language
-from .manifest import Clip
+from .manifest import Clip, read_manifest
 from .tables import TOO_MANY, clean, csv_rows
 
 LAYOUTS = (
@@ -33,6 +33,14 @@ def is_labelled(data: Path) -> bool:
     except (OSError, ValueError, csv.Error):
         return False
     return "label" in columns and all(caption_language(name) is None for name in columns)
+
+
+def read_clips_of(data: Path) -> tuple[list[Clip], list[str]]:
+    """Returns the clips of a manifest, or those with labels, and the labels."""
+    if not is_labelled(data):
+        return read_manifest(data), []
+    clips, labels, _ = labelled_clips(data)
+    return clips, labels
 
 
 def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:

@@ -70,7 +70,8 @@ def evaluating(model: nn.Module, inference: bool = True) -> Iterator[None]:
 def build_own(name: str, option: str) -> Any:
     """Calls what builds an encoder of the user's own: py:MODULE:NAME (examples/own_encoder.py)."""
     module, _, function = name[3:].partition(":")
-    sys.path[:0] = [""] * ("" not in sys.path)  # a module beside the user, whatever started us
+    if "" not in sys.path:  # a module beside the user, whatever started us
+        sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
@@ -146,6 +147,11 @@ class SupclapModel(nn.Module):
         """Dimensions of the shared space."""
         bare = isinstance(self.audio.head, nn.Identity)
         return int(self.audio.encoder.width) if bare else self.config.embed_dim
+
+    @property
+    def seconds(self) -> float:
+        """How much of a clip is heard."""
+        return float(min(self.config.max_seconds, self.audio.encoder.front_end.seconds))
 
     def keep_encoders(self, run: Path) -> None:
         """Writes what `load_model` needs beside the weights."""

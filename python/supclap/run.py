@@ -181,7 +181,8 @@ class Run:
         if self.resume:
             self.progress = load_state(folder, self.parts, self.corpora, self.ranks, self.device)
             epoch = self.progress.epoch
-            self.progress.since *= not self.extended
+            if self.extended:
+                self.progress.since = 0
             if epochs < epoch - (0 if self.progress.batch else 1):
                 raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
         elif self.first:

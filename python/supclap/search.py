@@ -12,9 +12,9 @@ from .errors import UserError
 from .files import check_folder_of
 from .folders import EXTENSIONS, is_audio
 from .interface import Embedder
-from .labels import is_labelled, labelled_clips
+from .labels import is_labelled, read_clips_of
 from .languages import LANGUAGE
-from .manifest import Clip, read_manifest
+from .manifest import Clip
 from .model import load_model, selection_note
 from .saved import Index, Saved, best_of, check_ending
 from .tables import read_text
@@ -33,6 +33,14 @@ def clips_of(folder: Path, option: str) -> list[Clip]:
     return [Clip(path.relative_to(folder).as_posix(), path, ()) for path in paths]
 
 
+def sentences_of(path: Path) -> list[str]:
+    """Returns the lines of a file that are not empty."""
+    sentences = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not sentences:
+        raise UserError(f"--data {path}: no line of it has a sentence")
+    return sentences
+
+
 def embed(
     run: Path,
     data: Path,
@@ -48,29 +56,25 @@ def embed(
     read.
     """
     check_folder_of(out, "--out")
-    labelled, is_text = is_labelled(data), data.suffix.lower() == ".txt"
-    is_audio = labelled or data.is_dir()
+    is_text, is_audio = data.suffix.lower() == ".txt", data.is_dir() or is_labelled(data)
     if only == ("audio" if is_text else "text") and (is_text or is_audio):
         raise UserError(f"--only {only}: {data} has none")
     only = "text" if is_text else "audio" if is_audio else only
     check_ending(out, both=only is None)
-    saved, skipped, clips = Saved(), list[str](), list[Clip]()
+    saved, skipped, clips, labels = Saved(), list[str](), list[Clip](), list[str]()
     if is_text:
-        lines = [line.strip() for line in read_text(data).splitlines()]
-        saved.captions = [line for line in lines if line]
+        saved.captions = sentences_of(data)
         saved.languages = [language] * len(saved.captions)
-        if not saved.captions:
-            raise UserError(f"--data {data}: no line of it has a sentence")
-    elif labelled:
-        clips, labels, _ = labelled_clips(data)
-        label_of = {id(clip): label for clip, label in zip(clips, labels, strict=True)}
+    elif data.is_dir() and not is_labelled(data):
+        clips = clips_of(data, "--data")
     else:
-        clips = clips_of(data, "--data") if data.is_dir() else read_manifest(data)
+        clips, labels = read_clips_of(data)
+    label_of = {id(clip): label for clip, label in zip(clips, labels, strict=False)}
     model = load_model(run).to(options.device)
     if only != "text":
         saved.audio, clips, skipped = embed_clips(model, clips, data, options)
         saved.files = [clip.name for clip in clips]
-        saved.labels = [label_of[id(clip)] for clip in clips] if labelled else []
+        saved.labels = [label_of[id(clip)] for clip in clips if label_of]
     if only != "audio":
         if not is_text:
             saved.captions = [caption for clip in clips for caption in clip.captions]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clips import SMALL, log_of, near, settings, write_clips
+from clips import SMALL, log_of, near, settings
 from safetensors.torch import load_file, save_file
 from supclap import checkpoint, hub
 from supclap.adapt import last_layers
@@ -20,11 +20,6 @@ from test_encoders import clap_folder, published, small_ced
 from test_hub_encoders import audio_folder, bert_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module")

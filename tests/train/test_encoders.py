@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from clips import log_of, near, settings, write_clips
+from clips import log_of, near, settings
 from safetensors.torch import load_file, save_file
 from supclap.batches import pad_features
 from supclap.ced import CED, CHUNK, NAMES, PATCH, SIZES
@@ -21,11 +21,6 @@ transformers = pytest.importorskip("transformers")
 hub = pytest.importorskip("supclap.hub")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 # ------------------------------------------------------------------------------------------- CED

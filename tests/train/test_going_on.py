@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 import soundfile
 import torch
-from clips import Stop, log_of, settings, stopped_at, write_clips
+from clips import Stop, log_of, settings, stopped_at
 from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
 from supclap.config import read_config
@@ -16,11 +16,6 @@ from supclap.model import load_model
 from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def stopped(monkeypatch, config, step):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import log_of, settings, write_clips
+from clips import log_of, settings
 from interface_cases import close
 from supclap import hub, hub_audio
 from supclap.batches import pad_features
@@ -29,11 +29,6 @@ TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 # ------------------------------------------------------------------------------------------- audio

@@ -28,11 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["--width", "16", "--heads", "1", "--audio-layers", "1", "--text-layers", "1"]
 
 
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
-
-
 def environment(**more):
     roots = {str(Path(package.__file__).parents[1]) for package in (supclap, supclap_kernels)}
     path = os.pathsep.join([*sorted(roots), os.environ.get("PYTHONPATH", "")])

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from clips import WORDS, log_of, settings, write_clips
+from clips import WORDS, log_of, settings
 from safetensors import safe_open
 from supclap import parquet
 from supclap.check import check
@@ -19,11 +19,6 @@ from supclap.manifest import read_manifest
 from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def texts_of(clips):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clips import log_of, settings, write_clips
+from clips import log_of, settings
 from safetensors.torch import load_file, save_file
 from supclap.checkpoint import STATE
 from supclap.config import read_config
@@ -14,11 +14,6 @@ from supclap.train import train
 from test_resume import Stop, stopped_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def without_dimensions(state):

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import supclap
 import torch
-from clips import SMALL, WORDS, near, settings, write_clips
+from clips import SMALL, WORDS, near, settings
 from interface_cases import close
 from safetensors import safe_open
 from supclap import embeddings, saved
@@ -20,11 +20,6 @@ from supclap.interface import samples_of
 from supclap.search import embed, search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module")

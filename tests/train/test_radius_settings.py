@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from clips import log_of, near, settings, write_clips
+from clips import log_of, near, settings
 from interface_cases import close
 from supclap import run as module
 from supclap.errors import UserError
@@ -17,11 +17,6 @@ from torch.nn.functional import normalize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Ranks(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.mark.parametrize("svr", ["uni-static", "bi-dynamic"])

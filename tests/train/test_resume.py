@@ -11,7 +11,7 @@ import time
 import pytest
 import soundfile
 import torch
-from clips import SMALL, Stop, log_of, settings, stopped_at, write_clips
+from clips import SMALL, Stop, log_of, settings, stopped_at
 from supclap import files
 from supclap.checkpoint import FINISHED, STATE
 from supclap.cli import main
@@ -24,11 +24,6 @@ from supclap.step import backward
 from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def full_settings(manifest, out, **changes):

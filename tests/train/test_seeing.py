@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from clips import log_of, near, settings, write_clips
+from clips import log_of, near, settings
 from supclap import plot, progress, ranks, run
 from supclap.cli import main
 from supclap.clock import PARTS, Clock
@@ -19,11 +19,6 @@ from supclap.logs import read_lines
 from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def test_a_line_for_each_validation(manifest, tmp_path, capsys):

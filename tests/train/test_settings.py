@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from clips import SMALL, log_of, near, settings, write_clips
+from clips import SMALL, log_of, near, settings
 from supclap.batches import Batch, Epoch, pad_features
 from supclap.builtin import Bytes
 from supclap.cli import build_parser, main
@@ -34,11 +34,6 @@ from supclap_kernels import SVRLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = Ranks(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 # --------------------------------------------------------------------------------------- settings

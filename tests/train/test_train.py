@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from clips import SMALL, log_of, near, settings, write_clips
+from clips import SMALL, log_of, near, settings
 from supclap.batches import Epoch, pad_features
 from supclap.builtin import Bytes
 from supclap.config import ModelConfig, TrainConfig
@@ -23,12 +23,6 @@ from supclap.step import backward, build_loss, build_optimizer, compute_loss, sc
 from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    """Nine clips with two captions each."""
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 BYTES, ALONE = Bytes(256), Ranks(torch.device("cpu"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from clips import SMALL, WORDS, log_of, near, settings, write_clips
+from clips import SMALL, WORDS, log_of, near, settings
 from safetensors import safe_open
 from supclap.cli import main
 from supclap.config import ModelConfig
@@ -19,11 +19,6 @@ from supclap.train import train
 from supclap.zeroshot import accuracies, class_vectors, labelled_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from clips import SMALL, log_of, near, settings, write_clips
+from clips import SMALL, log_of, near, settings
 from interface_cases import close
 from supclap import audio, batches, corpus, embeddings, pieces, run
 from supclap.ced import CED
@@ -20,11 +20,6 @@ from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNEVEN = [9, 300, 17, 40, 12, 250, 31, 16, 60, 11, 90, 20, 8, 10, 13, 400] * 3
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 # ------------------------------------------------------------------------------------------ pieces
