@@ -7,12 +7,15 @@ the number of workers and wherever a run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .augment import LEVEL, Augmentation, both_captions, louder, masked, mixed, some_words
 from .corpus import Corpus
 from .loader import load_items
 
@@ -55,9 +58,27 @@ def joined(*labels: Tensor) -> Tensor:
             return number
 
 
+@dataclass
+class Example:
+    """A pair of a batch, and how it is changed."""
+
+    pair: int
+    seed: list[int]
+    other: int | None = None  # the pair that is mixed with it
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """Draws all but the part of the clip that is heard."""
+        return np.random.default_rng([*self.seed, 1])
+
+
+PLAIN = Augmentation()
+TRIES = 8  # draws of a pair to be mixed with
+
+
 class Epoch:
-    """The batches of an epoch: every (clip, caption) pair once, in random order. Each batch has the
-    share of one rank."""
+    """The batches of an epoch: every (clip, caption) pair once, or as often as its manifest's
+    weight says, in random order. Each batch has the share of one rank."""
 
     def __init__(
         self,
@@ -70,18 +91,20 @@ class Epoch:
         ranks: int = 1,
         whole: bool = False,
         ids: str = "clip",
+        augmentation: Augmentation = PLAIN,
     ) -> None:
         """`whole`: the last batch is left out if it is smaller; `ids`: what makes two pairs no
-        negatives of each other (clip, caption, both, none)."""
+        negatives of each other (clip, caption, both, none); `augmentation`: what is changed."""
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, (seed, epoch)
-        self.ids, self.rank, self.ranks = ids, rank, ranks
-        count = len(corpus.captions)
-        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
-        self.parts = order.split(size)[: steps_of(count, size, ranks, whole)]  # of all ranks
+        self.ids, self.rank, self.ranks, self.augmentation = ids, rank, ranks, augmentation
+        self.count = len(corpus.captions)
+        order = torch.from_numpy(corpus.draw(np.random.default_rng([seed, epoch])))
+        # Of all ranks: pairs, and their copies beyond the last pair.
+        self.parts = order.split(size)[: steps_of(len(order), size, ranks, whole)]
 
     def ids_of(self, pairs: Tensor) -> Tensor | None:
         """What equal pairs of a batch, of all ranks, have in common: [B] int64."""
-        labels = {"clip": self.corpus.clip_of, "caption": self.corpus.sentence_of}
+        labels = {"clip": self.corpus.file_of, "caption": self.corpus.sentence_of}
         if self.ids in labels:
             return labels[self.ids][pairs]
         return joined(*(label[pairs] for label in labels.values())) if self.ids == "both" else None
@@ -91,25 +114,66 @@ class Epoch:
         return x.tensor_split(self.ranks)[self.rank]
 
     def batch(self, number: int) -> Batch:
-        corpus, ids = self.corpus, self.ids_of(self.parts[number])
-        pairs = self.share(self.parts[number]).tolist()
-        clips = corpus.clip_of[pairs]
+        corpus, drawn = self.corpus, self.parts[number]
+        ids = self.ids_of(drawn % self.count)
+        examples = [self.example(n, drawn) for n in self.share(drawn).tolist()]
+        pairs = torch.tensor([example.pair for example in examples])
         audio: tuple[Tensor, ...]
         if corpus.audio_outputs is not None:
-            audio = (corpus.audio_outputs[clips],)
+            audio = (corpus.audio_outputs[corpus.clip_of[pairs]],)
         else:
-            each = zip(clips.tolist(), pairs, strict=True)
-            audio = pad_features([corpus.features(c, [*self.seed, pair]) for c, pair in each])
+            audio = pad_features([self.features(example) for example in examples])
         if corpus.text_outputs is not None:
             text: tuple[Tensor, ...] = (corpus.text_outputs[pairs],)
         else:
-            captions = [corpus.captions[pair] for pair in pairs]
-            text = self.tokenizer(captions, [corpus.languages[pair] for pair in pairs])
+            captions = [self.caption(example) for example in examples]
+            text = self.tokenizer(captions, [corpus.languages[pair] for pair in pairs.tolist()])
         return Batch(audio, text, None if ids is None else self.share(ids))
+
+    def example(self, number: int, drawn: Tensor) -> Example:
+        """Draws how one of the pairs that are drawn for a batch is changed."""
+        example = Example(number % self.count, [*self.seed, number])
+        share = self.augmentation.mix
+        if share and example.rng.random() < share:
+            example.other = self.partner(example, drawn % self.count)
+        return example
+
+    def partner(self, example: Example, pairs: Tensor) -> int | None:
+        """Draws a pair to be mixed with: of the same language, and of no file of the batch, whose
+        own pair would be a false negative."""
+        languages, file_of = self.corpus.languages, self.corpus.file_of
+        here = set(file_of[pairs].tolist())
+        for other in example.rng.integers(self.count, size=TRIES).tolist():
+            alike = languages[other] == languages[example.pair]
+            if alike and int(file_of[other]) not in here:
+                return int(other)
+        return None
+
+    def features(self, example: Example) -> Tensor:
+        """[F, M] of an example's sound."""
+        corpus, change, rng = self.corpus, self.augmentation, example.rng
+        clip = int(corpus.clip_of[example.pair])
+        if change.of_waves:
+            wave = corpus.wave(clip, example.seed)
+            if example.other is not None:
+                other = corpus.wave(int(corpus.clip_of[example.other]), [*example.seed, 2])
+                wave = mixed(wave, other, rng.uniform(-LEVEL, LEVEL))
+            features = corpus.front_end(louder(wave, rng.uniform(-change.gain, change.gain)))
+        else:
+            features = corpus.features(clip, example.seed)
+        return masked(features, rng, change.spec_augment) if change.spec_augment else features
+
+    def caption(self, example: Example) -> str:
+        captions, share = self.corpus.captions, self.augmentation.caption_dropout
+        caption = captions[example.pair]
+        if example.other is not None:
+            caption = both_captions(caption, captions[example.other])
+        return some_words(caption, example.rng, share) if share else caption
 
     def batches(self, start: int = 0, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
         """Yields the batches from `start` on."""
         kept = self.corpus.kept is not None and not self.corpus.longer.any()
+        kept &= not self.augmentation.of_waves
         workers = 0 if kept or self.corpus.audio_outputs is not None else workers
         yield from load_items(self.batch, range(start, len(self.parts)), workers, pin)
 

@@ -11,7 +11,17 @@ from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
-from .config import MODEL, MOVABLE, RECIPES, TRAIN, build_config, flag, kind_of, read_config
+from .config import (
+    MODEL,
+    MOVABLE,
+    RECIPES,
+    TRAIN,
+    build_config,
+    flag,
+    holds_many,
+    kind_of,
+    read_config,
+)
 from .errors import UserError, explained
 
 ON_TEST = "NOTE: this checkpoint was selected on a test set"
@@ -24,12 +34,13 @@ def add_options(parser: Any, settings: dict[str, Any]) -> None:
         kind, text = kind_of(setting), setting.metadata["help"]
         choices = setting.metadata["choices"]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name}
-        if setting.default not in (None, MISSING):
+        if setting.default not in (None, MISSING, ()):
             text += f" (default: {setting.default})"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "choices": choices}
+            options |= {"nargs": "+"} if holds_many(setting) else {}
             options["metavar"] = None if choices else kind.__name__.upper()
         parser.add_argument(flag(name), help=text, **options)
 

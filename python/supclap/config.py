@@ -84,10 +84,13 @@ SVR = ("none", "uni-static", "bi-static", "uni-dynamic", "bi-dynamic")
 class TrainConfig:
     """One training run."""
 
-    data: Path = setting(
-        MISSING, "manifest (CSV, JSON, JSONL, Parquet, tar); all of it is trained on"
+    data: Path | tuple[Path, ...] = setting(
+        MISSING, "manifests (CSV, JSON, JSONL, Parquet, tar); all of them is trained on"
     )
     out: Path = setting(MISSING, "folder of the run: model.safetensors, config.json, log.jsonl")
+    data_weights: tuple[float, ...] = setting(
+        (), "how often an epoch takes the pairs of each --data, 0.5: some half of them; else once"
+    )
     init: Path | None = setting(None, "run to begin from: its model, weights and temperature")
     val: Path | None = setting(None, "manifest for choosing the best epoch; without: the last")
     test: Path | None = setting(None, "manifest for --select-on test")
@@ -127,6 +130,15 @@ class TrainConfig:
         "both", "which pairs are no negatives of each other: of one clip, with one caption, both, "
         "or none", "clip", "caption", "both", "none",
     )  # fmt: skip
+    gain: float = setting(
+        0.0, "dB by which clips are made louder or softer, at most; decodes them each time"
+    )
+    mix: float = setting(
+        0.0, "share of the pairs that get another clip over theirs, and its caption behind theirs; "
+        "decodes them each time"
+    )  # fmt: skip
+    spec_augment: int = setting(0, "masks over a clip's frames, and as many over its bins")
+    caption_dropout: float = setting(0.0, "share of a caption's words that training leaves out")
     optimizer: str = setting("adamw", "decay is on matrices only", "adamw", "adam")
     lr: float = setting(1e-3, "peak learning rate")
     audio_lr: float | None = setting(None, "of the audio encoder, if another")
@@ -157,14 +169,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, setting in TRAIN.items():
-            if kind_of(setting) is Path and isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
+            object.__setattr__(self, name, typed(setting, getattr(self, name)))
+        manifests, weights = len(self.manifests), len(self.data_weights)
+        if not manifests:
+            raise UserError("--data names no manifest")
+        if weights not in (0, manifests):
+            raise UserError(f"--data-weights: {manifests} manifests and {weights} weights")
+        if not all(0 < weight < math.inf for weight in self.data_weights):
+            raise UserError(f"--data-weights must be positive, got {self.data_weights}")
         every = ("validate_every", "checkpoint_every", "diagnose_every")
         counts = ("epochs", "batch_size", "micro_batch_size", "threads", "train_last", "patience")
         self.check((*counts, *every), lambda count: count >= 1, "be at least 1")
         check_seed(self.seed)
-        self.check(("warmup", "ema"), lambda share: 0 <= share < 1, "be in [0, 1)")
-        sizes = ("weight_decay", "clip_grad", "workers")
+        shares = ("warmup", "ema", "caption_dropout")
+        self.check(shares, lambda share: 0 <= share < 1, "be in [0, 1)")
+        self.check(("mix",), lambda share: 0 <= share <= 1, "be in [0, 1]")
+        sizes = ("weight_decay", "clip_grad", "workers", "gain", "spec_augment")
         self.check(sizes, lambda size: 0 <= size < math.inf, "not be negative")
         rates = ("lr", "tau", "audio_lr", "text_lr", "radius_lr")
         self.check(rates, lambda rate: 0 < rate < math.inf, "be a positive number")
@@ -193,11 +213,17 @@ class TrainConfig:
 
     def settled(self) -> TrainConfig:
         """Returns the settings as a run keeps them: wherever it is resumed, its files are found."""
-        names = ("data", "out", "val", "test", "init")
+        names = ("out", "val", "test", "init")
         paths = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         cache = self.cache if self.cache in ("memory", "off") else str(Path(self.cache).absolute())
-        settled = {name: path.absolute() for name, path in paths.items()}
+        settled: dict[str, Any] = {name: path.absolute() for name, path in paths.items()}
+        settled["data"] = tuple(path.absolute() for path in self.manifests)
         return replace(self, overwrite=False, cache=cache, **settled)
+
+    @property
+    def manifests(self) -> tuple[Path, ...]:
+        """What is trained on."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -247,8 +273,27 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
 
 
 def kind_of(setting: Field[Any]) -> Any:
-    """Returns the type of a setting that has a value."""
-    return TYPES[str(setting.type).partition(" | ")[0]]
+    """Returns the type of a setting that has a value, or of each of its values."""
+    name = str(setting.type).partition(" | ")[0]
+    return TYPES[name.removeprefix("tuple[").removesuffix(", ...]")]
+
+
+def holds_many(setting: Field[Any]) -> bool:
+    return "tuple[" in str(setting.type)
+
+
+def typed(setting: Field[Any], value: Any) -> Any:
+    """Takes strings for paths, and a list for a tuple, or for its only value."""
+    kind = kind_of(setting)
+    if holds_many(setting) and isinstance(value, list | tuple):
+        values = tuple(map(kind, value))
+        return values[0] if len(values) == 1 and " | " in str(setting.type) else values
+    return Path(value) if kind is Path and isinstance(value, str) else value
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value of a TOML file may stand for one of this type."""
+    return type(value) in {float: (float, int), Path: (str,)}.get(kind, (kind,))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -265,14 +310,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         known = TRAIN | MODEL
         if name not in known:
             raise UserError(f"--config {path}: unknown key {key!r}; `supclap train --help` has all")
-        kind = kind_of(known[name])
-        if kind is float and type(value) is int:
-            value = float(value)
-        if kind is Path and isinstance(value, str):
-            value = Path(value)
-        if type(value) is not (type(Path()) if kind is Path else kind):
+        kind, many = kind_of(known[name]), holds_many(known[name])
+        values = value if many and isinstance(value, list) else [value]
+        if not all(fits(kind, each) for each in values):
             raise UserError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
-        settings[name] = value
+        values = [kind(each) for each in values]
+        settings[name] = values if many else values[0]
     return settings
 
 
@@ -317,9 +360,6 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"cannot read the run's settings {path}: {error!r}") from error
     if unknown:
         raise UserError(f"{path} has settings this version does not know: {sorted(unknown)}")
-    for name, value in settings.items():
-        if kind_of(TRAIN[name]) is Path and value is not None:
-            settings[name] = Path(value)
     settings = EARLIER | settings | {"out": run}
     if isinstance(settings.get("ids"), bool):
         settings["ids"] = "clip" if settings["ids"] else "none"

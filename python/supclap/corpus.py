@@ -3,10 +3,13 @@ it is longer than `max_seconds`: training takes another part of such a clip each
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ class Corpus:
     longer: Tensor  # [N] bool: whether a clip is cut to max_seconds
     audio_outputs: Tensor | None = None  # [N, W]: what a frozen encoder makes of the clips
     text_outputs: Tensor | None = None  # [M, W]: ... of the captions
+    shares: tuple[tuple[int, float], ...] = ()  # pairs and weight of each manifest; (): one, once
 
     @cached_property
     def captions(self) -> list[str]:
@@ -61,14 +65,58 @@ class Corpus:
         number: dict[str, int] = {}
         return torch.tensor([number.setdefault(sentence(c), len(number)) for c in self.captions])
 
+    @cached_property
+    def file_of(self) -> Tensor:
+        """Returns a number for each caption, equal for captions of one file, in whatever manifest:
+        [M] int64."""
+        if not self.shares:
+            return self.clip_of
+        number: dict[Any, int] = {}
+        keys = [(os.path.realpath(clip.path), clip.span, clip.cell) for clip in self.clips]
+        return torch.tensor([number.setdefault(k, len(number)) for k in keys])[self.clip_of]
+
+    @property
+    def taken(self) -> int:
+        """How many pairs an epoch takes."""
+        return sum(map(count_taken, self.shares)) if self.shares else len(self.captions)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Returns what an epoch takes, in random order: pairs, and beyond the last pair their
+        copies, pair + M, pair + 2 M, ..."""
+        every = len(self.captions)
+        if not self.shares:
+            return rng.permutation(every)
+        taken, first = [], 0
+        for share in self.shares:
+            pairs, weight = share
+            rounds = [n * every + rng.permutation(pairs) for n in range(math.ceil(weight))]
+            taken.append(first + np.concatenate(rounds)[: count_taken(share)])
+            first += pairs
+        return rng.permutation(np.concatenate(taken))
+
+    def wave(self, clip: int, seed: list[int] | None = None) -> np.ndarray:
+        """Returns the samples [S] of one clip: of its beginning, or of a part that the seed
+        draws."""
+        draw = None if seed is None else lambda n: int(np.random.default_rng(seed).integers(n))
+        with self.naming(clip):
+            source = open_audio(self.clips[clip])
+            return load_audio(source, self.max_seconds, self.front_end.sample_rate, draw)
+
+    @contextlib.contextmanager
+    def naming(self, clip: int) -> Iterator[None]:
+        """Names the clip in an error."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.clips[clip]}: {error}") from error
+
     def features(self, clip: int, seed: list[int] | None = None) -> Tensor:
         """Returns [F, M] of one clip: its beginning, or a part that the seed draws."""
         if self.kept is not None and not (seed is not None and self.longer[clip]):
             return self.kept[clip]
-        try:
-            return decode(self.clips[clip], self.front_end, self.max_seconds, seed)
-        except UserError as error:
-            raise UserError(f"{self.clips[clip]}: {error}") from error
+        wave = self.wave(clip, seed)
+        with self.naming(clip):
+            return self.front_end(wave)
 
     @property
     def records(self) -> list[list[Any]]:
@@ -101,13 +149,10 @@ class Corpus:
         return [self.features(n * len(self.clips) // count) for n in range(count)]
 
 
-def decode(
-    clip: Clip, front_end: FrontEnd, max_seconds: float, seed: list[int] | None = None
-) -> Tensor:
-    """Returns the features [F, M] of a clip: its beginning, or a part that the seed draws. An error
-    does not name the file."""
-    draw = None if seed is None else lambda n: int(np.random.default_rng(seed).integers(n))
-    return front_end(load_audio(open_audio(clip), max_seconds, front_end.sample_rate, draw))
+def count_taken(share: tuple[int, float]) -> int:
+    """Returns how many pairs an epoch takes of a manifest, by its pairs and its weight."""
+    pairs, weight = share
+    return max(1, round(pairs * weight))
 
 
 def read_clip(
@@ -198,6 +243,24 @@ def read_clips(
     kept = [x.features for x in decoded if x.features is not None] if keep else None
     longer = torch.tensor([x.longer for x in decoded if not x.problem])
     return Corpus(good, front_end, max_seconds, bad, kept, longer)
+
+
+def join(corpora: list[Corpus], weights: tuple[float, ...]) -> Corpus:
+    """Returns the clips of all corpora as one. `weights`: how often an epoch takes the pairs of
+    each; (): once."""
+    first, *others = corpora
+    if not others and not weights:
+        return first
+    every = [x.kept for x in corpora]
+    counts = [len(x.captions) for x in corpora]
+    return replace(
+        first,
+        clips=[clip for x in corpora for clip in x.clips],
+        skipped=[reason for x in corpora for reason in x.skipped],
+        kept=None if None in every else [clip for kept in every for clip in kept or ()],
+        longer=torch.cat([x.longer for x in corpora]),
+        shares=tuple(zip(counts, weights or [1.0] * len(counts), strict=True)),
+    )
 
 
 def load_corpus(

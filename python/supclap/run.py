@@ -13,11 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from supclap_kernels import DynamicRadius, SVRLoss
 
+from .augment import Augmentation
 from .batches import Batch, Epoch, steps_of
 from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state, save_state
 from .clock import PARTS, Clock
 from .config import TrainConfig, config_text
-from .corpus import Corpus, ReadOptions, read_as_heard
+from .corpus import Corpus, ReadOptions, join, read_as_heard
 from .diagnose import Diagnosis
 from .embeddings import encode_once
 from .errors import Interrupted, UserError
@@ -56,12 +57,17 @@ class Run:
 
         torch.manual_seed(config.seed)
         self.model = SupclapModel(config.model, config.tau, self.folder if resume else self.init)
-        self.corpus = self.read_corpus(config.data)
+        self.augmentation = Augmentation(
+            config.gain, config.mix, config.spec_augment, config.caption_dropout
+        )
+        cache = "off" if self.augmentation.of_waves else config.cache
+        corpora = [self.read_corpus(manifest, cache) for manifest in config.manifests]
+        self.corpus = join(corpora, config.data_weights)
         self.corpora = {"data": self.corpus}  # by the flags of their manifests
         if config.selection is not None and self.first:
-            self.corpora[config.select_on] = self.read_corpus(config.selection)
+            self.corpora[config.select_on] = self.read_corpus(config.selection, config.cache)
         self.held_out = self.corpora.get(config.select_on)
-        self.batch_size = min(config.batch_size, len(self.corpus.captions))
+        self.batch_size = min(config.batch_size, self.corpus.taken)
         self.check_batches()
 
         self.prepare_model()
@@ -75,7 +81,7 @@ class Run:
 
         radius = self.criterion.radius
         self.whole_batches = isinstance(radius, DynamicRadius) and radius.batch_size is not None
-        pairs = len(self.corpus.captions)
+        pairs = self.corpus.taken
         self.epoch_steps = steps_of(pairs, self.batch_size, self.ranks.count, self.whole_batches)
         self.total_steps = config.epochs * self.epoch_steps
 
@@ -90,8 +96,9 @@ class Run:
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
         self.open_folder()
         self.encode_frozen()
-        clips = len(self.corpus.clips)
-        self.say(f"{clips} clips, {pairs} pairs, {self.total_steps} steps on {self.device}")
+        counts = f"{len(self.corpus.clips)} clips, {len(self.corpus.captions)} pairs"
+        counts += f", {pairs} of them in an epoch" * (pairs != len(self.corpus.captions))
+        self.say(f"{counts}, {self.total_steps} steps on {self.device}")
         if config.select_on == "test":
             self.say(f"NOTE: the checkpoint is selected on the test set, {config.selection}")
         self.logs, self.clock = Logs(config, self.progress.step, self.first), Clock(self.device)
@@ -129,10 +136,10 @@ class Run:
         if self.init is not None and not (self.init / WEIGHTS).is_file():
             raise UserError(f"--init {self.init}: it has no {WEIGHTS}")
 
-    def read_corpus(self, manifest: Path) -> Corpus:
+    def read_corpus(self, manifest: Path, cache: str) -> Corpus:
         """Reads a manifest, its clips, and tells which of them were skipped."""
         config = self.config
-        options = ReadOptions(config.skip_bad_audio, config.cache, config.workers)
+        options = ReadOptions(config.skip_bad_audio, cache, config.workers)
         corpus = read_as_heard(self.model, read_manifest(manifest), manifest, options)
         for language in sorted(set(corpus.languages)):  # one that the encoder does not know fails
             self.model.text.encoder.tokenizer(["x"], [language])
@@ -143,7 +150,7 @@ class Run:
 
     def check_batches(self) -> None:
         """Tells what the user may not expect of the size of the batches and of the corpora."""
-        config, size, pairs = self.config, self.batch_size, len(self.corpus.captions)
+        config, size, pairs = self.config, self.batch_size, self.corpus.taken
         if size < config.batch_size:
             self.say(
                 f"batch size {config.batch_size} is larger than the data: "
@@ -201,13 +208,13 @@ class Run:
 
     def encode_frozen(self) -> None:
         """Encodes what frozen encoders hear and read, once."""
-        frozen = self.config.frozen
-        if not frozen:
+        if not self.config.frozen:
             return
-        made = {
-            flag: encode_once(self.model, corpus, frozen, self.config.workers)
-            for flag, corpus in self.corpora.items()
-        }
+        changed = {"audio": self.augmentation.of_audio, "text": self.augmentation.of_text}
+        made = {}
+        for flag, corpus in self.corpora.items():
+            stay = tuple(x for x in self.config.frozen if flag != "data" or not changed[x])
+            made[flag] = encode_once(self.model, corpus, stay, self.config.workers)
         self.corpora, self.corpus = made, made["data"]
         self.held_out = made.get(self.config.select_on)
 
@@ -224,7 +231,7 @@ class Run:
         epoch = Epoch(
             self.corpus, self.model.text.encoder.tokenizer, self.batch_size, self.config.seed,
             self.progress.epoch, self.ranks.rank, self.ranks.count, self.whole_batches,
-            self.config.ids,
+            self.config.ids, self.augmentation,
         )  # fmt: skip
         pin = self.device.type == "cuda"
         return epoch.batches(self.progress.batch, self.config.workers, pin)
