@@ -148,6 +148,7 @@ class PublishedCED(CED):
 
 
 POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
+LENGTH = "sentence_bert_config.json"
 
 
 def pooling_of(folder: Path, option: str) -> str:
@@ -173,6 +174,15 @@ def prompt_of(folder: Path) -> str:
     settings = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
     name = settings.get("default_prompt_name")
     return str((settings.get("prompts") or {}).get(name) or "")
+
+
+def most_tokens(folder: Path, config: Any) -> int:
+    """Returns how many tokens of a caption are read."""
+    most = min(int(getattr(config, "max_position_embeddings", 512)) - 2, 512)
+    if (folder / LENGTH).is_file():
+        said = json.loads((folder / LENGTH).read_text(encoding="utf-8")).get("max_seq_length")
+        most = min(most, said or most)
+    return most
 
 
 class Tokenizer:
@@ -248,10 +258,9 @@ class PublishedText(nn.Module):
             self.files = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise UserError(f"{option} hf:{folder}: cannot load its tokenizer: {error}") from error
-        most = min(int(getattr(config, "max_position_embeddings", 512)) - 2, 512)
-        self.tokenizer = Tokenizer(self.files, most, prompt_of(folder))
+        self.tokenizer = Tokenizer(self.files, most_tokens(folder, config), prompt_of(folder))
         self.pooling = pooling_of(folder, option)
-        names = [name for name in (POOLING, PROMPTS) if (folder / name).is_file()]
+        names = [name for name in (POOLING, PROMPTS, LENGTH) if (folder / name).is_file()]
         self.said = {name: (folder / name).read_text(encoding="utf-8") for name in names}
 
     def lengths_of(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ encoders of one's own; tiny random ones, saved as the hub has them."""
 import json
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,29 @@ def test_pooling_is_that_of_sentence_transformers(mode, prompt, tmp_path):
         with torch.no_grad():
             found = encoder.eval()(*encoder.tokenizer(sentences, ["eng"] * 3))
         assert close(found, expected, 1e-5)
+
+
+def test_a_real_text_encoder(manifest, tmp_path):
+    """MiniLM as published, from its folder: the vectors of sentence-transformers, and a run."""
+    package = pytest.importorskip("all_minilm_l6_v2")
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "minilm"
+    zipfile.ZipFile(package.get_model_zip_path()).extractall(folder)
+    encoder = hub.text_encoder(str(folder)).eval()
+    texts = ["a dog barks", "rain falls on a tin roof, and a bird sings", "one two " * 300]
+    ids, mask = encoder.tokenizer(texts, ["eng"] * 3)
+    assert mask.sum(dim=1).tolist()[2] == 256  # as its folder says
+    with torch.no_grad():
+        ours = torch.nn.functional.normalize(encoder(ids, mask), dim=1)
+    theirs = torch.from_numpy(SentenceTransformer(str(folder)).encode(texts))
+    assert (ours - theirs).abs().max() < 1e-5
+    model = ModelConfig(width=32, heads=2, embed_dim=32, text_encoder=f"hf:{folder}")
+    run = train(settings(manifest, tmp_path / "run", model=model, freeze="text", lr=1e-2))
+    losses = [line["loss"] for line in log_of(run)]
+    assert losses[-1] < losses[0]
+    kept = load_model(run).text.encoder
+    assert kept.tokenizer.most == 256 and kept.pooling == "mean"
 
 
 @pytest.mark.parametrize("key, known", [
