@@ -110,6 +110,14 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--lang", default="eng", help="language of the query")
     search.add_argument("--json", type=Path, metavar="FILE", help="also write the hits here")
 
+    export = commands.add_parser("export", help="write a run for other libraries")
+    export.add_argument("run", type=Path, metavar="RUN", help="folder that `train` wrote")
+    export.add_argument(
+        "--to", choices=("hub", "onnx"), required=True,
+        help="hub: transformers and sentence-transformers load it; onnx: a graph of each tower",
+    )  # fmt: skip
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+
     plot = commands.add_parser("plot", help="draw how runs went, in one picture")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--out", type=Path, required=True, help="FILE.png, .svg, .pdf or .html")
@@ -296,6 +304,14 @@ def search(
         print(ON_TEST)
 
 
+def export(run: Path, to: str, out: Path) -> None:
+    if to == "hub":
+        from .exports.folder import export_folder as export
+    else:
+        from .exports.onnx import export_onnx as export
+    print("\n".join(export(run, out)))
+
+
 def plot(runs: list[Path], out: Path) -> None:
     from .plot import plot_runs
 
@@ -332,6 +348,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "zeroshot": zeroshot,
     "embed": embed,
     "search": search,
+    "export": export,
     "plot": plot,
     "synth": synth,
     "reproduce": reproduce,
@@ -371,7 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
         if missing == __package__:
             raise
         extra = {"transformers": "hub", "huggingface_hub": "hub"}
-        extra |= {name: name for name in ("tensorboard", "wandb", "peft")}
+        extra |= {name: name for name in ("tensorboard", "wandb", "peft", "mteb")}
+        extra |= {name: "onnx" for name in ("onnx", "onnxscript", "onnxruntime")}
         print(
             f"supclap: {error.name} is not installed; "
             f"pip install 'supclap-kernels[{extra.get(missing, 'train')}]'",

@@ -29,6 +29,15 @@ from .model import SupclapModel
 from .progress import Bar
 
 
+@contextlib.contextmanager
+def naming(clip: Clip) -> Iterator[None]:
+    """Names the clip in an error."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{clip}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Clips and their features. A pair is a (clip, caption); captions are numbered by clip."""
@@ -98,24 +107,16 @@ class Corpus:
         """Returns the samples [S] of one clip: of its beginning, or of a part that the seed
         draws."""
         draw = None if seed is None else lambda n: int(np.random.default_rng(seed).integers(n))
-        with self.naming(clip):
+        with naming(self.clips[clip]):
             source = open_audio(self.clips[clip])
             return load_audio(source, self.max_seconds, self.front_end.sample_rate, draw)
-
-    @contextlib.contextmanager
-    def naming(self, clip: int) -> Iterator[None]:
-        """Names the clip in an error."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{self.clips[clip]}: {error}") from error
 
     def features(self, clip: int, seed: list[int] | None = None) -> Tensor:
         """Returns [F, M] of one clip: its beginning, or a part that the seed draws."""
         if self.kept is not None and not (seed is not None and self.longer[clip]):
             return self.kept[clip]
         wave = self.wave(clip, seed)
-        with self.naming(clip):
+        with naming(self.clips[clip]):
             return self.front_end(wave)
 
     @property

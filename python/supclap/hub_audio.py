@@ -99,10 +99,10 @@ class HubAudio(nn.Module):
         for wave, length in zip(waves, lengths, strict=True):
             real = F.pad(wave[:length], (0, max(0, self.shortest - length)))
             parts.append(self.model.feature_extractor(real[None])[0].t())
-        count = torch.tensor([len(part) for part in parts], device=waves.device)
-        hidden = self.model.feature_projection(nn.utils.rnn.pad_sequence(parts, batch_first=True))
+        pad, ones = nn.utils.rnn.pad_sequence, [torch.ones_like(part[:, 0]) for part in parts]
+        hidden = self.model.feature_projection(pad(parts, batch_first=True))
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        mask = torch.arange(hidden.shape[1], device=waves.device) < count[:, None]
+        mask = pad(ones, batch_first=True) > 0
         states = self.model.encoder(hidden, attention_mask=mask).last_hidden_state
         return masked_mean(states, mask)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import mono, resample
+from .audio import load_audio, mono, open_audio, resample
+from .corpus import naming
 from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_features, embed_text
 from .errors import UserError
 from .languages import LANGUAGE, language_code
@@ -68,18 +70,26 @@ class Embedder:
                 return torch.empty(0, self.width)
             options = replace(self.options, skip_bad_audio=False)  # a row for each
             return embed_clips(self.model, clips, Path("the list"), options)[0]
-        if sample_rate is None:
-            raise TypeError("arrays of samples need their sample_rate, in Hz")
         features = [self.features(sound, sample_rate) for sound in sounds]
         return embed_features(self.model, features, self.options.batch_size)
 
-    def features(self, sound: Any, sample_rate: int) -> Tensor:
-        """[F, M] of samples [S] or [S, channels]."""
+    def features(self, sound: AudioInput | BinaryIO, sample_rate: int | None = None) -> Tensor:
+        """Returns what the audio encoder takes, [F, M]: of a file, or of samples and their rate."""
         front_end, seconds = self.model.audio.encoder.front_end, self.model.seconds
-        wave = samples_of(sound)
-        if seconds * sample_rate < len(wave):
-            wave = wave[: math.ceil(seconds * sample_rate)]
-        features: Tensor = front_end(resample(wave, sample_rate, front_end.sample_rate))
+        if isinstance(sound, str | Path):
+            clip = Clip(str(sound), Path(sound), ())
+            with naming(clip):
+                wave = load_audio(open_audio(clip), seconds, front_end.sample_rate)
+        elif isinstance(sound, io.IOBase):
+            wave = load_audio(cast(BinaryIO, sound), seconds, front_end.sample_rate)
+        elif sample_rate is None:
+            raise TypeError("arrays of samples need their sample_rate, in Hz")
+        else:
+            wave = samples_of(sound)
+            if seconds * sample_rate < len(wave):
+                wave = wave[: math.ceil(seconds * sample_rate)]
+            wave = resample(wave, sample_rate, front_end.sample_rate)
+        features: Tensor = front_end(wave)
         return features
 
     def embed_text(self, captions: str | Iterable[str], lang: str = LANGUAGE) -> Tensor:

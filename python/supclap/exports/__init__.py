@@ -1,0 +1,1 @@
+"""A trained run in the forms of other libraries: `supclap export`."""
