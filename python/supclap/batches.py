@@ -156,7 +156,7 @@ class Epoch:
         if change.of_waves:
             wave = corpus.wave(clip, example.seed)
             if example.other is not None:
-                other = corpus.wave(int(corpus.clip_of[example.other]), [*example.seed, 2])
+                other = corpus.wave(int(corpus.clip_of[example.other]), example.seed)
                 wave = mixed(wave, other, rng.uniform(-LEVEL, LEVEL))
             features = corpus.front_end(louder(wave, rng.uniform(-change.gain, change.gain)))
         else:
@@ -173,7 +173,6 @@ class Epoch:
     def batches(self, start: int = 0, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
         """Yields the batches from `start` on."""
         kept = self.corpus.kept is not None and not self.corpus.longer.any()
-        kept &= not self.augmentation.of_waves
         workers = 0 if kept or self.corpus.audio_outputs is not None else workers
         yield from load_items(self.batch, range(start, len(self.parts)), workers, pin)
 

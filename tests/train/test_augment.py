@@ -219,6 +219,22 @@ def test_what_is_altered_is_encoded_each_time(manifest, tmp_path):
         assert log_of(run)[0]["loss"] != log_of(plain)[0]["loss"], kept
 
 
+def test_captions_are_mixed_where_the_text_encoder_is_frozen(manifest, tmp_path, monkeypatch):
+    options = {"batch_size": 6, "epochs": 1, "freeze": "text", "mix": 1.0}
+    both = train(settings(manifest, tmp_path / "both", **options))
+    monkeypatch.setattr("supclap.batches.both_captions", lambda caption, other: caption)
+    one = train(settings(manifest, tmp_path / "one", **options))
+    assert log_of(both)[0]["loss"] != log_of(one)[0]["loss"]
+
+
+def test_features_that_change_are_not_kept(manifest, tmp_path):
+    options = {"epochs": 1, "cache": str(tmp_path / "cache")}
+    train(settings(manifest, tmp_path / "gain", **options, gain=3.0))
+    assert not (tmp_path / "cache").exists()
+    train(settings(manifest, tmp_path / "spec", **options, spec_augment=2))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [(["--mix", "1.5"], "--mix must be in"), (["--gain", "-1"], "--gain must not be negative"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from clips import SMALL, log_of, near, settings
 from supclap.batches import Batch, Epoch, pad_features
 from supclap.builtin import Bytes
-from supclap.cli import build_parser, main
+from supclap.cli import main
 from supclap.config import (
     MODEL,
     RECIPES,
@@ -26,6 +26,7 @@ from supclap.corpus import load_corpus
 from supclap.diagnose import QUANTILES, Diagnosis, spread
 from supclap.errors import UserError
 from supclap.model import SupclapModel
+from supclap.parser import build_parser
 from supclap.ranks import Ranks
 from supclap.step import build_loss, build_optimizer, compute_loss, schedule
 from supclap.train import train
