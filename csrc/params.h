@@ -134,4 +134,12 @@ struct Tile {
   int64_t i0, ni, j0, nj;
 };
 
+// Rows [i0, i0 + ni) of one direction against nj further columns, whose products [ni, nj] are in a
+// panel.
+struct OneWay {
+  int direction;
+  int64_t i0, ni, nj;
+  const int32_t* code;  // [nj] of the columns, or null
+};
+
 }  // namespace supclap

@@ -7,6 +7,7 @@ from .cached import cached_step
 from .diagnostics import ForceDecomposition, force_decomposition
 from .dispatch import available_backends, explain, memory_estimate
 from .loss import SVRLoss, fused_svr_loss
+from .negatives import Negatives
 from .radius import DynamicRadius, StaticRadius
 from .reference import svr_loss_reference
 from .stats import SVRStats
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "DynamicRadius",
     "ForceDecomposition",
+    "Negatives",
     "SVRLoss",
     "SVRStats",
     "StaticRadius",

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .negatives import Negatives
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -90,6 +92,24 @@ def describe(
         "weight": weight is not None,
         **options,
     }
+
+
+def described(negatives: Negatives | None) -> dict[str, bool]:
+    """Which negatives a call has: on every rank the same kinds, of any number."""
+    given = Negatives() if negatives is None else negatives
+    return {f"negatives.{name}": x is not None for name, x in given._asdict().items()}
+
+
+def everybodys(negatives: Negatives | None, group: Any) -> Negatives | None:
+    """The negatives of all ranks, one rank's after the other's, with their gradient."""
+    if negatives is None:
+        return None
+    gathered: dict[str, Any] = {}
+    for side in ("audio", "text"):
+        rows, ids = negatives.of(side)
+        if rows is not None:
+            _, (gathered[side], gathered[f"{side}_ids"]) = whole_batch(group, len(rows), rows, ids)
+    return Negatives(**gathered)
 
 
 @contextlib.contextmanager
@@ -195,12 +215,14 @@ def whole_batch(group: Any, count: int, *tensors: Any) -> tuple[list[int], list[
 
 def over_group(
     loss: Callable[..., Any], group: Any, audio: Tensor, text: Tensor, radius: Any, k: Any, b: Any,
-    ids: Tensor | None, weight: Tensor | None, **options: Any,
+    ids: Tensor | None, weight: Tensor | None, negatives: Negatives | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """`loss` of all ranks' rows on each of them; with reduction="none" its own rows of it."""
-    agree(group, describe(audio, text, radius, ids, weight, **options), free=("pairs",))
+    call = describe(audio, text, radius, ids, weight, **options) | described(negatives)
+    agree(group, call, free=("pairs",))
+    beyond = {} if negatives is None else {"negatives": everybodys(negatives, group)}
     sizes, batch = whole_batch(group, len(audio), audio, text, radius, k, b, ids, weight)
-    result = loss(*batch[:5], ids=batch[5], weight=batch[6], **options)
+    result = loss(*batch[:5], ids=batch[5], weight=batch[6], **beyond, **options)
     if options["reduction"] != "none":
         return result
     own_rows = lambda rows: rows.split(sizes)[group.rank()]  # noqa: E731

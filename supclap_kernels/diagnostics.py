@@ -10,7 +10,7 @@ from .autocast import without_autocast
 from .options import as_python_number, check_choices
 from .reference import (
     accumulator_dtype,
-    direction_pairs,
+    directions_of,
     gap_and_direction,
     infonce_rows,
     kept_pairs,
@@ -88,8 +88,9 @@ def force_decomposition(
     with torch.enable_grad():
         T = T.requires_grad_()
         through_positives = through_negatives = torch.zeros((), **number)
-        for term, pairs in direction_pairs(T, A, R, infonce, bilateral, renormalize).items():
-            for X, Y in pairs:
+        directions = directions_of(T, A, R, infonce, bilateral, renormalize)
+        for term, pairs in directions.items():
+            for X, Y, _ in pairs:
                 logits = k * X @ Y.t()
                 leaf = logits.detach().requires_grad_()
                 rows = infonce_rows(leaf, keep) if infonce else siglip_rows(leaf + b, keep)

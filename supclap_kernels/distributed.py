@@ -1,4 +1,6 @@
-"""The loss over a process group: every rank has some rows, every pair of rows is computed once.
+"""The loss stage by stage: over a process group, and with further negatives (further.py).
+
+Every rank has some rows, every pair of rows is computed once.
 
 The N x N problem is cut by rank. A block of the Gram matrix off its diagonal holds the pairs of two
 ranks' rows, and one of them computes it: rank r visits r + 1, ..., r + (W - 1) / 2, and where W is
@@ -14,11 +16,10 @@ one visit's rows travel while another is computed, in both passes: O(n D) memory
 collectives.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch
@@ -26,67 +27,12 @@ from .backends import statistics
 from .backends.call import Call, Tensors, in_own_dtypes
 from .backends.state import STATE_GEOMETRY
 from .checks import is_lazy, written_out
-from .collectives import Mail, agree, describe, mean_over_ranks
+from .collectives import Mail, agree, describe, described, everybodys
+from .further import Further, FurtherPass, further_of
+from .negatives import Negatives
 from .ops import for_autograd, without_autograd
 from .options import Options
-
-
-class Visit(NamedTuple):
-    """Rows `own` of a rank with rows `theirs` of another."""
-
-    rank: int
-    own: slice
-    theirs: slice
-
-
-def count(part: slice) -> int:
-    return int(part.stop - part.start)
-
-
-class Plan(NamedTuple):
-    """One loss over a group, without its tensors."""
-
-    options: Options
-    group: Any
-    ring: bool
-    sizes: tuple[int, ...]
-    """rows of each rank"""
-    needs: tuple[bool, ...]
-    """which gradients are wanted, of the towers by any rank"""
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
-
-    @property
-    def steps(self) -> range:
-        """In each, every rank visits another one, and is visited."""
-        return range(1, len(self.sizes) // 2 + 1)
-
-    @property
-    def per_row(self) -> bool:
-        return self.options.reduction == "none"
-
-    @property
-    def row_scale(self) -> float:
-        return 1.0 / sum(self.sizes) if self.options.reduction == "mean" else 1.0
-
-    def visit(self, rank: int, step: int) -> Visit:
-        """Whom a rank visits."""
-        sizes, other = self.sizes, (rank + step) % len(self.sizes)
-        own, theirs = slice(0, sizes[rank]), slice(0, sizes[other])
-        if 2 * step == len(sizes):  # both visit each other
-            if rank < other:
-                theirs = slice(0, sizes[other] // 2)
-            else:
-                own = slice(sizes[rank] // 2, sizes[rank])
-        return Visit(other, own, theirs)
-
-    def partners(self, step: int) -> tuple[Visit, int, Visit]:
-        """This rank's visit; who visits this rank, and that visit."""
-        guest = (self.rank - step) % len(self.sizes)
-        return self.visit(self.rank, step), guest, self.visit(guest, step)
-
+from .plan import Plan, Visit, count
 
 Memory = dict[tuple[str, int, int], Tensor]
 """What forward leaves for backward: ("state", 0, 0), ("rows", step, n), ("kept", step, 0)."""
@@ -95,7 +41,9 @@ Memory = dict[tuple[str, int, int], Tensor]
 class Pass:
     """Forward or backward of a plan on this rank. What travels has its rows first."""
 
-    def __init__(self, plan: Plan, inputs: Tensors, memory: Memory | None = None) -> None:
+    def __init__(
+        self, plan: Plan, inputs: Tensors, further: Further, memory: Memory | None = None
+    ) -> None:
         self.plan, self.inputs, self.memory = plan, inputs, memory or {}
         self.backend = dispatch.implementation(dispatch.staged_way(inputs, plan.options))
         # Sums: what N divides is not known to a visit.
@@ -109,6 +57,7 @@ class Pass:
         self.ahead = 1 if plan.ring else len(plan.steps)
         self.posted = {step: self.post_rows(step) for step in plan.steps[: self.ahead]}
         self.budget = plan.options.workspace
+        self.further = FurtherPass(self.own, further, within)
         self.negatives = torch.zeros(2, dtype=torch.float64, device=inputs.audio.device)
 
     # What travels.
@@ -186,31 +135,36 @@ class Pass:
     # Forward.
     def kept(self, step: int, call: Call) -> Tensor | None:
         """Room for a call's logits, to be kept for backward if the workspace allows."""
-        elements, passing = call.layout.panel_elements, self.plan.ring and step > 0
-        size = elements * call.state.element_size()
-        if call.fused or passing or not any(self.plan.needs) or size > self.budget:
+        if call.fused or (self.plan.ring and step > 0):
+            return None
+        return self.room(("kept", step, 0), call.layout.panel_elements)
+
+    def room(self, name: tuple[str, int, int], elements: int) -> Tensor | None:
+        """A part of the workspace that stays until backward, if there is one and it is left."""
+        size = elements * self.own.state.element_size()
+        if not any(self.plan.needs) or size > self.budget:
             return None
         self.budget -= size
-        self.memory["kept", step, 0] = call.new_empty(elements)
-        return self.memory["kept", step, 0]
+        self.memory[name] = self.own.new_empty(elements)
+        return self.memory[name]
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The loss, the same on every rank (or of this rank's rows), and the values of SVRStats."""
         own, plan = self.own, self.plan
         own.sweep_statistics(self.kept(0, own))
         self.tour(self.visit_statistics, self.merge, [rows_first(own.log_sums)])
+        self.further.statistics(lambda n, elements: self.room(("further", n, 0), elements))
         loss, terms = own.finish_statistics()
         self.memory["state", 0, 0] = own.state
         stats = loss.new_empty(0)
         if terms is not None:
             values = statistics.row_values(self.inputs.radius, self.inputs.weight, terms, own.state)
-            total = torch.cat((values, self.negatives + own.similarity()))
-            dist.all_reduce(total, group=plan.group)
+            negatives = self.negatives + own.similarity() + self.further.similarity()
+            total = plan.add_up(torch.cat((values, negatives)))
             stats = statistics.means(total[:-2], sum(plan.sizes), total[-2:]).to(loss.dtype)
         if plan.per_row:
             return loss, stats
-        total = loss.double() if loss.device.type == "cpu" else loss
-        dist.all_reduce(total, group=plan.group)
+        total = plan.add_up(loss.double() if loss.device.type == "cpu" else loss)
         return (total * plan.row_scale).to(loss.dtype), stats
 
     def visit_statistics(self, step: int, visit: Visit, call: Call) -> list[Tensor]:
@@ -237,16 +191,14 @@ class Pass:
     # Backward.
     def backward(
         self, upstream: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """dA, dT, dR and (dk, db), as `in_own_dtypes` takes them."""
+    ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor], list[Tensor | None]]:
+        """dA, dT, dR and (dk, db), as `in_own_dtypes` takes them; those of the negatives."""
         own, plan = self.own, self.plan
         lent_rows = [own.state[:STATE_GEOMETRY].t()]
         if plan.per_row:
             lent_rows.append(upstream)
         else:
-            upstream = upstream.to(own.state.dtype, copy=True)
-            dist.all_reduce(upstream, group=plan.group)
-            upstream = upstream * plan.row_scale
+            upstream = plan.add_up(upstream.to(own.state.dtype, copy=True)) * plan.row_scale
         own.start_gradients(upstream)
         towers = own.accumulators(plan.needs)
         own.sweep_gradients(*towers, self.memory.get(("kept", 0, 0)))
@@ -270,10 +222,15 @@ class Pass:
         self.tour(visit_gradients, add, results_of(own, towers))
         for mail, _ in lent.values():
             mail.wait()
+        beyond, of_radius = self.further.gradients(
+            towers, plan.needs[5:], lambda n: self.memory.get(("further", n, 0))
+        )
         dA, dT, dR, scalars = own.finish_gradients(*towers)
+        if dR is not None and of_radius is not None:
+            dR = dR + (of_radius if dR.ndim else of_radius.sum())
         if dR is not None and not dR.ndim:
-            dR = mean_over_ranks(dR, plan.group)
-        return dA, dT, dR, mean_over_ranks(scalars, plan.group)
+            dR = plan.mean(dR)
+        return (dA, dT, dR, plan.mean(scalars)), beyond
 
 
 class Arrived(NamedTuple):
@@ -296,13 +253,13 @@ def results_of(call: Call, towers: tuple[Tensor | None, Tensor | None]) -> list[
     return [rows_first(call.sums), *(x for x in towers if x is not None)]
 
 
-class GroupFunction(torch.autograd.Function):
-    """loss, stats = apply(audio, text, radius, scale, bias, ids, weight, plan), in eager mode."""
+class StagedFunction(torch.autograd.Function):
+    """loss, stats = apply(*inputs, *further, plan), in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.plan = arguments
-        outputs = without_autograd(tensors[0], group_forward, ctx.plan, Tensors(*tensors))
+        outputs = without_autograd(tensors[0], staged_forward, ctx.plan, *split(tensors))
         loss, stats, memory = outputs
         ctx.names = list(memory)
         ctx.save_for_backward(*tensors, *memory.values())
@@ -314,40 +271,69 @@ class GroupFunction(torch.autograd.Function):
         if is_lazy(upstream):
             upstream = written_out(upstream)
         # Read once: activation checkpointing unpacks the saved tensors a single time.
-        saved, count = ctx.saved_tensors, len(Tensors._fields)
-        inputs = Tensors(*saved[:count])
+        saved, count = ctx.saved_tensors, len(Tensors._fields) + len(Further._fields)
+        inputs, further = split(saved[:count])
         memory = dict(zip(ctx.names, saved[count:], strict=True))
-        gradients = without_autograd(upstream, group_backward, ctx.plan, inputs, memory, upstream)
-        no_gradient = (None,) * 3  # of ids, weight, plan
-        needs = ctx.needs_input_grad[:5]
-        return *for_autograd(gradients, needs, upstream, inputs), *no_gradient
+        call = (ctx.plan, inputs, further, memory, upstream)
+        gradients = without_autograd(upstream, staged_backward, *call)
+        places = (*range(5), *(len(inputs) + n for n in range(2)))
+        needs = tuple(ctx.needs_input_grad[place] for place in places)
+        sources = (*inputs[:5], *further[:2])
+        found = for_autograd(gradients, needs, upstream, sources)
+        every: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for place, gradient in zip(places, found, strict=True):
+            every[place] = gradient
+        return tuple(every)
 
 
-def group_forward(plan: Plan, inputs: Tensors) -> tuple[Tensor, Tensor, Memory]:
-    work = Pass(plan, inputs)
+def split(tensors: Sequence[Any]) -> tuple[Tensors, Further]:
+    count = len(Tensors._fields)
+    return Tensors(*tensors[:count]), Further(*tensors[count:])
+
+
+def staged_forward(plan: Plan, inputs: Tensors, further: Further) -> tuple[Tensor, Tensor, Memory]:
+    work = Pass(plan, inputs, further)
     return *work.forward(), work.memory
 
 
-def group_backward(
-    plan: Plan, inputs: Tensors, memory: Memory, upstream: Tensor
+def staged_backward(
+    plan: Plan, inputs: Tensors, further: Further, memory: Memory, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
-    gradients = Pass(plan, inputs, memory).backward(upstream)
-    return in_own_dtypes(inputs, plan.needs, *gradients)
+    gradients, beyond = Pass(plan, inputs, further, memory).backward(upstream)
+    return *in_own_dtypes(inputs, plan.needs[:5], *gradients), *beyond
 
 
-def group_loss(
-    inputs: Tensors, options: Options, group: Any, exchange: str
+def staged_loss(
+    inputs: Tensors, options: Options, group: Any, exchange: str, negatives: Negatives | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss over a process group of several ranks, after all of them agreed on the call."""
+    """The loss over a process group of several ranks, after all of them agreed on the call, or of
+    one process (None), with further negatives or without."""
+    if group is not None:
+        call = describe(*inputs[:3], *inputs[5:], **options._asdict()) | described(negatives)
+        call |= {
+            "backend": dispatch.staged_way(inputs, options),
+            "exchange": exchange,
+            "bias": inputs.bias is not None,
+            **towers_that_learn(inputs),
+        }
+        of_ranks = agree(group, call, ("pairs", "workspace", "audio", "text"))
+        negatives = everybodys(negatives, group)
+        sizes = tuple(rank["pairs"] for rank in of_ranks)
+    else:
+        of_ranks, sizes = [towers_that_learn(inputs)], (len(inputs.audio),)
+    further = further_of(negatives, options.normalize)
     recording = torch.is_grad_enabled()
-    needs = [recording and x is not None and x.requires_grad for x in inputs[:5]]
-    way = dispatch.staged_way(inputs, options)
-    call = describe(*inputs[:3], *inputs[5:], **options._asdict())
-    call |= {"backend": way, "exchange": exchange, "bias": inputs.bias is not None}
-    towers = {"audio": needs[0], "text": needs[1]}
-    of_ranks = agree(group, {**call, **towers}, ("pairs", "workspace", *towers))
-    for n, name in enumerate(towers):  # what one rank needs, all help with
+    every = (*inputs[:5], *further[:2])
+    needs = [recording and x is not None and x.requires_grad for x in every]
+    for n, name in enumerate(("audio", "text")):  # what one rank needs, all help with
         needs[n] = any(rank[name] for rank in of_ranks)
-    sizes = tuple(rank["pairs"] for rank in of_ranks)
     plan = Plan(options, group, exchange == "ring", sizes, tuple(needs))
-    return GroupFunction.apply(*inputs, plan)
+    return StagedFunction.apply(*inputs, *further, plan)
+
+
+def towers_that_learn(inputs: Tensors) -> dict[str, int]:
+    recording = torch.is_grad_enabled()
+    return {
+        name: recording and x.requires_grad
+        for name, x in (("audio", inputs.audio), ("text", inputs.text))
+    }

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
+from .negatives import Negatives, columns_of
 from .reference import accumulator_dtype, gap_and_direction, kept_pairs
 
 LITERAL_C, LITERAL_GAP, LITERAL_LENGTH = 2.0, 1 / 8, 0.1
@@ -31,13 +32,16 @@ MIN_NORM = 1e-12
 
 
 class Gradients(NamedTuple):
-    """Gradients in the accumulator's dtype: (N, D), (N, D), (N,), 0-d, 0-d."""
+    """Gradients in the accumulator's dtype: (N, D), (N, D), (N,), 0-d, 0-d; (Ma, D) and (Mt, D) of
+    the negatives, or None."""
 
     audio: Tensor
     text: Tensor
     radius: Tensor
     logit_scale: Tensor
     logit_bias: Tensor
+    audio_negatives: Tensor | None = None
+    text_negatives: Tensor | None = None
 
 
 def is_literal(c: Tensor, r: Tensor, T: Tensor, A: Tensor, renormalize: bool) -> Tensor:
@@ -71,12 +75,15 @@ def product_of(X: Tensor, Y: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.mm(X.to(dtype), Y.to(dtype), out_dtype=torch.float32)
 
 
-def row_direction(L: Tensor, keep: Tensor, infonce: bool) -> tuple[Tensor, Tensor]:
-    """Loss of each row (N,) of the logits L (N, N), and its gradient with respect to L (N, N).
+def row_direction(
+    L: Tensor, keep: Tensor, infonce: bool, positives: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row (N,) of the logits L (N, .), and its gradient with respect to L.
 
-    The positive's p - 1 is minus the sum of the others' p: nothing cancels.
+    The positives are on the diagonal. Their p - 1 is minus the sum of the others' p: nothing
+    cancels.
     """
-    eye = torch.eye(len(L), dtype=torch.bool, device=L.device)
+    eye = torch.eye(*L.shape, dtype=torch.bool, device=L.device) & positives
     if infonce:
         m = L.masked_fill(~keep, float("-inf")).amax(dim=1, keepdim=True)
         e = (L - m).exp().masked_fill(~keep, 0.0)
@@ -109,6 +116,7 @@ def loss_and_gradients(
     reduction: str = "mean",
     upstream: Tensor | None = None,
     weights_dtype: torch.dtype | None = None,
+    negatives: Negatives | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The loss and its gradients for an upstream gradient (default: ones).
 
@@ -133,38 +141,87 @@ def loss_and_gradients(
         if weights_dtype is not None:
             T, A = T.to(weights_dtype).to(dtype), A.to(weights_dtype).to(dtype)
 
-    def direction(L: Tensor) -> tuple[Tensor, Tensor]:
-        loss, grad = row_direction(k * L + (0.0 if infonce else b), keep, infonce)
-        return loss, omega[:, None] * grad
+    with torch.no_grad():
+        further = {
+            side: columns_of(negatives, side, ids, dtype, normalize) for side in ("audio", "text")
+        }
+    if normalize and weights_dtype is not None:
+        further = {
+            side: columns and columns._replace(rows=columns.rows.to(weights_dtype).to(dtype))
+            for side, columns in further.items()
+        }
+    d_further: dict[str, Tensor | None] = {
+        side: None if columns is None else torch.zeros_like(columns.rows)
+        for side, columns in further.items()
+    }
+
+    def rounded(M: Tensor, X: Tensor) -> Tensor:
+        """M @ X with the weights rounded to `weights_dtype`, in a unit (a power of 2) that keeps
+        float16 inside its range.
+        """
+        if weights_dtype is None:
+            return M @ X
+        unit = torch.exp2(M.abs().max().clamp_min(1e-30).log2().floor() - 13)
+        return product_of((M / unit).to(weights_dtype).to(dtype), X, weights_dtype) * unit
 
     def product(M: Tensor, X: Tensor) -> Tensor:
-        """M @ X with the off-diagonal weights rounded to `weights_dtype`, in a unit (a power of 2)
-        that keeps float16 inside its range.
-        """
+        """`rounded`, but for the weights of the positives."""
         diagonal = M.diagonal().clone()
-        M = M - torch.diag(diagonal)
+        return rounded(M - torch.diag(diagonal), X) + diagonal[:, None] * X
+
+    dk = db = torch.zeros_like(k)
+
+    def direction(
+        L: Tensor, X: Tensor, side: str, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows X (N, D), whose products with their columns are L (N, N), against these and the
+        negatives of a side: the losses, the gradient with respect to k L, and what the negatives
+        give to X. Their own gradient is added to d_further. `factor`: of the losses."""
+        nonlocal dk, db
+        columns = further[side]
+        if columns is None:
+            loss, grad = row_direction(k * L + (0.0 if infonce else b), keep, infonce)
+            return loss, factor * (omega[:, None] * grad), torch.zeros_like(X)
         if weights_dtype is not None:
-            unit = torch.exp2(M.abs().max().clamp_min(1e-30).log2().floor() - 13)
-            M = product_of((M / unit).to(weights_dtype).to(dtype), X, weights_dtype) * unit
-        else:
-            M = M @ X
-        return M + diagonal[:, None] * X
+            X = X.to(weights_dtype).to(dtype)
+        more = product_of(X, columns.rows.t(), weights_dtype)
+        counted = torch.ones_like(more, dtype=torch.bool) if columns.keep is None else columns.keep
+        z = k * torch.cat((L, more), dim=1) + (0.0 if infonce else b)
+        loss, grad = row_direction(z, torch.cat((keep, counted), dim=1), infonce)
+        grad = factor * (omega[:, None] * grad)
+        return loss, grad[:, : len(L)], beyond(grad[:, len(L) :], more, X, side)
+
+    def beyond(grad: Tensor, products: Tensor, X: Tensor, side: str) -> Tensor:
+        """Takes the gradient with respect to the logits (N, M) of rows X and a side's negatives."""
+        nonlocal dk, db
+        columns, total = further[side], d_further[side]
+        assert columns is not None and total is not None
+        dk, db = dk + (grad * products).sum(), db + grad.sum()
+        total += rounded(k * grad.t(), X)
+        return rounded(k * grad, columns.rows)
 
     S = product_of(T, A.t(), weights_dtype)
     S.diagonal().copy_((T * A).sum(dim=1))
-    rows, G = direction(S)
+    rows, G, dT = direction(S, T, "audio")
+    dA = torch.zeros_like(A)
     if infonce:
-        l_a2t, G_a2t = direction(S.t())
+        l_a2t, G_a2t, dA = direction(S.t(), A, "text")
         rows, G = rows + l_a2t, G + G_a2t.t()
-    dk, db = (G * S).sum(), G.sum()
+    elif further["text"] is not None:
+        columns = further["text"]
+        products = product_of(A, columns.rows.t(), weights_dtype)
+        counted = torch.ones_like(products) if columns.keep is None else columns.keep
+        loss, grad = row_direction(k * products + b, counted.bool(), infonce, positives=False)
+        rows, dA = rows + loss, beyond(omega[:, None] * grad, products, A, "text")
+    dk, db = dk + (G * S).sum(), db + G.sum()
     W = k * G
-    dT, dA = torch.zeros_like(T), torch.zeros_like(A)
     rho = torch.zeros_like(w)
 
     def support_term(
-        X: Tensor, Y: Tensor, gram: Tensor, cross: Tensor, both: bool
+        X: Tensor, Y: Tensor, side: str, gram: Tensor, cross: Tensor, both: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Support vectors s_i = x_i + c_i (y_i - x_i) against Y; gram = Y Y^T, cross = X Y^T.
+        """Support vectors s_i = x_i + c_i (y_i - x_i) against Y, of a side; gram = Y Y^T, cross = X
+        Y^T.
 
         Adds to dk, db and rho; returns the row losses, H = dL/d<s_i, y_j>, and the gradient of what
         does not pass through Y's products: dX and dY of the rows' own geometry.
@@ -180,21 +237,24 @@ def loss_and_gradients(
         Ss = cross + c[:, None] * diff
         Ss[literal] = s[literal] @ Y.t()
         L = Ss / norm[:, None]
-        loss, H = direction(L)
+        loss, H, beside = direction(L, s / norm[:, None], side, alpha)
+        straight = torch.zeros_like(Y)  # what the negatives give to Y itself
         if both:
-            loss2, H2 = direction(L.t())
+            loss2, H2, straight = direction(L.t(), Y, "text", alpha)
             loss, H = loss + loss2, H + H2.t()
-        H = alpha * H
         dk, db = dk + (H * L).sum(), db + H.sum()
         H = k * H / norm[:, None]
+        beside = beside / norm[:, None]
         ds = torch.zeros_like(s)
         ds[literal] = H[literal] @ Y  # literal rows: the gradient of s, literally
-        sigma = (H * Ss).sum(dim=1) / norm.square() if renormalize else torch.zeros_like(c)
+        sigma = torch.zeros_like(c)
+        if renormalize:
+            sigma = ((H * Ss).sum(dim=1) + (beside * s).sum(dim=1)) / norm.square()
         v = step / r[:, None]
         part = torch.where(literal, (ds * v).sum(dim=1), (H * diff).sum(dim=1) / r)
-        rho = rho + part - sigma * (v * s).sum(dim=1)
-        own = ds - sigma[:, None] * s
-        dX, dY = (1.0 - c)[:, None] * own, c[:, None] * own
+        rho = rho + part + (beside * v).sum(dim=1) - sigma * (v * s).sum(dim=1)
+        own = ds + beside - sigma[:, None] * s
+        dX, dY = (1.0 - c)[:, None] * own, c[:, None] * own + straight
         dY = dY + H[literal].t() @ s[literal]
         return loss, H.masked_fill(literal[:, None], 0.0), dX, dY
 
@@ -206,13 +266,13 @@ def loss_and_gradients(
         c = R / r
         literal = is_literal(c, r, T, A, renormalize)
         Q = product_of(A, A.t(), weights_dtype)
-        svr, H, dX, dY = support_term(T, A, Q, S, bilateral == "shared" and infonce)
+        svr, H, dX, dY = support_term(T, A, "audio", Q, S, bilateral == "shared" and infonce)
         W = W + (1.0 - c)[:, None] * H
         V = c[:, None] * H
         dT, dA = dT + dX, dA + dY + product(V + V.t(), A)
         if bilateral == "mirror":
             K = product_of(T, T.t(), weights_dtype)
-            svr2, U, dX, dY = support_term(A, T, K, S.t(), False)
+            svr2, U, dX, dY = support_term(A, T, "text", K, S.t(), False)
             W = W + ((1.0 - c)[:, None] * U).t()
             V = c[:, None] * U
             svr, dA, dT = svr + svr2, dA + dX, dT + dY + product(V + V.t(), T)
@@ -226,4 +286,10 @@ def loss_and_gradients(
         dT, dA = normalize_gradient(raw_T, dT), normalize_gradient(raw_A, dA)
     rows = w * rows
     loss = rows if reduction == "none" else rows.sum() * scale
-    return loss, Gradients(dA, dT, dR, dk, db)
+    if normalize:
+        for side, total in d_further.items():
+            if total is not None and negatives is not None:
+                raw = negatives.of(side)[0]
+                assert raw is not None
+                d_further[side] = normalize_gradient(raw.detach().to(dtype), total)
+    return loss, Gradients(dA, dT, dR, dk, db, d_further["audio"], d_further["text"])

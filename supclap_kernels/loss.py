@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import collectives, direct, dispatch, distributed, ops
 from .checks import check_embeddings, checked_inputs, checked_options, group_size
 from .groups import GroupHandle, looked_up
+from .negatives import Negatives, check_negatives
 from .options import CHOICES, OPTION_NAMES, WORKSPACE, check_choices
 from .radius import DynamicRadius, StaticRadius, radius_of
 from .reference import svr_loss_reference
@@ -39,6 +40,7 @@ def fused_svr_loss(
     workspace: int = WORKSPACE,
     backend: str = "auto",
     return_stats: bool = False,
+    negatives: Negatives | None = None,
 ) -> Any:
     """Contrastive loss with Support Vector Regularization (SupCLAP, arXiv 2509.21033), fused.
 
@@ -77,6 +79,10 @@ def fused_svr_loss(
             recomputed.
         backend: "auto", "reference", or a name of `available_backends()`.
         return_stats: also return `SVRStats`, detached values from the same pass.
+        negatives: `Negatives`, embeddings beyond the batch that every row is compared with; with a
+            group every rank's are everybody's. Costs one product of N x M x D for each matrix of
+            their similarities, one for its gradient, and another one where they are trained;
+            O((N + M) D) memory beyond `workspace`.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, SVRStats). Gradients reach audio,
@@ -92,7 +98,8 @@ def fused_svr_loss(
         return_stats,
     )  # fmt: skip
     tensors = (audio, text, radius, logit_scale, logit_bias, ids, weight)
-    if group is None and exchange == "gather" and not torch.compiler.is_compiling():
+    plain = group is None and exchange == "gather" and negatives is None
+    if plain and not torch.compiler.is_compiling():
         ordinary = direct.loss_of(tensors, values)
         if ordinary is not None:
             return ordinary
@@ -102,16 +109,20 @@ def fused_svr_loss(
         check_choices(exchange=exchange)
         options = checked_options(*values)
         inputs = checked_inputs(*tensors, options.objective)
-        runs_reference = dispatch.runs_reference(inputs, options, staged=across)
+        negatives = check_negatives(negatives, inputs.audio, inputs.ids)
+        staged = across or negatives is not None
+        runs_reference = dispatch.runs_reference(inputs, options, staged=staged)
     if runs_reference:
         named = options._asdict()
         return svr_loss_reference(
             *inputs[:5], ids=ids, weight=weight, group=group, return_stats=named.pop("stats"),
-            **named,
+            negatives=negatives, **named,
         )  # fmt: skip
-    call = (inputs, options)
-    outputs = distributed.group_loss(*call, group, exchange) if across else ops.svr_loss(*call)
-    loss, stats = outputs
+    loss, stats = (
+        distributed.staged_loss(inputs, options, group if across else None, exchange, negatives)
+        if staged
+        else ops.svr_loss(inputs, options)
+    )
     return loss if stats is None or not return_stats else (loss, SVRStats(*stats.unbind()))
 
 
@@ -124,8 +135,8 @@ class SVRLoss(nn.Module):
     Args:
         radius: StaticRadius(), DynamicRadius(...), or None for the plain loss. See `attach_radius`
             where an optimizer gets the parameters of a model only.
-        objective, ..., return_stats: every option of `fused_svr_loss` but ids and weight, which are
-            the batch's.
+        objective, ..., return_stats: every option of `fused_svr_loss` but ids, weight and
+            negatives, which are the batch's.
         group: None, a process group, or "world": the default one, which may be initialised later
             than the module is built. Copies in this process share the group; a module that is
             pickled forgets any but the default one, and says so until its `group` is set again.
@@ -181,6 +192,7 @@ class SVRLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         ids: Tensor | None = None,
         weight: Tensor | None = None,
+        negatives: Negatives | None = None,
     ) -> Any:
         """The loss (or loss and SVRStats) of audio, text (N, D)."""
         radius, group = None, self.group
@@ -190,7 +202,7 @@ class SVRLoss(nn.Module):
             radius = radius_of(self.radius, audio, text, logit_scale, normalize, group)
         return fused_svr_loss(
             audio, text, radius, logit_scale, logit_bias, ids=ids, weight=weight, group=group,
-            **self.options,
+            negatives=negatives, **self.options,
         )  # fmt: skip
 
 

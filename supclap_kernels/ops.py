@@ -185,20 +185,20 @@ class SVRFunction(torch.autograd.Function):
             backend = dispatch.implementation(ctx.way)
             gradients = without_autograd(upstream, backend.backward, *call)
         no_gradient = (None,) * 5  # of ids, weight, needs, options, way
-        return *for_autograd(gradients, needs, upstream, inputs), *no_gradient
+        return *for_autograd(gradients, needs, upstream, inputs[:5]), *no_gradient
 
 
 def for_autograd(
     gradients: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
     upstream: Tensor,
-    inputs: Tensors,
+    inputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that are needed, else None; with create_graph an error that waits."""
+    """The gradients of inputs that are needed, else None; with create_graph an error that waits."""
     needed = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
     if not torch.is_grad_enabled():
         return needed
-    sources = [x for x in (upstream, *inputs[:5]) if x is not None]
+    sources = [x for x in (upstream, *inputs) if x is not None]
     return tuple(None if g is None else OnceDifferentiable.apply(g, *sources) for g in needed)
 
 

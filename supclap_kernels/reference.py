@@ -11,7 +11,7 @@ MATH.md):
     T_sup, A_sup   support vectors t_i + R_i u_i and a_i - R_i u_i
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .groups import looked_up
+from .negatives import Negatives, columns_of
 from .options import as_python_number, check_choices
 from .stats import SVRStats
 
@@ -47,13 +48,14 @@ def kept_pairs(N: int, ids: Tensor | None, device: torch.device) -> Tensor:
 
 
 def infonce_rows(logits: Tensor, keep: Tensor) -> Tensor:
-    """(N,): cross entropy of each row of the (N, N) logits against the diagonal."""
+    """(N,): cross entropy of each row of the (N, N) logits, or (N, N + M) with further columns,
+    against the diagonal."""
     return logits.masked_fill(~keep, float("-inf")).logsumexp(dim=1) - logits.diagonal()
 
 
 def siglip_rows(logits: Tensor, keep: Tensor) -> Tensor:
     """(N,): sum over each row of softplus(-z logits), z = +1 on the diagonal and -1 off it."""
-    z = 2.0 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1.0
+    z = 2.0 * torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device) - 1.0
     return (-F.logsigmoid(z * logits) * keep).sum(dim=1)
 
 
@@ -64,21 +66,29 @@ def support_vectors(T: Tensor, A: Tensor, R: Tensor, renormalize: bool) -> tuple
     return (F.normalize(T_sup, dim=1), F.normalize(A_sup, dim=1)) if renormalize else (T_sup, A_sup)
 
 
-def direction_pairs(
+class Direction(NamedTuple):
+    """Row i compares x_i with every y_j, and y_i is its positive."""
+
+    X: Tensor
+    Y: Tensor
+    side: str
+    """of Y: "audio" or "text", where further negatives are columns, too"""
+
+
+def directions_of(
     T: Tensor, A: Tensor, R: Tensor | None, infonce: bool, bilateral: str, renormalize: bool
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """The directions of each term as pairs (X, Y): row i compares x_i with every y_j, and y_i is
-    its positive.
-    """
-    pairs = {"t2a": [(T, A)], "a2t": [(A, T)] if infonce else [], "svr": []}
+) -> dict[str, list[Direction]]:
+    """The directions of each term."""
+    a2t = [Direction(A, T, "text")] if infonce else []
+    directions = {"t2a": [Direction(T, A, "audio")], "a2t": a2t, "svr": []}
     if R is not None:
         T_sup, A_sup = support_vectors(T, A, R, renormalize)
-        pairs["svr"].append((T_sup, A))
+        directions["svr"].append(Direction(T_sup, A, "audio"))
         if bilateral == "mirror":
-            pairs["svr"].append((A_sup, T))
+            directions["svr"].append(Direction(A_sup, T, "text"))
         if bilateral == "shared" and infonce:
-            pairs["svr"].append((A, T_sup))
-    return pairs
+            directions["svr"].append(Direction(A, T_sup, "text"))
+    return directions
 
 
 @without_autocast
@@ -103,6 +113,7 @@ def svr_loss_reference(
     workspace: int = 0,
     backend: str = "reference",
     return_stats: bool = False,
+    negatives: Negatives | None = None,
 ) -> Any:
     """The loss, with the arguments of `fused_svr_loss`; any float dtype, twice differentiable,
     O(N^2) memory.
@@ -118,6 +129,7 @@ def svr_loss_reference(
 
         return over_group(
             svr_loss_reference, group, audio, text, radius, logit_scale, logit_bias, ids, weight,
+            negatives,
             objective=objective, bilateral=bilateral, alpha=alpha, beta=beta, normalize=normalize,
             renormalize=renormalize, reduction=reduction, return_stats=return_stats,
         )  # fmt: skip
@@ -137,14 +149,28 @@ def svr_loss_reference(
     keep = kept_pairs(N, ids, T.device)
     infonce = objective == "infonce"
 
-    def rows(X: Tensor, Y: Tensor) -> Tensor:
-        logits = k * X @ Y.t()
-        return infonce_rows(logits, keep) if infonce else siglip_rows(logits + b, keep)
+    sides = ("audio", "text")
+    further = {side: columns_of(negatives, side, ids, dtype, normalize) for side in sides}
+
+    def logits(X: Tensor, Y: Tensor) -> Tensor:
+        return k * X @ Y.t() if infonce else k * X @ Y.t() + b
+
+    def rows(X: Tensor, Y: Tensor, side: str) -> Tensor:
+        z, counted, columns = logits(X, Y), keep, further[side]
+        if columns is not None:
+            more = columns.keep
+            more = keep.new_ones(N, len(columns.rows)) if more is None else more
+            z, counted = torch.cat((z, logits(X, columns.rows)), 1), torch.cat((keep, more), 1)
+        return infonce_rows(z, counted) if infonce else siglip_rows(z, counted)
 
     R = None if radius is None else torch.as_tensor(radius, **number).expand(N)
-    pairs = direction_pairs(T, A, R, infonce, bilateral, renormalize)
+    directions = directions_of(T, A, R, infonce, bilateral, renormalize)
     zero = torch.zeros(N, **number)
-    l_t2a, l_a2t, l_svr = (sum((rows(X, Y) for X, Y in pairs[term]), zero) for term in pairs)
+    l_t2a, l_a2t, l_svr = (sum((rows(*d) for d in terms), zero) for terms in directions.values())
+    if not infonce and further["text"] is not None:  # no direction has the texts for its columns
+        beside = -F.logsigmoid(-logits(A, further["text"].rows))
+        kept = further["text"].keep
+        l_t2a = l_t2a + (beside if kept is None else beside * kept).sum(dim=1)
     l_cons, r = zero, None
     if R is not None:
         r, _ = gap_and_direction(T, A)
@@ -156,4 +182,9 @@ def svr_loss_reference(
     if not return_stats:
         return loss
     terms = [(w * term).mean() for term in (l_t2a, l_a2t, l_svr, l_cons)]
-    return loss, SVRStats.from_matrix(terms, T @ A.t(), k, b, keep, R, r)
+    beyond = {
+        side: (X @ columns.rows.t(), columns.keep)
+        for side, X in (("audio", T), ("text", A))
+        if (columns := further[side]) is not None
+    }
+    return loss, SVRStats.from_matrix(terms, T @ A.t(), k, b, keep, R, r, beyond)

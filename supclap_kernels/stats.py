@@ -43,23 +43,38 @@ class SVRStats(NamedTuple):
         keep: Tensor,
         R: Tensor | None,
         r: Tensor | None,
+        beyond: dict[str, tuple[Tensor, Tensor | None]],
     ) -> "SVRStats":
         """From the (N, N) similarities; `terms` are the four means of the loss, `keep` the counted
-        pairs.
+        pairs, `beyond` those (N, M) with further negatives, audios and texts, and which count.
         """
         S = S.detach()
         others = keep & ~torch.eye(len(S), dtype=torch.bool, device=S.device)
         positive = S.diagonal()
-        logits = k.detach() * S + b.detach()
-        beats = logits.ge(logits.diagonal()[:, None]) & others
-        beats_column = logits.ge(logits.diagonal()[None, :]) & others
+
+        def logits(similarities: Tensor) -> Tensor:
+            return k.detach() * similarities + b.detach()
+
+        own = logits(positive)
+        beaten_text = (logits(S).ge(own[:, None]) & others).any(dim=1)
+        beaten_audio = (logits(S).ge(own[None, :]) & others).any(dim=0)
+        total, count = (S * others).sum(), others.sum()
+        for side, (more, kept) in beyond.items():
+            more = more.detach()
+            kept = torch.ones_like(more, dtype=torch.bool) if kept is None else kept
+            beaten = (logits(more).ge(own[:, None]) & kept).any(dim=1)
+            if side == "audio":
+                beaten_text = beaten_text | beaten
+            else:
+                beaten_audio = beaten_audio | beaten
+            total, count = total + (more * kept).sum(), count + kept.sum()
         nan = torch.full((), float("nan"), dtype=S.dtype, device=S.device)
         values = [
             *terms,
-            1.0 - beats.any(dim=1).to(S.dtype).mean(),
-            1.0 - beats_column.any(dim=0).to(S.dtype).mean(),
+            1.0 - beaten_text.to(S.dtype).mean(),
+            1.0 - beaten_audio.to(S.dtype).mean(),
             positive.mean(),
-            (S * others).sum() / others.sum(),
+            total / count,
             nan if R is None else R.mean(),
             nan if r is None else r.mean(),
             nan if R is None or r is None else (1.0 - R / r).mean(),

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gradients import loss_and_gradients
+from .negatives import Negatives
 from .reference import accumulator_dtype, gap_and_direction, svr_loss_reference
 
 Outputs = dict[str, Tensor]
 DIFFERENTIABLE = ("audio", "text", "radius", "logit_scale", "logit_bias")
+NEGATIVES = ("audio_negatives", "text_negatives")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Case:
     """whether some pairs share an id"""
     layout: str = "contiguous"
     """"contiguous", "transposed", "offset", or "strided"."""
+    negatives: tuple[int, int] = (0, 0)
+    """how many further audios and texts there are; with `duplicates` they have ids, too"""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -53,6 +57,7 @@ class Case:
             f"gap={self.gap} R={self.radius}",
         ]
         parts += ["weighted"] * self.weighted + ["ids"] * self.duplicates
+        parts += [f"negatives={self.negatives}"] * any(self.negatives)
         return " ".join([*parts, named, "" if self.layout == "contiguous" else self.layout]).strip()
 
 
@@ -68,11 +73,21 @@ class Inputs:
     ids: Tensor | None
     weight: Tensor | None
     upstream: Tensor
+    audio_negatives: Tensor | None = None
+    text_negatives: Tensor | None = None
+    audio_ids: Tensor | None = None
+    text_ids: Tensor | None = None
 
     def differentiable(self) -> dict[str, Tensor]:
-        return {
-            name: value for name in DIFFERENTIABLE if (value := getattr(self, name)) is not None
-        }
+        names = (*DIFFERENTIABLE, *NEGATIVES)
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def negatives(self, leaves: dict[str, Tensor]) -> dict[str, Negatives]:
+        """The argument of this name, made of `leaves` where these have it; nothing without any."""
+        audio, text = (leaves.get(name, getattr(self, name)) for name in NEGATIVES)
+        if audio is None and text is None:
+            return {}
+        return {"negatives": Negatives(audio, text, self.audio_ids, self.text_ids)}
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         changed = {
@@ -132,6 +147,16 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         (torch.rand(N, **normal) + 0.5).to(**single) if case.weighted else None,
         upstream.to(**single),
     )
+    for side, M in zip(("audio", "text"), case.negatives, strict=True):
+        if not M:
+            continue
+        X = F.normalize(1.5 * cone + F.normalize(torch.randn(M, D, **normal), dim=1), dim=1)
+        X = 1.3 * X if case.options.get("normalize") else X
+        more = {f"{side}_negatives": laid_out(X.to(case.dtype), case.layout)}
+        if case.duplicates:
+            most = max(1, N // 2)
+            more[f"{side}_ids"] = torch.randint(0, most, (M,), generator=generator, device="cpu")
+        inputs = replace(inputs, **more)
     moved = {name: value.to(device) for name, value in vars(inputs).items() if value is not None}
     return replace(inputs, **moved)
 
@@ -142,6 +167,7 @@ def evaluate(loss_function: Callable[..., Tensor], inputs: Inputs, **options: An
         name: value.detach().requires_grad_() for name, value in inputs.differentiable().items()
     }
     arguments = (leaves.get(name) for name in DIFFERENTIABLE)
+    options |= inputs.negatives(leaves)
     loss = loss_function(*arguments, ids=inputs.ids, weight=inputs.weight, **options)
     gradients = torch.autograd.grad(loss, list(leaves.values()), inputs.upstream.to(loss.dtype))
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -171,6 +197,7 @@ def baseline(case: Case, inputs: Inputs, rounded_weights: bool = False) -> Outpu
             upstream=wide.upstream,
             weights_dtype=case.dtype if rounded_weights else None,
             **case.options,
+            **wide.negatives({}),
         )
         result = {"loss": loss, **g._asdict()}
         if inputs.radius is not None and inputs.radius.ndim == 0:
@@ -202,6 +229,8 @@ def floors(case: Case, inputs: Inputs, exact: Outputs) -> dict[str, float]:
     size = {
         "audio": k * row * element,
         "text": k * row * element,
+        "audio_negatives": k * row * element,
+        "text_negatives": k * row * element,
         "radius": k * (row if case.radius == "row" else total),
         "logit_scale": total,
         "logit_bias": total,

@@ -103,6 +103,7 @@ SUPCLAP_HD Real support_logit(Real product, Real inverse, Real offset, Real k, R
 #include "statistics.h"
 #include "weights.h"
 #include "literal.h"
+#include "one_way.h"
 #include "small.h"
 // clang-format on
 
@@ -135,6 +136,12 @@ const Kernels& kernels() {
       [](const CpuProblem& p, void* dT, void* dA) {
         p.is_double ? literal_gradients(p, static_cast<double*>(dT), static_cast<double*>(dA))
                     : literal_gradients(p, static_cast<float*>(dT), static_cast<float*>(dA));
+      },
+      [](const CpuProblem& p, const OneWay& block, void* panel) {
+        SUPCLAP_REAL(one_way_statistics)(p, block, panel);
+      },
+      [](const CpuProblem& p, const OneWay& block, const void* panel, void* out) {
+        SUPCLAP_REAL(one_way_weights)(p, block, panel, out);
       },
       [](const Product& p) { SUPCLAP_REAL(multiply)(p); },
       [](const SmallBatch& batch) {

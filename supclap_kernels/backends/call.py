@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..options import Options
 from . import statistics
+from .one_way import Epilogue
 from .panel import PLACEHOLDER, Layout, Tiling, kept_elements, kept_panels
 
 
@@ -27,7 +28,7 @@ Towers = tuple[Tensor | None, Tensor | None]
 """Of audio and of text; None where a tower is frozen."""
 
 
-class Call(Protocol):
+class Call(Epilogue, Protocol):
     """One pass over some rows, text T and audio A, stage by stage.
 
         sweep_statistics -> finish_statistics        the loss
@@ -65,6 +66,15 @@ class Call(Protocol):
 
     def new_empty(self, *shape: int) -> Tensor:
         """In the accumulator's dtype."""
+
+    def columns(self, X: Tensor) -> Tensor:
+        """Rows (M, D) that are normalised, if asked, as the products see them."""
+
+    def column_code(self, ids: Tensor | None) -> Tensor | None:
+        """Ids (M,) of further columns as the epilogue compares them with the rows'."""
+
+    def finish_columns(self, total: Tensor) -> Tensor:
+        """Sums of products with weights, (M, .) or (M,), as they are in the gradient."""
 
     def sweep_statistics(self, kept: Tensor | None) -> None:
         """Sweep 1: `log_sums`; fills `kept` with every tile's logits if it is given."""

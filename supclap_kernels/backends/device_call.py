@@ -8,11 +8,13 @@ import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import MIRROR, PLAIN, SHARED, Options
 from . import tile_sizes
 from .call import Tensors, Towers
+from .one_way import Block
 from .panel import (
     Layout,
     Tile,
@@ -23,8 +25,10 @@ from .panel import (
     panel_of,
 )
 from .products import DeviceProducts
-from .state import PLANES, ROW_SUMS, STATE_ROWS, TILE_SUMS
+from .state import BASE, BIAS, DIRECTIONS, HIDDEN, PLANES, ROW_SUMS, STATE_ROWS, TILE_SUMS
 from .streams import in_flight
+
+LN2 = math.log(2.0)
 
 
 class Scratch(NamedTuple):
@@ -184,6 +188,63 @@ class DeviceCall(Kernels):
         if multiply:
             multiply_tile(tile, self.grams, panel, self.products)
         return panel
+
+    # Rows against further columns: PyTorch's own operators between the products.
+    def columns(self, X: Tensor) -> Tensor:
+        out = torch.zeros(len(X), self.width, dtype=self.dtype, device=self.device)
+        out[:, : self.D] = X
+        return out
+
+    def column_code(self, ids: Tensor | None) -> Tensor | None:
+        return ids
+
+    def one_way_products(self, X: Tensor, Y: Tensor) -> DeviceProducts:
+        return DeviceProducts(X, Y)
+
+    def one_way_logits(self, block: Block, code: Tensor | None, panel: Tensor) -> Tensor:
+        """(ni, nj) in base 2, without the bias; HIDDEN where ids are equal."""
+        z = panel * logit_scale_2(self.inputs.scale)
+        if code is not None and self.inputs.ids is not None:
+            z.masked_fill_(self.inputs.ids[block.I, None] == code[None, :], HIDDEN)
+        return z
+
+    def one_way_statistics(
+        self, direction: int, block: Block, code: Tensor | None, panel: Tensor
+    ) -> None:
+        z = self.one_way_logits(block, code, panel)
+        m, l = self.log_sums[:, direction, block.I]
+        if self.infonce:
+            top = torch.maximum(m, z.amax(dim=1))
+            l.mul_((m - top).exp2_()).add_(z.sub_(top[:, None]).exp2_().sum(dim=1))
+            m.copy_(top)
+        else:
+            z = z.add_(self.bias_2)
+            torch.maximum(m, z.amax(dim=1), out=m)
+            l.add_(F.softplus(z * LN2).sum(dim=1))
+
+    def one_way_weights(
+        self, direction: int, block: Block, code: Tensor | None, panel: Tensor, out: Tensor
+    ) -> Tensor:
+        z = self.one_way_logits(block, code, panel)
+        m, factor = self.factors[direction, block.I], self.factors[DIRECTIONS + direction, block.I]
+        if self.infonce:
+            slopes = (z - m[:, None]).exp2_()
+        else:
+            slopes = ((z + self.bias_2) * LN2).sigmoid_()
+        slopes *= factor[:, None]
+        self.sums[BASE, block.I] += (slopes * z).sum(dim=1)
+        self.sums[BIAS, block.I] += slopes.sum(dim=1)
+        return slopes.to(self.stored)
+
+    @property
+    def bias_2(self) -> Tensor:
+        """In base 2."""
+        assert self.bias is not None
+        return self.bias.float() / LN2
+
+    def finish_columns(self, total: Tensor) -> Tensor:
+        rows = total[:, : self.D] if total.ndim == 2 else total
+        return rows * (self.inputs.scale.float() * self.unit)
 
     def exponential(self, x: Tensor) -> Tensor:
         return x.exp2()

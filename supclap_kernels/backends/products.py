@@ -87,7 +87,7 @@ class Bfloat16Products:
     GROUP = 16
 
     def __init__(self, T: Tensor, A: Tensor, module: Any, split: int = 0) -> None:
-        self.N, self.D = T.shape
+        self.D = T.shape[1]
         self.starts = (0, split) if split else (0,)  # tiles begin at multiples of GROUP from here
         self.module, self.threads = module, torch.get_num_threads()
         # Rows in pairs of elements: an odd D gets a column of zeros.
@@ -101,7 +101,7 @@ class Bfloat16Products:
         start = max(n for n in self.starts if n <= J.start)
         packed = self.packed.get((side, start, transposed))
         if packed is None:
-            end = min((n for n in self.starts if n > start), default=self.N)
+            end = min((n for n in self.starts if n > start), default=len(self.sides[side]))
             X, N = self.sides[side][start:end], end - start
             columns, depth = (N, self.width) if transposed else (self.width, N)
             groups, pairs = -(-columns // self.GROUP), -(-depth // 2)

@@ -31,6 +31,22 @@ def negatives_between(T: Tensor, A: Tensor, ids: Tensor | None, I: slice, J: sli
     return total
 
 
+def negatives_beyond(X: Tensor, Y: Tensor, ids: Tensor | None, theirs: Tensor | None) -> Tensor:
+    """(2,) float64: sum and count of <x, y> over rows X (N, .) and columns Y (M, .) that are none
+    of one id. Costs O((N + M) D)."""
+    x, y = X.double(), Y.double()
+    total = torch.stack((x.sum(dim=0) @ y.sum(dim=0), x.new_tensor(float(len(x) * len(y)))))
+    if ids is None or theirs is None:
+        return total
+    codes = torch.unique(torch.cat((ids, theirs)), return_inverse=True)[1].split([len(x), len(y)])
+    groups = x.new_zeros(2, len(x) + len(y), x.shape[1])
+    counts = []
+    for group, code, rows in zip(groups, codes, (x, y), strict=True):
+        group.index_add_(0, code, rows)
+        counts.append(code.bincount(minlength=len(group)).double())
+    return total - torch.stack(((groups[0] * groups[1]).sum(), counts[0] @ counts[1]))
+
+
 def row_values(
     radius: Tensor | None, weight: Tensor | None, terms: Tensor, state: Tensor
 ) -> Tensor:

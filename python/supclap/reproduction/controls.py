@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from supclap_kernels import SVRLoss
+from supclap_kernels import Negatives, SVRLoss
 from supclap_kernels.reference import gap_and_direction, infonce_rows, kept_pairs
 
 from ..config import TrainConfig
@@ -52,8 +52,9 @@ class Control(SVRLoss):
         logit_bias: float | Tensor | None = None,
         ids: Tensor | None = None,
         weight: Tensor | None = None,
+        negatives: Negatives | None = None,
     ) -> Any:
-        """The loss and SVRStats of audio, text (N, D)."""
+        """The loss and SVRStats of audio, text (N, D), without weights and further negatives."""
         loss, stats = super().forward(audio, text, logit_scale, ids=ids)
         keep = kept_pairs(len(text), ids, text.device)
         for x, y in ((text, audio), (audio, text)):

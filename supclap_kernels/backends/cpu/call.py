@@ -16,6 +16,7 @@ from ...gradients import normalize_gradient
 from ...options import Options
 from ...reference import accumulator_dtype
 from ..call import Backend, Call, Tensors, Towers, saved_elements
+from ..one_way import Block
 from ..panel import Layout, Tile, Tiling, sweep_gradients, sweep_statistics
 from ..products import (
     Bfloat16Products,
@@ -84,7 +85,8 @@ class CpuCall:
         self.R, self.w = self.vector(inputs.radius), self.vector(inputs.weight)
         self.code = None
         if inputs.ids is not None:
-            self.code = torch.unique(inputs.ids, return_inverse=True)[1].to(torch.int32)
+            self.known_ids, code = torch.unique(inputs.ids, return_inverse=True)
+            self.code = code.to(torch.int32)
         dimensions = None if self.R is None else self.R.ndim
         p = self.problem = native_problem(N, D, dtype, dimensions, options)
         p.threads, p.split = torch.get_num_threads(), split
@@ -152,6 +154,41 @@ class CpuCall:
 
     def weights(self, tile: Tile, panel: Tensor, out: Tensor) -> None:
         self.native.weights(self.problem, *tile[:4], panel.data_ptr(), out.data_ptr())
+
+    # Rows against further columns.
+    def columns(self, X: Tensor) -> Tensor:
+        return X.to(self.dtype).contiguous()
+
+    def column_code(self, ids: Tensor | None) -> Tensor | None:
+        """The rows' code of each of these ids, -1 for one that no row has."""
+        if ids is None:
+            return None
+        places = torch.searchsorted(self.known_ids, ids).clamp_max(len(self.known_ids) - 1)
+        return torch.where(self.known_ids[places] == ids, places, -1).to(torch.int32)
+
+    def one_way_products(self, X: Tensor, Y: Tensor) -> Products:
+        if self.rounded:
+            return Bfloat16Products(X.to(torch.bfloat16), Y.to(torch.bfloat16), self.native)
+        if multiplies_itself():
+            return OwnProducts(X, Y, self.native)
+        return LibraryProducts(X, Y)
+
+    def one_way_statistics(
+        self, direction: int, block: Block, code: Tensor | None, panel: Tensor
+    ) -> None:
+        place = (block.I.start, *block.shape, native.address(code))
+        self.native.one_way_statistics(self.problem, direction, *place, panel.data_ptr())
+
+    def one_way_weights(
+        self, direction: int, block: Block, code: Tensor | None, panel: Tensor, out: Tensor
+    ) -> Tensor:
+        """Pairs of equal ids were hidden in the panel."""
+        place = (block.I.start, *block.shape, panel.data_ptr(), out.data_ptr())
+        self.native.one_way_weights(self.problem, direction, *place)
+        return out
+
+    def finish_columns(self, total: Tensor) -> Tensor:
+        return total
 
     # The stages.
     def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

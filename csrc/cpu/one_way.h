@@ -1,0 +1,58 @@
+// Rows against further columns, which have no row of their own: one direction of the softmax over
+// one block of products [ni, nj]. Included by epilogue.cpp inside its namespace.
+
+// Calls body(i, at) for each row of the block, which starts at `at` in its panel.
+template <class Body>
+void each_row(const CpuProblem& p, const OneWay& block, Body body) {
+  const int64_t chunks = (block.ni + kRowChunk - 1) / kRowChunk;
+  run(p, chunks, block.ni * block.nj, [&](int64_t chunk) {
+    for (int64_t i = chunk * kRowChunk; i < block.ni && i < (chunk + 1) * kRowChunk; ++i)
+      body(block.i0 + i, i * block.nj);
+  });
+}
+
+template <class Real>
+void one_way_statistics(const CpuProblem& p, const OneWay& block, void* panel) {
+  const Real k = Real(p.k), b = Real(p.infonce ? 0 : p.b);
+  each_row(p, block, [&](int64_t i, int64_t at) {
+    Real* S = static_cast<Real*>(panel) + at;
+    for (int64_t j = 0; block.code && j < block.nj; ++j)
+      if (block.code[j] == p.code[i]) S[j] = Real(kHidden);
+    Real z[kMaxTile];
+#pragma omp simd
+    for (int64_t j = 0; j < block.nj; ++j) z[j] = logit(S[j], k, b);
+    reduce_row(p, static_cast<Direction>(block.direction), i, z, block.nj);
+  });
+}
+
+template <class Real, bool kInfonce>
+void one_way_weights_of(const CpuProblem& p, const OneWay& block, const Real* panel, Real* out) {
+  const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
+  const Real* m = static_cast<const Real*>(p.factors) + block.direction * p.N;
+  const Real* f = m + kDirections * p.N;
+  each_row(p, block, [&](int64_t i, int64_t at) {
+    const Real* S = panel + at;
+    Real* W = out + at;
+    const Real top = m[i], factor = f[i];
+    Real base = 0, bias = 0;
+#pragma omp simd reduction(+ : base, bias)
+    for (int64_t j = 0; j < block.nj; ++j) {
+      const Real s = S[j], z = logit(s, k, b);
+      const Real g = factor * (kInfonce ? exp_nonpositive(z - top)
+                                        : sigmoid(z, exp_nonpositive(z > Real(0) ? -z : z)));
+      base += g * s;
+      bias += g;
+      W[j] = k * g;
+    }
+    p.sums[kBase * p.N + i] += base;
+    p.sums[kBias * p.N + i] += bias;
+  });
+}
+
+template <class Real>
+void one_way_weights(const CpuProblem& p, const OneWay& block, const void* panel, void* out) {
+  const Real* S = static_cast<const Real*>(panel);
+  Real* W = static_cast<Real*>(out);
+  p.infonce ? one_way_weights_of<Real, true>(p, block, S, W)
+            : one_way_weights_of<Real, false>(p, block, S, W);
+}

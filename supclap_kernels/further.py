@@ -1,0 +1,169 @@
+"""The loss with further negatives (negatives.py): what a pass does beside its own sweeps.
+
+Support vectors are compared with the negatives as they are, row by row, so nothing cancels and no
+row is literal; PyTorch makes them of the embeddings and takes their gradient apart again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends.call import Call, Towers
+from .backends.one_way import OneWay
+from .backends.state import AUDIO_ROWS, OTHER_ROWS, SUPPORT_ROWS, TEXT_ROWS
+from .backends.statistics import negatives_beyond
+from .negatives import Negatives
+from .options import Options
+from .reference import accumulator_dtype, support_vectors
+
+SUPPORTS = ("text_support", "audio_support")
+
+
+class Further(NamedTuple):
+    """The negatives (M, D), normalised if asked, and their ids (M,); None where there are none."""
+
+    audio: Tensor | None = None
+    text: Tensor | None = None
+    audio_ids: Tensor | None = None
+    text_ids: Tensor | None = None
+
+
+def further_of(negatives: Negatives | None, normalize: bool) -> Further:
+    """What a pass takes of negatives, with autograd."""
+    if negatives is None or not normalize:
+        return Further() if negatives is None else Further(*negatives)
+    audio, text = (
+        None if X is None else F.normalize(X.to(accumulator_dtype(X.dtype)), dim=1)
+        for X in (negatives.audio, negatives.text)
+    )
+    return Further(audio, text, negatives.audio_ids, negatives.text_ids)
+
+
+class Part(NamedTuple):
+    """Rows against columns; whose they are, by the names of the towers and of `Further`."""
+
+    block: OneWay
+    rows: str
+    columns: str
+
+
+class FurtherPass:
+    """What negatives add to one pass of a call, between its own sweeps and its finish."""
+
+    def __init__(self, call: Call, further: Further, options: Options) -> None:
+        self.call, self.further, self.options = call, further, options
+        self.rows = {"text": call.T, "audio": call.A}
+        has_radius = call.inputs.radius is not None
+        compared = (
+            options.support(has_radius) and further.audio is not None,
+            options.mirror(has_radius) and further.text is not None,
+        )
+        self.supports = [name for name, needed in zip(SUPPORTS, compared, strict=True) if needed]
+        if self.supports:
+            vectors = support_vectors(*self.sources(), options.renormalize)
+            named = dict(zip(SUPPORTS, vectors, strict=True))
+            self.rows |= {name: call.columns(named[name]) for name in self.supports}
+        self.columns = {
+            side: call.columns(Y)
+            for side, Y in (("audio", further.audio), ("text", further.text))
+            if Y is not None
+        }
+        self.parts: list[Part] = []
+        self.against("audio", (TEXT_ROWS, "text"), (SUPPORT_ROWS, "text_support"))
+        self.against("text", (AUDIO_ROWS, "audio"), (OTHER_ROWS, "audio_support"))
+        if options.shared(has_radius):
+            self.against("text", (OTHER_ROWS, "audio"))
+
+    def sources(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What support vectors are made of: T and A (N, D), R (N,)."""
+        call, radius = self.call, self.call.inputs.radius
+        assert radius is not None
+        N, D = call.inputs.audio.shape
+        T, A = (X[:, :D].to(call.state.dtype) for X in (call.T, call.A))
+        return T, A, radius.to(call.state.dtype).expand(N)
+
+    def against(self, side: str, *directions: tuple[int, str]) -> None:
+        """Adds rows, those that there are, that are compared with the columns of a side."""
+        if side not in self.columns:
+            return
+        code = self.call.column_code(getattr(self.further, f"{side}_ids"))
+        tiling, workspace = self.call.layout.tiling, self.options.workspace
+        for direction, name in directions:
+            if name in self.rows:
+                X, Y = self.rows[name], self.columns[side]
+                block = OneWay(self.call, direction, X, Y, code, tiling, workspace)
+                self.parts.append(Part(block, name, side))
+
+    def statistics(self, keep: Callable[[int, int], Tensor | None]) -> None:
+        """Adds the negatives to the rows' log-sum-exps. `keep`: room for so many products of a
+        part, or None."""
+        like = self.call.new_empty(0)
+        for n, part in enumerate(self.parts):
+            kept = keep(n, part.block.elements)
+            if self.options.infonce or part.block.direction != AUDIO_ROWS:
+                part.block.statistics(kept, like)
+                continue
+            # SigLIP has the audios' rows for their maximum only: what they add is the texts'.
+            l = self.call.log_sums[1]
+            before = l[AUDIO_ROWS].clone()
+            l[AUDIO_ROWS] = 0.0
+            part.block.statistics(kept, like)
+            l[TEXT_ROWS] += l[AUDIO_ROWS]
+            l[AUDIO_ROWS] += before
+
+    def similarity(self) -> Tensor:
+        """(2,) float64: sum and count of <t, a> over these negatives, for the statistics."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.call.T.device)
+        ids = self.call.inputs.ids
+        for side, X in (("audio", self.call.T), ("text", self.call.A)):
+            if side in self.columns:
+                theirs = getattr(self.further, f"{side}_ids")
+                total += negatives_beyond(X, self.columns[side], ids, theirs)
+        return total
+
+    def gradients(
+        self, towers: Towers, needs: tuple[bool, ...], kept: Callable[[int], Tensor | None]
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Adds to the towers' accumulators, and returns the gradients of the negatives, those that
+        are needed, and what the radius (N,) gets."""
+        like = self.call.new_empty(0)
+        of_rows = {"audio": towers[0], "text": towers[1]}
+        of_rows |= {name: zeros(X, like) for name, X in self.rows.items() if name not in of_rows}
+        needed = dict(zip(("audio", "text"), needs, strict=True))
+        of_columns = {side: zeros(Y, like) for side, Y in self.columns.items() if needed[side]}
+        for n, part in enumerate(self.parts):
+            dX, dY = of_rows[part.rows], of_columns.get(part.columns)
+            part.block.gradients(dX, dY, kept(n), like)
+        found: list[Tensor | None] = [None, None]
+        for n, side in enumerate(needed):
+            if side in of_columns:
+                given = getattr(self.further, side)
+                found[n] = self.call.finish_columns(of_columns[side]).to(given.dtype)
+        return found, self.through_support_vectors(towers, of_rows)
+
+    def through_support_vectors(
+        self, towers: Towers, of_rows: dict[str, Tensor | None]
+    ) -> Tensor | None:
+        """Hands the support vectors' gradient on to the towers' accumulators; returns the radius'
+        own."""
+        if not self.supports:
+            return None
+        with torch.enable_grad():
+            T, A, R = leaves = [x.detach().requires_grad_() for x in self.sources()]
+            vectors = support_vectors(T, A, R, self.options.renormalize)
+        D, named = T.shape[1], dict(zip(SUPPORTS, vectors, strict=True))
+        totals = [of_rows[name] for name in self.supports]
+        upstream = [x[:, :D] for x in totals if x is not None]
+        dT, dA, dR = torch.autograd.grad([named[name] for name in self.supports], leaves, upstream)
+        for total, gradient in zip(towers, (dA, dT), strict=True):
+            if total is not None:
+                total[:, :D] += gradient
+        return self.call.finish_columns(dR)
+
+
+def zeros(X: Tensor, like: Tensor) -> Tensor:
+    """An accumulator of sums of products with rows like X."""
+    return like.new_zeros(X.shape)
