@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from supclap.audio import load_first, open_audio
 from supclap.config import ModelConfig
 from supclap.embeddings import EmbedOptions, embed_clips, embed_features
-from supclap.interface import Embedder
 from supclap.manifest import Clip
 from supclap.model import SupclapModel
 
@@ -43,8 +43,15 @@ def write_clips(folder: Path, count: int) -> list[Clip]:
 def measure(clips: list[Clip], encoder: str, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     model = SupclapModel(ModelConfig(audio_encoder=encoder)).eval()
-    embedder = object.__new__(Embedder)
-    embedder.model = model
+    front_end = model.audio.encoder.front_end
+    rounds = min(rounds, len(clips))
+
+    def decoded(part: list[Clip]) -> list[torch.Tensor]:
+        return [
+            front_end(load_first(open_audio(clip), model.seconds, front_end.sample_rate)[1])
+            for clip in part
+        ]
+
     taken: dict[str, list[float]] = {"embed": [], "decode": [], "model": []}
 
     def timed(name: str, work: Callable[[], object]) -> None:
@@ -54,10 +61,10 @@ def measure(clips: list[Clip], encoder: str, rounds: int) -> dict[str, float]:
 
     for n in range(rounds):
         part = clips[n::rounds]
-        features = [embedder.features(clip.path) for clip in part]
+        features = decoded(part)
         ways: list[tuple[str, Callable[[], object]]] = [
             ("embed", partial(embed_clips, model, part, Path(), EmbedOptions())),
-            ("decode", lambda part=part: [embedder.features(clip.path) for clip in part]),
+            ("decode", partial(decoded, part)),
             ("model", partial(embed_features, model, features)),
         ]
         for name, work in ways[n % 3 :] + ways[: n % 3]:

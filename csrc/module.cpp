@@ -285,10 +285,10 @@ PYBIND11_MODULE(_native, m) {
       Release());
   m.def(
       "one_way_weights",
-      [](const CpuProblem& p, int direction, int64_t i0, int64_t ni, int64_t nj, uintptr_t panel,
-         uintptr_t out) {
-        kernels().one_way_weights(p, OneWay{direction, i0, ni, nj, nullptr}, at<void>(panel),
-                                  at<void>(out));
+      [](const CpuProblem& p, int direction, int64_t i0, int64_t ni, int64_t nj, uintptr_t code,
+         uintptr_t panel, uintptr_t out) {
+        kernels().one_way_weights(p, OneWay{direction, i0, ni, nj, at<int32_t>(code)},
+                                  at<void>(panel), at<void>(out));
       },
       Release());
   m.def(

@@ -8,6 +8,7 @@ from .diagnostics import ForceDecomposition, force_decomposition
 from .dispatch import available_backends, explain, memory_estimate
 from .loss import SVRLoss, fused_svr_loss
 from .negatives import Negatives
+from .queue import Queue
 from .radius import DynamicRadius, StaticRadius
 from .reference import svr_loss_reference
 from .stats import SVRStats
@@ -22,6 +23,7 @@ __all__ = [
     "DynamicRadius",
     "ForceDecomposition",
     "Negatives",
+    "Queue",
     "SVRLoss",
     "SVRStats",
     "StaticRadius",

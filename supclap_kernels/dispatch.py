@@ -354,6 +354,7 @@ def memory_estimate(
     radius: bool = True,
     device: str = "cpu",
     backend: str = "auto",
+    negatives: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> int:
     """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned
@@ -363,6 +364,7 @@ def memory_estimate(
         N, D, dtype: of the embeddings.
         radius: whether support vectors are used.
         device, backend: as in `fused_svr_loss`.
+        negatives: how many further audios and texts there are, without gradient.
         options: objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace.
     """
     check_described(N, D, dtype)
@@ -370,10 +372,13 @@ def memory_estimate(
     check_choices(
         objective=settings.objective, bilateral=settings.bilateral, reduction=settings.reduction
     )
-    way = route(N, routes(backend, *call_of(device, dtype, D, settings, radius))).way
+    staged = any(negatives)
+    ways = routes(backend, *call_of(device, dtype, D, settings, radius), staged=staged)
+    way = (ways[-1] if staged else route(N, ways)).way
     if way != "reference":
         from .backends.footprint import peak_bytes
 
-        return peak_bytes(implementation(way), N, D, dtype, radius, settings)
+        return peak_bytes(implementation(way), N, D, dtype, radius, settings, negatives)
     directions = Kind(D, dtype, settings.mode(radius), settings.infonce).directions
-    return eager_bytes(N, directions, max(4, dtype.itemsize))
+    wider = 1 + sum(negatives) / (2 * N)  # a matrix has the columns of one side
+    return round(wider * eager_bytes(N, directions, max(4, dtype.itemsize)))

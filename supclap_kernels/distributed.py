@@ -45,7 +45,7 @@ class Pass:
         self, plan: Plan, inputs: Tensors, further: Further, memory: Memory | None = None
     ) -> None:
         self.plan, self.inputs, self.memory = plan, inputs, memory or {}
-        self.backend = dispatch.implementation(dispatch.staged_way(inputs, plan.options))
+        self.backend = plan.backend
         # Sums: what N divides is not known to a visit.
         within = plan.options._replace(reduction="none" if plan.per_row else "sum")
         self.own: Call = self.backend.call(inputs, within, self.memory.get(("state", 0, 0)))
@@ -303,6 +303,7 @@ def staged_backward(
     return *in_own_dtypes(inputs, plan.needs[:5], *gradients), *beyond
 
 
+@torch._disable_dynamo
 def staged_loss(
     inputs: Tensors, options: Options, group: Any, exchange: str, negatives: Negatives | None
 ) -> tuple[Tensor, Tensor]:
@@ -327,7 +328,8 @@ def staged_loss(
     needs = [recording and x is not None and x.requires_grad for x in every]
     for n, name in enumerate(("audio", "text")):  # what one rank needs, all help with
         needs[n] = any(rank[name] for rank in of_ranks)
-    plan = Plan(options, group, exchange == "ring", sizes, tuple(needs))
+    backend = dispatch.implementation(dispatch.staged_way(inputs, options))
+    plan = Plan(options, group, exchange == "ring", sizes, tuple(needs), backend)
     return StagedFunction.apply(*inputs, *further, plan)
 
 

@@ -114,6 +114,11 @@ class FurtherPass:
             l[TEXT_ROWS] += l[AUDIO_ROWS]
             l[AUDIO_ROWS] += before
 
+    def weighted_as(self, part: Part) -> int:
+        """The direction whose weights a part has: SigLIP's audios have no rows of their own."""
+        alone = not self.options.infonce and part.block.direction == AUDIO_ROWS
+        return TEXT_ROWS if alone else part.block.direction
+
     def similarity(self) -> Tensor:
         """(2,) float64: sum and count of <t, a> over these negatives, for the statistics."""
         total = torch.zeros(2, dtype=torch.float64, device=self.call.T.device)
@@ -136,7 +141,7 @@ class FurtherPass:
         of_columns = {side: zeros(Y, like) for side, Y in self.columns.items() if needed[side]}
         for n, part in enumerate(self.parts):
             dX, dY = of_rows[part.rows], of_columns.get(part.columns)
-            part.block.gradients(dX, dY, kept(n), like)
+            part.block.gradients(dX, dY, kept(n), like, self.weighted_as(part))
         found: list[Tensor | None] = [None, None]
         for n, side in enumerate(needed):
             if side in of_columns:

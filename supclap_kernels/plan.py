@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from .backends.call import Backend
 from .collectives import mean_over_ranks
 from .options import Options
 
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     """rows of each rank"""
     needs: tuple[bool, ...]
     """which gradients are wanted, of the towers by any rank; then of the negatives"""
+    backend: Backend
 
     @property
     def rank(self) -> int:

@@ -140,7 +140,7 @@ const Kernels& kernels() {
       [](const CpuProblem& p, const OneWay& block, void* panel) {
         SUPCLAP_REAL(one_way_statistics)(p, block, panel);
       },
-      [](const CpuProblem& p, const OneWay& block, const void* panel, void* out) {
+      [](const CpuProblem& p, const OneWay& block, void* panel, void* out) {
         SUPCLAP_REAL(one_way_weights)(p, block, panel, out);
       },
       [](const Product& p) { SUPCLAP_REAL(multiply)(p); },

@@ -33,9 +33,9 @@ struct Kernels {
   void (*literal_gradients)(const CpuProblem&, void* dT, void* dA);
   // Adds a block of rows against further columns to `running`; hides its pairs of equal code.
   void (*one_way_statistics)(const CpuProblem&, const OneWay&, void* panel);
-  // Turns the block, whose pairs have been hidden, into the weights of the columns in the rows'
-  // gradient, in place or into another panel, and adds to `sums`.
-  void (*one_way_weights)(const CpuProblem&, const OneWay&, const void* panel, void* out);
+  // Hides the pairs of equal code (a block without codes is only read), and turns the block into the
+  // weights of the columns in the rows' gradient, in place or into another panel; adds to `sums`.
+  void (*one_way_weights)(const CpuProblem&, const OneWay&, void* panel, void* out);
   // C [M, N] Real = X Y, or C += X Y; an element of X [M, K] and of Y [K, N] is found by two steps,
   // of which one is 1.
   void (*multiply)(const Product&);

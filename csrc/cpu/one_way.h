@@ -11,13 +11,19 @@ void each_row(const CpuProblem& p, const OneWay& block, Body body) {
   });
 }
 
+// Hides the pairs of row i that have one code.
+template <class Real>
+void hide_row(const CpuProblem& p, const OneWay& block, int64_t i, Real* S) {
+  for (int64_t j = 0; block.code && j < block.nj; ++j)
+    if (block.code[j] == p.code[i]) S[j] = Real(kHidden);
+}
+
 template <class Real>
 void one_way_statistics(const CpuProblem& p, const OneWay& block, void* panel) {
   const Real k = Real(p.k), b = Real(p.infonce ? 0 : p.b);
   each_row(p, block, [&](int64_t i, int64_t at) {
     Real* S = static_cast<Real*>(panel) + at;
-    for (int64_t j = 0; block.code && j < block.nj; ++j)
-      if (block.code[j] == p.code[i]) S[j] = Real(kHidden);
+    hide_row(p, block, i, S);
     Real z[kMaxTile];
 #pragma omp simd
     for (int64_t j = 0; j < block.nj; ++j) z[j] = logit(S[j], k, b);
@@ -26,13 +32,13 @@ void one_way_statistics(const CpuProblem& p, const OneWay& block, void* panel) {
 }
 
 template <class Real, bool kInfonce>
-void one_way_weights_of(const CpuProblem& p, const OneWay& block, const Real* panel, Real* out) {
+void one_way_weights_of(const CpuProblem& p, const OneWay& block, Real* panel, Real* out) {
   const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
   const Real* m = static_cast<const Real*>(p.factors) + block.direction * p.N;
   const Real* f = m + kDirections * p.N;
   each_row(p, block, [&](int64_t i, int64_t at) {
-    const Real* S = panel + at;
-    Real* W = out + at;
+    Real *S = panel + at, *W = out + at;
+    hide_row(p, block, i, S);
     const Real top = m[i], factor = f[i];
     Real base = 0, bias = 0;
 #pragma omp simd reduction(+ : base, bias)
@@ -50,8 +56,8 @@ void one_way_weights_of(const CpuProblem& p, const OneWay& block, const Real* pa
 }
 
 template <class Real>
-void one_way_weights(const CpuProblem& p, const OneWay& block, const void* panel, void* out) {
-  const Real* S = static_cast<const Real*>(panel);
+void one_way_weights(const CpuProblem& p, const OneWay& block, void* panel, void* out) {
+  Real* S = static_cast<Real*>(panel);
   Real* W = static_cast<Real*>(out);
   p.infonce ? one_way_weights_of<Real, true>(p, block, S, W)
             : one_way_weights_of<Real, false>(p, block, S, W);

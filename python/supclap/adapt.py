@@ -13,6 +13,7 @@ from .errors import UserError
 def add_adapters(encoder: nn.Module, rank: int) -> None:
     """Puts adapters (LoRA, by peft) beside every linear layer."""
     peft = importlib.import_module("peft")
+    encoder = getattr(encoder, "model", encoder)  # peft asks one that has settings for more
     layers = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
     peft.inject_adapter_in_model(settings, encoder)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 WIDEST = 8  # a mask hides at most one part in so many of the frames, or of the bins
 LEVEL = 5.0  # dB by which a second sound may be louder or softer than the first
+LOUDEST = 30.0  # dB by which it is amplified for that, at most: silence is noise
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def mixed(wave: np.ndarray, other: np.ndarray, level: float) -> np.ndarray:
     both = np.zeros(max(len(wave), len(other)), dtype=np.float32)
     powers = [np.square(x, dtype=np.float64).mean() for x in (wave, other)]
     decibels = level + 10 * math.log10(powers[0] / powers[1]) if all(powers) else 0.0
+    decibels = min(decibels, LOUDEST)
     both[: len(wave)] = wave
     both[: len(other)] += louder(other, decibels)
     return both
@@ -53,10 +55,10 @@ def mixed(wave: np.ndarray, other: np.ndarray, level: float) -> np.ndarray:
 
 def masked(features: Tensor, rng: np.random.Generator, count: int) -> Tensor:
     """Returns features [F, M] with their mean in `count` spans of frames and as many of bins
-    (SpecAugment, arXiv 1904.08779)."""
+    (SpecAugment, arXiv 1904.08779). The last frame stays: an encoder may repeat it."""
     features, mean = features.clone(), float(features.float().mean())
     for dim in (0, 1):
-        size = features.shape[dim]
+        size = features.shape[dim] - (dim == 0)
         for _ in range(count):
             width = int(rng.integers(size // WIDEST + 1))
             features.narrow(dim, int(rng.integers(size - width + 1)), width).fill_(mean)

@@ -98,9 +98,10 @@ class Epoch:
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, (seed, epoch)
         self.ids, self.rank, self.ranks, self.augmentation = ids, rank, ranks, augmentation
         self.count = len(corpus.captions)
-        order = torch.from_numpy(corpus.draw(np.random.default_rng([seed, epoch])))
-        # Of all ranks: pairs, and their copies beyond the last pair.
-        self.parts = order.split(size)[: steps_of(len(order), size, ranks, whole)]
+        # Pairs, and their copies beyond the last pair.
+        self.order = torch.from_numpy(corpus.draw(np.random.default_rng([seed, epoch])))
+        steps = steps_of(len(self.order), size, ranks, whole)
+        self.parts = self.order.split(size)[:steps]  # of all ranks
 
     def ids_of(self, pairs: Tensor) -> Tensor | None:
         """What equal pairs of a batch, of all ranks, have in common: [B] int64."""
@@ -115,8 +116,8 @@ class Epoch:
 
     def batch(self, number: int) -> Batch:
         corpus, drawn = self.corpus, self.parts[number]
-        ids = self.ids_of(drawn % self.count)
-        examples = [self.example(n, drawn) for n in self.share(drawn).tolist()]
+        ids, near = self.ids_of(drawn % self.count), self.near(drawn % self.count)
+        examples = [self.example(n, near) for n in self.share(drawn).tolist()]
         pairs = torch.tensor([example.pair for example in examples])
         audio: tuple[Tensor, ...]
         if corpus.audio_outputs is not None:
@@ -130,22 +131,36 @@ class Epoch:
             text = self.tokenizer(captions, [corpus.languages[pair] for pair in pairs.tolist()])
         return Batch(audio, text, None if ids is None else self.share(ids))
 
-    def example(self, number: int, drawn: Tensor) -> Example:
-        """Draws how one of the pairs that are drawn for a batch is changed."""
+    def near(self, pairs: Tensor) -> set[tuple[str, int]]:
+        """The files and the sentences of a batch, if pairs are mixed."""
+        if not self.augmentation.mix:
+            return set()
+        labels = {"file": self.corpus.file_of, "sentence": self.corpus.sentence_of}
+        return {(name, n) for name, of in labels.items() for n in of[pairs].tolist()}
+
+    @cached_property
+    def alike(self) -> dict[str, np.ndarray]:
+        """The pairs that the epoch draws, by language."""
+        drawn = self.order.numpy() % self.count
+        codes = np.array([self.corpus.languages[pair] for pair in drawn.tolist()])
+        return {code: drawn[codes == code] for code in set(codes.tolist())}
+
+    def example(self, number: int, near: set[tuple[str, int]]) -> Example:
+        """Draws how one of the pairs of a batch is changed."""
         example = Example(number % self.count, [*self.seed, number])
         share = self.augmentation.mix
         if share and example.rng.random() < share:
-            example.other = self.partner(example, drawn % self.count)
+            example.other = self.partner(example, near)
         return example
 
-    def partner(self, example: Example, pairs: Tensor) -> int | None:
-        """Draws a pair to be mixed with: of the same language, and of no file of the batch, whose
-        own pair would be a false negative."""
-        languages, file_of = self.corpus.languages, self.corpus.file_of
-        here = set(file_of[pairs].tolist())
-        for other in example.rng.integers(self.count, size=TRIES).tolist():
-            alike = languages[other] == languages[example.pair]
-            if alike and int(file_of[other]) not in here:
+    def partner(self, example: Example, near: set[tuple[str, int]]) -> int | None:
+        """Draws a pair to be mixed with: of the same language, and of no file and no sentence of
+        the batch, where it would be a false negative. None after TRIES: a batch of all pairs is
+        not mixed."""
+        same, corpus = self.alike[self.corpus.languages[example.pair]], self.corpus
+        for other in same[example.rng.integers(len(same), size=TRIES)].tolist():
+            of = ("file", int(corpus.file_of[other])), ("sentence", int(corpus.sentence_of[other]))
+            if near.isdisjoint(of):
                 return int(other)
         return None
 

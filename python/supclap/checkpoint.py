@@ -8,6 +8,7 @@ so that it can be extended.
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from dataclasses import asdict, dataclass
@@ -64,12 +65,22 @@ def is_finished(run: Path, epochs: int) -> bool:
     return True
 
 
+def numbered(hashes: list[list[Any]]) -> dict[str, Any]:
+    """Checksums by name; several manifests may have files of one name."""
+    found: dict[str, Any] = {}
+    for name, checksum in hashes:
+        place = next(n for n in itertools.count(1) if f"{name} ({n})" not in found)
+        found[f"{name} ({place})"] = checksum
+    first = {name.removesuffix(" (1)"): value for name, value in found.items()}
+    return first
+
+
 def difference(before: list[list[Any]], corpus: Corpus) -> str:
     """Returns how the clips and captions of a manifest differ from those of a run, "" if not."""
     now = corpus.hashes
     if before == now:
         return ""
-    old, new = dict(before), dict(now)
+    old, new = numbered(before), numbered(now)
     kinds = {
         "gone": [clip for clip in old if clip not in new],
         "new": [clip for clip in new if clip not in old],

@@ -169,11 +169,15 @@ def search(
 
 
 def export(run: Path, to: str, out: Path) -> None:
+    from .model import selection_note
+
     if to == "hub":
         from .exports.folder import export_folder as export
     else:
         from .exports.onnx import export_onnx as export
     print("\n".join(export(run, out)))
+    if selection_note(run):
+        print(ON_TEST)
 
 
 def plot(runs: list[Path], out: Path) -> None:
@@ -252,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
         if missing == __package__:
             raise
         extra = {"transformers": "hub", "huggingface_hub": "hub"}
-        extra |= {name: name for name in ("tensorboard", "wandb", "peft", "mteb")}
+        extra |= {name: name for name in ("tensorboard", "wandb", "peft")}
         extra |= {name: "onnx" for name in ("onnx", "onnxscript", "onnxruntime")}
         print(
             f"supclap: {error.name} is not installed; "

@@ -85,11 +85,13 @@ class TrainConfig:
     """One training run."""
 
     data: Path | tuple[Path, ...] = setting(
-        MISSING, "manifests (CSV, JSON, JSONL, Parquet, tar); all of them is trained on"
+        MISSING, "manifests (CSV, TSV, JSON, JSONL, Parquet, tar), all of which are trained on"
     )
     out: Path = setting(MISSING, "folder of the run: model.safetensors, config.json, log.jsonl")
     data_weights: tuple[float, ...] = setting(
-        (), "how often an epoch takes the pairs of each --data, 0.5: some half of them; else once"
+        (),
+        "how often an epoch takes the pairs of each --data; 0.5: another half each time; "
+        "without: once",
     )
     init: Path | None = setting(None, "run to begin from: its model, weights and temperature")
     val: Path | None = setting(None, "manifest for choosing the best epoch; without: the last")
@@ -100,7 +102,7 @@ class TrainConfig:
         "val",
         "test",
     )
-    epochs: int = setting(30, "one epoch is every (clip, caption) pair once")
+    epochs: int = setting(30, "one epoch is every (clip, caption) pair once, or by weight")
     batch_size: int = setting(64, "pairs in a step, over all processes")
     micro_batch_size: int | None = setting(
         None, "encode a batch in pieces of this many pairs: same gradient, less memory"
@@ -153,7 +155,7 @@ class TrainConfig:
     patience: int | None = setting(None, "validations without a better one that end training")
     clip_grad: float = setting(1.0, "largest gradient norm; 0: any")
     precision: str = setting("fp32", "bf16: encoders under autocast", "fp32", "bf16")
-    seed: int = setting(0, "of the weights, the order of the pairs and the crops")
+    seed: int = setting(0, "of the weights, the order of the pairs, crops and augmentation")
     validate_every: int | None = setting(None, "steps between validations, beside every epoch's")
     checkpoint_every: int | None = setting(None, "steps between checkpoints, beside every epoch's")
     diagnose_every: int | None = setting(None, "steps between lines of diagnostics.jsonl")
@@ -285,8 +287,8 @@ def holds_many(setting: Field[Any]) -> bool:
 def typed(setting: Field[Any], value: Any) -> Any:
     """Takes strings for paths, and a list for a tuple, or for its only value."""
     kind = kind_of(setting)
-    if holds_many(setting) and isinstance(value, list | tuple):
-        values = tuple(map(kind, value))
+    if holds_many(setting) and (isinstance(value, list | tuple) or kind is float):
+        values = tuple(map(kind, value if isinstance(value, list | tuple) else [value]))
         return values[0] if len(values) == 1 and " | " in str(setting.type) else values
     return Path(value) if kind is Path and isinstance(value, str) else value
 
@@ -314,8 +316,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = value if many and isinstance(value, list) else [value]
         if not all(fits(kind, each) for each in values):
             raise UserError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
-        values = [kind(each) for each in values]
-        settings[name] = values if many else values[0]
+        settings[name] = values if many else kind(value)
     return settings
 
 
@@ -356,7 +357,10 @@ def read_config(run: Path) -> TrainConfig:
         unknown = (set(settings) - set(TRAIN)) | (set(model) - set(MODEL))
     except FileNotFoundError:
         raise UserError(f"{run} is not a run: it has no {path.name}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError:
+        inside = f"; it was exported: use {run / 'run'}" if (run / "run").is_dir() else ""
+        raise UserError(f"{path} has no settings of a run{inside}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the run's settings {path}: {error!r}") from error
     if unknown:
         raise UserError(f"{path} has settings this version does not know: {sorted(unknown)}")

@@ -1,5 +1,6 @@
 """Clips and their features. What never changes is decoded once, the features of every clip, unless
-it is longer than `max_seconds`: training takes another part of such a clip each time."""
+it is longer than `max_seconds`, of which training takes another part each time, or its samples are
+changed (augment.py)."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Corpus:
     longer: Tensor  # [N] bool: whether a clip is cut to max_seconds
     audio_outputs: Tensor | None = None  # [N, W]: what a frozen encoder makes of the clips
     text_outputs: Tensor | None = None  # [M, W]: ... of the captions
-    shares: tuple[tuple[int, float], ...] = ()  # pairs and weight of each manifest; (): one, once
+    shares: tuple[tuple[int, float], ...] = ()  # pairs and weight of each manifest; (): once
+    several: bool = False  # whether the clips are of several manifests
 
     @cached_property
     def captions(self) -> list[str]:
@@ -78,7 +80,7 @@ class Corpus:
     def file_of(self) -> Tensor:
         """Returns a number for each caption, equal for captions of one file, in whatever manifest:
         [M] int64."""
-        if not self.shares:
+        if not self.several:
             return self.clip_of
         number: dict[Any, int] = {}
         keys = [(os.path.realpath(clip.path), clip.span, clip.cell) for clip in self.clips]
@@ -184,6 +186,7 @@ class ReadOptions:
     skip_bad_audio: bool = False  # bad files are skipped and counted, not an error
     cache: str = "memory"  # "off": decoded whenever asked for; else a folder
     workers: int = 0
+    check: bool = False  # with the cache off, too, every clip is decoded once and found good
 
 
 def decode_clips(
@@ -201,7 +204,7 @@ def decode_clips(
     if new:
         read = partial(
             read_clip, front_end=front_end, max_seconds=max_seconds, keep=keep,
-            whole=keep or options.skip_bad_audio,
+            whole=keep or options.check or options.skip_bad_audio,
         )  # fmt: skip
         items = load_items(read, list(new.values()), options.workers)
         for key, x in zip(new, items, strict=True):  # a copy: it may be in a worker's memory
@@ -260,7 +263,8 @@ def join(corpora: list[Corpus], weights: tuple[float, ...]) -> Corpus:
         skipped=[reason for x in corpora for reason in x.skipped],
         kept=None if None in every else [clip for kept in every for clip in kept or ()],
         longer=torch.cat([x.longer for x in corpora]),
-        shares=tuple(zip(counts, weights or [1.0] * len(counts), strict=True)),
+        shares=tuple(zip(counts, weights, strict=True)) if weights else (),
+        several=True,
     )
 
 

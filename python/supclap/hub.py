@@ -29,8 +29,9 @@ from .layers import masked_mean
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork to decode audio
 
 
-def fetch(name: str, option: str, weights: bool) -> Path:
-    """Returns the folder of a model, which is downloaded if it is no folder yet."""
+def fetch(name: str, option: str, weights: bool, **hub: Any) -> Path:
+    """Returns the folder of a model, which is downloaded if it is no folder yet. `hub`: options of
+    `snapshot_download`."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -38,7 +39,7 @@ def fetch(name: str, option: str, weights: bool) -> Path:
 
     patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{option} hf:{name}: no such folder, and the hub has not given it "
@@ -154,9 +155,9 @@ LENGTH = "sentence_bert_config.json"
 def pooling_of(folder: Path, option: str) -> str:
     """Returns how sentence-transformers pools the states of a model: mean, cls or lasttoken; the
     mean where nothing says so."""
-    if not (folder / POOLING).is_file():
+    settings = said_in(folder, POOLING, option)
+    if not settings:
         return "mean"
-    settings = json.loads((folder / POOLING).read_text(encoding="utf-8"))
     modes = [settings.get("pooling_mode")]
     if not modes[0]:
         names = [key.removeprefix("pooling_mode_") for key, on in settings.items() if on is True]
@@ -167,22 +168,37 @@ def pooling_of(folder: Path, option: str) -> str:
     return str(modes[0])
 
 
-def prompt_of(folder: Path) -> str:
+def prompt_of(folder: Path, option: str) -> str:
     """Returns what stands before every sentence, where the folder says so."""
-    if not (folder / PROMPTS).is_file():
-        return ""
-    settings = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    settings = said_in(folder, PROMPTS, option)
     name = settings.get("default_prompt_name")
     return str((settings.get("prompts") or {}).get(name) or "")
 
 
-def most_tokens(folder: Path, config: Any) -> int:
-    """Returns how many tokens of a caption are read."""
-    most = min(int(getattr(config, "max_position_embeddings", 512)) - 2, 512)
-    if (folder / LENGTH).is_file():
-        said = json.loads((folder / LENGTH).read_text(encoding="utf-8")).get("max_seq_length")
-        most = min(most, said or most)
-    return most
+def said_in(folder: Path, name: str, option: str) -> dict[str, Any]:
+    """Returns what a file beside a model says; nothing if it is not there."""
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} hf:{folder}: cannot read its {name}: {error}") from error
+    if not isinstance(said, dict):
+        raise UserError(f"{option} hf:{folder}: its {name} holds no object")
+    return said
+
+
+def most_tokens(folder: Path, config: Any, tokenizer: Any, option: str) -> int:
+    """Returns how many tokens of a caption are read. A tokenizer that does not say it is taken for
+    RoBERTa's, which has two positions more than tokens."""
+    positions = int(getattr(config, "max_position_embeddings", 512))
+    most = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else positions - 2
+    said = said_in(folder, LENGTH, option).get("max_seq_length")
+    limits = [n for n in (most, positions, 512, said) if n is not None]
+    if not all(isinstance(n, int) and n > 0 for n in limits):
+        raise UserError(f"{option} hf:{folder}: max_seq_length must be a number, got {said!r}")
+    return min(limits)
 
 
 class Tokenizer:
@@ -258,7 +274,8 @@ class PublishedText(nn.Module):
             self.files = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise UserError(f"{option} hf:{folder}: cannot load its tokenizer: {error}") from error
-        self.tokenizer = Tokenizer(self.files, most_tokens(folder, config), prompt_of(folder))
+        most = most_tokens(folder, config, self.files, option)
+        self.tokenizer = Tokenizer(self.files, most, prompt_of(folder, option))
         self.pooling = pooling_of(folder, option)
         names = [name for name in (POOLING, PROMPTS, LENGTH) if (folder / name).is_file()]
         self.said = {name: (folder / name).read_text(encoding="utf-8") for name in names}
@@ -274,8 +291,10 @@ class PublishedText(nn.Module):
         states = output.last_hidden_state
         if self.pooling == "mean":
             return masked_mean(states, mask)
-        last = mask.sum(dim=1) - 1 if self.pooling == "lasttoken" else mask.new_zeros(len(mask))
-        return states[torch.arange(len(states), device=states.device), last]
+        if self.pooling == "cls":
+            return states[:, 0]
+        last = (mask.sum(dim=1) - 1)[:, None, None].expand(-1, 1, states.shape[2])
+        return states.gather(1, last)[:, 0]
 
     def keep(self, folder: Path) -> None:
         self.model.config.save_pretrained(folder)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import load_audio, mono, open_audio, resample
+from .audio import load_first, mono, open_audio, resample
 from .corpus import naming
 from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_features, embed_text
 from .errors import UserError
@@ -79,9 +79,9 @@ class Embedder:
         if isinstance(sound, str | Path):
             clip = Clip(str(sound), Path(sound), ())
             with naming(clip):
-                wave = load_audio(open_audio(clip), seconds, front_end.sample_rate)
+                wave = load_first(open_audio(clip), seconds, front_end.sample_rate)[1]
         elif isinstance(sound, io.IOBase):
-            wave = load_audio(cast(BinaryIO, sound), seconds, front_end.sample_rate)
+            wave = load_first(cast(BinaryIO, sound), seconds, front_end.sample_rate)[1]
         elif sample_rate is None:
             raise TypeError("arrays of samples need their sample_rate, in Hz")
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,8 +157,10 @@ class SupclapModel(nn.Module):
     def keep_encoders(self, run: Path) -> None:
         """Writes what `load_model` needs beside the weights."""
         for kind, tower in (("audio", self.audio), ("text", self.text)):
+            folder = run / f"{kind}_encoder"
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
             if hasattr(tower.encoder, "keep"):
-                tower.encoder.keep(run / f"{kind}_encoder")
+                tower.encoder.keep(folder)
 
 
 WEIGHTS = "model.safetensors"  # in a run's folder

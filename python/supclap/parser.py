@@ -24,7 +24,7 @@ def add_options(parser: Any, settings: dict[str, Any]) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "choices": choices}
-            options |= {"nargs": "+"} if holds_many(setting) else {}
+            options |= {"nargs": "+", "action": "extend"} if holds_many(setting) else {}
             options["metavar"] = None if choices else kind.__name__.upper()
         parser.add_argument(flag(name), help=text, **options)
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = {name: TRAIN[name] for name in SHARED}
 
-    train = commands.add_parser("train", help="train on a manifest")
+    train = commands.add_parser("train", help="train on manifests")
     train.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of these flags")
     train.add_argument("--recipe", choices=tuple(RECIPES), help="settings of a published run")
     train.add_argument(

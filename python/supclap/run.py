@@ -139,7 +139,9 @@ class Run:
     def read_corpus(self, manifest: Path, cache: str) -> Corpus:
         """Reads a manifest, its clips, and tells which of them were skipped."""
         config = self.config
-        options = ReadOptions(config.skip_bad_audio, cache, config.workers)
+        options = ReadOptions(
+            config.skip_bad_audio, cache, config.workers, check=cache != config.cache
+        )
         corpus = read_as_heard(self.model, read_manifest(manifest), manifest, options)
         for language in sorted(set(corpus.languages)):  # one that the encoder does not know fails
             self.model.text.encoder.tokenizer(["x"], [language])
@@ -160,7 +162,7 @@ class Run:
             raise UserError(
                 f"a batch of {size} pairs is too small for {self.ranks.count} processes"
             )
-        one_clip = config.ids in ("clip", "both") and len(self.corpus.clips) == 1
+        one_clip = config.ids in ("clip", "both") and len(self.corpus.file_of.unique()) == 1
         if config.loss == "infonce" and (size == 1 or one_clip):
             self.say(
                 "NOTE: no pair of a batch has a negative: the contrastive loss is 0 and trains "

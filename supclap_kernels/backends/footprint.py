@@ -47,9 +47,16 @@ class Footprint(TorchDispatchMode):
 
 
 def peak_bytes(
-    backend: Backend, N: int, D: int, dtype: torch.dtype, has_radius: bool, options: Options
+    backend: Backend,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    has_radius: bool,
+    options: Options,
+    negatives: tuple[int, int] = (0, 0),
 ) -> int:
-    """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients."""
+    """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients.
+    `negatives`: how many further audios and texts there are, detached."""
     audio, text = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
     wide = accumulator_dtype(dtype)
     radius = torch.empty((), dtype=wide, device="meta") if has_radius else None
@@ -58,7 +65,20 @@ def peak_bytes(
     scale = torch.ones((), dtype=wide, device="cpu")  # a CPU reads it
     inputs = Tensors(audio, text, radius, scale, None, None, None)
     needs = (True, True, has_radius, True, False)
-    with Footprint(*(x for x in (audio, text, radius, upstream) if x is not None)) as footprint:
-        state, saved = backend.forward(inputs, options, needs)[2:]
-        gradients = backend.backward(inputs, options, needs, upstream, state, saved)
+    rows = [torch.empty(M, D, dtype=dtype, device="meta") if M else None for M in negatives]
+    given = [x for x in (audio, text, radius, upstream, *rows) if x is not None]
+    with Footprint(*given) as footprint:
+        if any(negatives):
+            from ..distributed import staged_backward, staged_forward
+            from ..further import further_of
+            from ..negatives import Negatives
+            from ..plan import Plan
+
+            plan = Plan(options, None, False, (N,), (*needs, False, False), backend)
+            further = further_of(Negatives(*rows), options.normalize)
+            memory = staged_forward(plan, inputs, further)[2]
+            gradients = staged_backward(plan, inputs, further, memory, upstream)
+        else:
+            state, saved = backend.forward(inputs, options, needs)[2:]
+            gradients = backend.backward(inputs, options, needs, upstream, state, saved)
     return footprint.peak - sum(x.nbytes for x in gradients if x is not None)

@@ -7,6 +7,7 @@ Nothing is symmetric here, so each matrix of logits costs one product, and each 
 another one.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -57,6 +58,7 @@ class OneWay:
         self.call, self.direction, self.code = call, direction, code
         self.products = call.one_way_products(X, Y)
         self.N, self.M = len(X), len(Y)
+        self.sampled = X.is_meta  # two blocks stand for all (footprint.py)
         fits = math.isqrt(workspace // tiling.scratch)
         self.side = min(tiling.largest, max(tiling.smallest, fits))
 
@@ -66,6 +68,9 @@ class OneWay:
         return self.N * self.M
 
     def blocks(self) -> Iterator[Block]:
+        return itertools.islice(self.all_blocks(), 2 if self.sampled else None)
+
+    def all_blocks(self) -> Iterator[Block]:
         offset = 0
         for i in range(0, self.N, self.side):
             I = slice(i, min(i + self.side, self.N))
@@ -97,9 +102,15 @@ class OneWay:
         self.products.logits(TEXT, block.I, AUDIO, block.J, panel)
 
     def gradients(
-        self, dX: Tensor | None, dY: Tensor | None, kept: Tensor | None, like: Tensor
+        self,
+        dX: Tensor | None,
+        dY: Tensor | None,
+        kept: Tensor | None,
+        like: Tensor,
+        direction: int,
     ) -> None:
-        """Sweep 2, into dX (N, .) and dY (M, .), or neither. Kept products are only read."""
+        """Sweep 2, into dX (N, .) and dY (M, .), or neither, with the weights of a direction. Kept
+        products are only read."""
         scratch = self.scratch(like)
         for block in self.blocks():
             out = self.panel(block, scratch, kept=False)
@@ -107,7 +118,7 @@ class OneWay:
             if kept is None:
                 self.multiply(block, panel)
             code = self.code_of(block)
-            W = self.call.one_way_weights(self.direction, block, code, panel, out)
+            W = self.call.one_way_weights(direction, block, code, panel, out)
             if dX is not None:
                 self.products.accumulate(rows(dX, block.I), W, AUDIO, block.J)
             if dY is not None:

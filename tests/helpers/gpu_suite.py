@@ -166,3 +166,21 @@ def check_float16_range(length: float, scale: float, upstream: float, backend: s
 SUPPORT_MODES = MODES[1:4] + MODES[5:]
 CLOSE = {"one": [5], "twenty": list(range(0, 120, 6))}
 RANGES = [(1.0, 1e-3, 1e7), (0.02, 2500.0, 0.1)]
+
+
+def further_suite(*backends: str) -> list[Any]:
+    """(backend, case): calls with further negatives, every pair of options."""
+    rows = covering(
+        **OPTIONS, radius=("none", "scalar", "row"), objective=("infonce", "siglip"),
+        bilateral=("none", "mirror", "shared"), negatives=((7, 64), (129, 0), (0, 1)),
+        dtype=(torch.float32, torch.bfloat16), duplicates=(False, True), weighted=(False, True),
+        gap=(0.5, 0.02),
+    )  # fmt: skip
+    fields = ("radius", "negatives", "dtype", "duplicates", "weighted", "gap")
+    cases = []
+    for n, row in enumerate(rows):
+        options = {name: value for name, value in row.items() if name not in fields}
+        case = Case(N=90, D=40, options=options, **{name: row[name] for name in fields})
+        backend = backends[n % len(backends)]
+        cases.append(pytest.param(backend, case, id=f"{backend} {case}"))
+    return core(cases)

@@ -15,6 +15,7 @@ from gpu_suite import (
     Guard,
     check_float16_range,
     check_literal_rows,
+    further_suite,
     guarded,
     suite,
     verify,
@@ -62,6 +63,11 @@ SUITE = suite("panel", "triton")
 
 def test_the_suite_is_large_enough():
     assert len(SUITE) >= (400 if ALL else 100)
+
+
+@pytest.mark.parametrize("backend, case", further_suite("panel", "triton"))
+def test_further_negatives(backend, case, guard, large_tiles):
+    verify(case, guard, backend, workspace=case.options["workspace"])
 
 
 @pytest.mark.parametrize("backend, case, small", SUITE)

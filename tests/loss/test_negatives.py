@@ -1,14 +1,28 @@
 """Further negatives: columns of the similarity matrices that have no row of their own."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import traced
+from covering import covering
 from interface_cases import close
 from test_reference import ALL, relative
 
+import supclap_kernels as sk
 from supclap_kernels import Negatives, svr_loss_reference
+from supclap_kernels.backends import products
+from supclap_kernels.backends.products import LibraryProducts
 from supclap_kernels.gradients import loss_and_gradients
-from supclap_kernels.testing import DIFFERENTIABLE, NEGATIVES, Case, evaluate, make_inputs
+from supclap_kernels.testing import (
+    DIFFERENTIABLE,
+    NEGATIVES,
+    Case,
+    check,
+    evaluate,
+    make_inputs,
+)
 
 SIZES = ((5, 9), (1, 0), (0, 7), (64, 1))
 
@@ -118,3 +132,302 @@ def test_equal_ids_are_not_negatives():
     ]
     assert losses[1][0] < losses[0][0] and torch.equal(losses[1][1:], losses[0][1:])
     assert close(losses[1][0], losses[2][0], 1e-12)
+
+
+# ------------------------------------------------------------------------------------- the kernels
+
+OPTIONS = {
+    "objective": ("infonce", "siglip"),
+    "bilateral": ("none", "mirror", "shared"),
+    "reduction": ("mean", "sum", "none"),
+    "renormalize": (False, True),
+    "normalize": (False, True),
+    "alpha": (1.0, 0.3),
+    "beta": (0.0, 0.2),
+}
+FIELDS = {
+    "radius": ("none", "scalar", "row"),
+    "negatives": ((1, 0), (0, 1), (7, 64), (129, 7), (64, 129)),
+    "duplicates": (False, True),
+    "weighted": (False, True),
+    "gap": (0.5, 0.1, 1e-3),
+    "dtype": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    "layout": ("contiguous", "strided"),
+}
+
+
+def accepted(case, **options):
+    rounds = case.dtype == torch.bfloat16 and products.rounds_to_bfloat16()
+    check(sk.fused_svr_loss, case, rounded_weights=rounds, **options)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    covering(**OPTIONS, **FIELDS, workspace=(0, 2**28), N=(20, 70, 530)),
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
+def test_every_option(chosen, poisoned_memory):
+    options = {name: chosen[name] for name in OPTIONS}
+    fields = {name: chosen[name] for name in FIELDS}
+    if chosen["dtype"].itemsize == 2:  # a row there is a lottery
+        fields["gap"] = max(0.1, fields["gap"])
+    accepted(Case(N=chosen["N"], D=40, options=options, **fields), workspace=chosen["workspace"])
+
+
+@pytest.mark.parametrize("multiplier", ["own products", "library's products"])
+@pytest.mark.parametrize("sizes", [(600, 513), (512, 1030)])
+def test_several_blocks(sizes, multiplier, monkeypatch, poisoned_memory):
+    own = multiplier == "own products"
+    monkeypatch.setattr("supclap_kernels.backends.cpu.call.multiplies_itself", lambda: own)
+    for workspace in (0, 2**28):
+        accepted(Case(N=520, D=24, radius="row", negatives=sizes), workspace=workspace)
+
+
+def gradients_of(negatives, **options):
+    inputs = make_inputs(Case(N=9, D=8, radius="row"))
+    leaves = [x.clone().requires_grad_() for x in (inputs.audio, inputs.text, inputs.radius)]
+    loss = sk.fused_svr_loss(*leaves, 9.0, negatives=negatives, **options)
+    return loss, torch.autograd.grad(loss, leaves)
+
+
+def test_none_at_all_is_the_loss_without():
+    """The same bits: it is the same call."""
+    before, expected = gradients_of(None)
+    for nothing in (Negatives(), Negatives(audio=torch.empty(0, 8), text=torch.empty(0, 8))):
+        loss, found = gradients_of(nothing)
+        assert torch.equal(loss, before)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_detached_ones_cost_no_product(monkeypatch):
+    """One for a matrix of logits, one for its rows' gradient, and one where they are trained."""
+    calls = Counter()
+
+    class Counted(LibraryProducts):
+        def logits(self, *arguments):
+            calls["logits"] += 1
+            super().logits(*arguments)
+
+        def accumulate(self, *arguments):
+            calls["accumulate"] += 1
+            super().accumulate(*arguments)
+
+    monkeypatch.setattr("supclap_kernels.backends.cpu.call.multiplies_itself", lambda: False)
+    monkeypatch.setattr("supclap_kernels.backends.cpu.call.LibraryProducts", Counted)
+    inputs = make_inputs(Case(N=9, D=8, radius="row"))
+    audio, rows = inputs.audio.requires_grad_(), make_inputs(Case(N=7, D=8, seed=3)).audio
+
+    def products_of(negatives):
+        calls.clear()
+        arguments = (audio, inputs.text, inputs.radius, 9.0)
+        loss = sk.fused_svr_loss(*arguments, negatives=negatives, backend="cpu:panel")
+        loss.backward()
+        return calls["logits"], calls["accumulate"]
+
+    own = products_of(None)
+    for trained, gradients in ((False, 1), (True, 2)):
+        found = products_of(Negatives(audio=rows.clone().requires_grad_(trained)))
+        # Of the texts, which are frozen here, and of their support vectors, which move the audios.
+        assert found == (own[0] + 2, own[1] + 2 * gradients - 1)
+
+
+def test_frozen_towers_and_negatives_alone():
+    inputs = make_inputs(Case(N=9, D=8, radius="none", negatives=(5, 0)))
+    negatives = inputs.audio_negatives.requires_grad_()
+    for audio, text in ((False, True), (True, False), (False, False)):
+        a = inputs.audio.clone().requires_grad_(audio)
+        t = inputs.text.clone().requires_grad_(text)
+        results = []
+        for function in (sk.fused_svr_loss, svr_loss_reference):
+            loss = function(a, t, 0.3, 9.0, negatives=Negatives(audio=negatives))
+            wanted = [x for x in (a, t, negatives) if x.requires_grad]
+            results.append(torch.autograd.grad(loss, wanted))
+        assert all(close(x, y, 1e-5) for x, y in zip(*results, strict=True))
+    with torch.no_grad():
+        assert not sk.fused_svr_loss(
+            a, t, 0.3, 9.0, negatives=Negatives(audio=negatives)
+        ).requires_grad
+
+
+def test_backward_twice_and_under_autocast():
+    inputs = make_inputs(Case(N=9, D=8, radius="row", negatives=(5, 6)))
+    a = inputs.audio.clone().requires_grad_()
+    loss = sk.fused_svr_loss(a, inputs.text, inputs.radius, 9.0, **inputs.negatives({}))
+    first = torch.autograd.grad(loss, a, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, a)[0], first)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = sk.fused_svr_loss(a, inputs.text, inputs.radius, 9.0, **inputs.negatives({}))
+    assert torch.equal(again, loss)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        once = torch.autograd.grad(again, a, create_graph=True)[0]
+        once.sum().backward()
+
+
+def test_statistics_of_the_kernels():
+    for options in ({}, {"objective": "siglip"}, {"bilateral": "shared"}):
+        case = Case(N=40, D=16, radius="row", duplicates=True, negatives=(30, 9), options=options)
+        inputs = make_inputs(case)
+        arguments = [getattr(inputs, name) for name in DIFFERENTIABLE]
+        more = {"ids": inputs.ids, "return_stats": True, **options, **inputs.negatives({})}
+        _, found = sk.fused_svr_loss(*arguments, **more)
+        _, wanted = svr_loss_reference(*arguments, **more)
+        for name, x, y in zip(found._fields, found, wanted, strict=True):
+            assert close(x, y, 1e-5), name
+
+
+def test_compiled_it_is_left_to_eager_mode():
+    inputs = make_inputs(Case(N=9, D=8, radius="row", negatives=(5, 6)))
+    a = inputs.audio.clone().requires_grad_()
+
+    def loss(a):
+        negatives = inputs.negatives({})["negatives"]
+        return 2 * sk.fused_svr_loss(a, inputs.text, inputs.radius, 9.0, negatives=negatives)
+
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss)):
+        value = function(a)
+        (gradient,) = torch.autograd.grad(value, a)
+        if function is loss:
+            expected = value, gradient
+    assert close(value, expected[0], 1e-6) and close(gradient, expected[1], 1e-6)
+
+
+def test_in_a_module():
+    inputs = make_inputs(Case(N=9, D=8, negatives=(5, 6)))
+    criterion = sk.SVRLoss(radius=sk.StaticRadius(0.3), beta=1.0)
+    negatives = inputs.negatives({})["negatives"]
+    loss = criterion(inputs.audio, inputs.text, 9.0, negatives=negatives)
+    wanted = svr_loss_reference(inputs.audio, inputs.text, 0.3, 9.0, beta=1.0, negatives=negatives)
+    assert close(loss, wanted, 1e-6)
+    loss.backward()
+    assert criterion.radius.radius.grad.abs() > 0
+
+
+ROWS = torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "error", "text"),
+    [
+        (ROWS, TypeError, "must be supclap_kernels.Negatives"),
+        (
+            Negatives(audio=torch.zeros(4, 7)),
+            ValueError,
+            r"negatives.audio must have shape \(M, 8\)",
+        ),
+        (Negatives(text=torch.zeros(4)), ValueError, "negatives.text must have shape"),
+        (Negatives(text=[1.0]), TypeError, "negatives.text must be a tensor"),
+        (Negatives(audio=ROWS.double()), TypeError, "torch.float32 on cpu as the embeddings"),
+        (Negatives(audio_ids=torch.zeros(4, dtype=torch.int64)), ValueError, "without"),
+        (Negatives(ROWS, audio_ids=torch.zeros(4)), TypeError, "int64"),
+        (Negatives(ROWS, audio_ids=torch.zeros(3, dtype=torch.int64)), ValueError, r"shape \(4,\)"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_errors(backend, negatives, error, text):
+    inputs = make_inputs(Case(N=9, D=8, duplicates=True))
+    options = {"ids": inputs.ids, "negatives": negatives, "backend": backend}
+    with pytest.raises(error, match=text):
+        sk.fused_svr_loss(inputs.audio, inputs.text, 0.3, 9.0, **options)
+
+
+def test_their_ids_need_the_rows_ids():
+    inputs = make_inputs(Case(N=9, D=8))
+    negatives = Negatives(ROWS, audio_ids=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="which are missing"):
+        sk.fused_svr_loss(inputs.audio, inputs.text, 0.3, 9.0, negatives=negatives)
+
+
+@pytest.mark.parametrize("workspace", [0, 2**20, 2**28])
+@pytest.mark.parametrize("sizes", [(700, 700), (0, 3000)])
+def test_memory_is_estimated(workspace, sizes):
+    options = {"workspace": workspace, "negatives": sizes}
+    estimate = sk.memory_estimate(600, 64, **options)
+    inputs = make_inputs(Case(N=600, D=64, negatives=sizes))
+    leaves = [x.clone().requires_grad_() for x in (inputs.audio, inputs.text)]
+
+    def step():
+        loss = sk.fused_svr_loss(
+            *leaves, inputs.radius, 9.0, workspace=workspace, **inputs.negatives({})
+        )
+        return torch.autograd.grad(loss, leaves)
+
+    step()
+    measured = traced(step)[0].peak - sum(x.nbytes for x in leaves)
+    assert 0.7 * measured < estimate < 1.4 * measured + 2**16
+
+
+# ------------------------------------------------------------------------------------------- queue
+
+
+def pairs(n, start=0):
+    x = torch.arange(start, start + n, dtype=torch.float32)[:, None].expand(n, 3)
+    return x, -x
+
+
+def test_a_queue_is_first_in_first_out():
+    queue = sk.Queue(5)
+    assert queue.negatives() is None and len(queue) == 0
+    for start, n, expected in ((0, 2, [0, 1]), (2, 2, [0, 1, 2, 3]), (4, 3, [2, 3, 4, 5, 6])):
+        queue.push(*pairs(n, start))
+        held = queue.negatives()
+        assert held.audio[:, 0].tolist() == expected == (-held.text[:, 0]).tolist()
+        assert held.audio_ids is None
+    queue.push(*pairs(9, 20))
+    assert queue.negatives().audio[:, 0].tolist() == [24, 25, 26, 27, 28] and len(queue) == 5
+    queue.clear()
+    assert queue.negatives() is None
+
+
+def test_a_queue_keeps_values_and_no_graph():
+    queue, (audio, text) = sk.Queue(4), pairs(2)
+    audio = audio.clone().requires_grad_()
+    queue.push(2 * audio, text, torch.tensor([7, 8]))
+    with torch.no_grad():
+        audio.zero_()
+    held = queue.negatives()
+    assert held.audio[:, 0].tolist() == [0, 2] and not held.audio.requires_grad
+    assert held.audio_ids.tolist() == held.text_ids.tolist() == [7, 8]
+    assert held.audio.untyped_storage().nbytes() == held.audio.nbytes
+
+
+def test_a_queue_is_saved(tmp_path):
+    queue = sk.Queue(4)
+    queue.push(*pairs(3), torch.tensor([1, 2, 3]))
+    queue.double()
+    torch.save(queue.state_dict(), tmp_path / "state.pt")
+    other = sk.Queue(4)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for name in ("audio", "text", "ids"):
+        assert torch.equal(getattr(other, name), getattr(queue, name))
+        assert getattr(other, name).dtype == getattr(queue, name).dtype
+    other.load_state_dict(sk.Queue(4).state_dict())
+    assert len(other) == 0
+    assert "size=4, filled=3" in repr(queue)
+
+
+def test_a_queue_in_training():
+    """The same pair seen again is no negative of itself, by its id."""
+    inputs = make_inputs(Case(N=6, D=8, radius="none"))
+    arguments, ids = (inputs.audio, inputs.text, None, 9.0), torch.arange(6)
+    queue = sk.Queue(12)
+    queue.push(inputs.audio, inputs.text, ids)
+    plain = sk.fused_svr_loss(*arguments, ids=ids)
+    again = sk.fused_svr_loss(*arguments, ids=ids, negatives=queue.negatives())
+    forgotten = sk.fused_svr_loss(*arguments, negatives=Negatives(*queue.negatives()[:2]))
+    assert plain < again < forgotten
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "3"])
+def test_a_size_that_cannot_be(size):
+    with pytest.raises(ValueError, match="positive number of pairs"):
+        sk.Queue(size)
+
+
+def test_what_cannot_be_pushed():
+    queue = sk.Queue(4)
+    with pytest.raises(ValueError, match="must both be"):
+        queue.push(torch.zeros(2, 3), torch.zeros(3, 3))
+    queue.push(*pairs(2))
+    with pytest.raises(ValueError, match="with every batch"):
+        queue.push(*pairs(2), torch.tensor([1, 2]))

@@ -12,6 +12,7 @@ from gpu_suite import (
     Guard,
     check_float16_range,
     check_literal_rows,
+    further_suite,
     guarded,
     suite,
     verify,
@@ -40,6 +41,19 @@ def test_options(n, guard, device):
     backend, case, _ = SUITE[n].values
     device.vary(n)
     way = device.way if backend == "cuda" else backend
+    verify(case, guard, way, workspace=case.options["workspace"])
+
+
+FURTHER = further_suite("cuda", "panel")
+
+
+@pytest.mark.parametrize("n", range(len(FURTHER)), ids=[str(row.id) for row in FURTHER])
+def test_further_negatives(n, guard, device):
+    backend, case = FURTHER[n].values
+    device.vary(n)
+    way = {"cuda": "cuda:hopper" if case.dtype.itemsize == 2 else "cuda:panel"}.get(
+        backend, backend
+    )
     verify(case, guard, way, workspace=case.options["workspace"])
 
 

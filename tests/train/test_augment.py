@@ -2,16 +2,18 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from clips import SMALL, WORDS, Stop, log_of, near, settings, stopped_at, write_clips
 from supclap.augment import Augmentation, masked, mixed, some_words
 from supclap.batches import Epoch
 from supclap.cli import main
 from supclap.config import RECIPES, TrainConfig, build_config
-from supclap.corpus import load_corpus
+from supclap.corpus import join, load_corpus
 from supclap.errors import UserError
 from supclap.train import train
 
@@ -31,7 +33,7 @@ def rms(wave):
 
 
 def test_mixed_is_the_sum_at_a_level():
-    one, other = rng(1).standard_normal(500), 0.01 * rng(2).standard_normal(300)
+    one, other = rng(1).standard_normal(500), 0.1 * rng(2).standard_normal(300)
     one, other = one.astype(np.float32), other.astype(np.float32)
     for level in (-5.0, 0.0, 5.0):
         both = mixed(one, other, level)
@@ -41,6 +43,8 @@ def test_mixed_is_the_sum_at_a_level():
         assert near(20 * math.log10(rms(added) / rms(one)), level, within=1e-3)
         assert near(np.corrcoef(added, other)[0, 1], 1.0, within=1e-5)
     assert len(mixed(other, one, 0.0)) == 500
+    noise = mixed(one, 1e-4 * other, 0.0)[:300] - one[:300]
+    assert near(20 * math.log10(rms(noise) / rms(1e-4 * other)), 30.0, within=0.1)
 
 
 @pytest.mark.parametrize("silent", ["one", "other", "both"])
@@ -63,6 +67,8 @@ def test_masked_spans_get_the_mean():
         assert other[~other.all(axis=1)].all(axis=0).sum() <= 2 * 8
         assert (made[torch.from_numpy(other)] == before.float().mean().half()).all()
         hidden += other
+        in_time = other[:, ~other.all(axis=0)].all(axis=1)
+        assert not in_time[-1]  # an encoder may repeat it
     assert torch.equal(features, before)  # kept features are shared
     assert 0.1 < hidden.mean() / 200 < 0.3 and (hidden > 0).all()
 
@@ -143,6 +149,55 @@ def test_the_share_that_is_mixed(languages):
 def test_no_partner_is_left_in_a_batch_of_all(languages):
     epoch = epoch_of(languages, size=18, mix=1.0)
     assert not any(", " in text for text in captions_of(epoch.batch(0)))
+
+
+def test_partners_come_as_often_as_pairs(manifest, languages, tmp_path):
+    """By the manifests' weights; and a language that is rare is mixed as often."""
+    rows = [{"audio": str(manifest.with_name(f"{w}.wav")), "caption": f"{w} again"} for w in WORDS]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = load_corpus(tmp_path / "m.jsonl", 30.0, cache="off")
+    corpus = join([languages, more], (0.5, 4.0))
+    partners, mixed_of = Counter(), Counter()
+    for number in range(1, 30):
+        epoch = epoch_of(corpus, number, mix=1.0, size=3)
+        for part in epoch.parts:
+            near_by = epoch.near(part % epoch.count)
+            for n in part.tolist():
+                example = epoch.example(n, near_by)
+                french = corpus.languages[example.pair] == "fra"
+                mixed_of[french, example.other is not None] += 1
+                if example.other is not None and not french:
+                    partners[example.other >= 18] += 1
+    assert partners[True] > 3 * partners[False]  # 36 of 41 are of the second
+    share = mixed_of[True, True] / (mixed_of[True, True] + mixed_of[True, False])
+    assert share > 0.8
+
+
+def test_a_sentence_of_the_batch_is_no_partner(manifest, tmp_path):
+    rows = [{"audio": f"{w}.wav", "caption": f"class {n % 3}"} for n, w in enumerate(WORDS)]
+    table = manifest.with_name("classes.jsonl")
+    table.write_text("\n".join(map(json.dumps, rows)))
+    corpus = load_corpus(table, 30.0, cache="off")
+    seen = 0
+    for number in range(1, 20):
+        epoch = epoch_of(corpus, number, mix=1.0, size=2)
+        for n in range(len(epoch.parts)):
+            plain = captions_of(epoch_of(corpus, number, size=2).batch(n))
+            for text in captions_of(epoch.batch(n)):
+                if ", " in text:
+                    seen += 1
+                    assert text.split(", ")[1] not in plain
+    assert seen > 50
+
+
+def test_a_broken_file_is_found_before_training(manifest, tmp_path):
+    """Though nothing is kept of the files."""
+    wave = np.full(8_000, np.nan, dtype=np.float32)
+    soundfile.write(manifest.with_name("nan.wav"), wave, 16_000, subtype="FLOAT")
+    table = manifest.with_name("nan.csv")
+    table.write_text(f"{manifest.read_text()}\nnan.wav,nothing,nothing at all")
+    with pytest.raises(UserError, match="1 of 10 audio files"):
+        train(settings(table, tmp_path / "run", gain=3.0, epochs=1))
 
 
 def test_gain_is_in_decibels(languages):

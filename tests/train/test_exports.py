@@ -13,8 +13,10 @@ import torch
 from clips import SMALL, WORDS, near, settings
 from supclap import hub_audio
 from supclap.cli import main
+from supclap.config import read_config
+from supclap.exports.folder import shareable
 from supclap.exports.onnx import WITHIN
-from supclap.model import load_model, selection_note
+from supclap.model import load_model, save_model, selection_note
 from supclap.train import train
 from test_encoders import clap_folder, sonar_folder, word_tokenizer
 from test_hub_encoders import TINY, audio_folder
@@ -92,10 +94,125 @@ def test_what_was_trained_further_is_saved(manifest, folder, tmp_path):
     assert torch.equal(again.embed_text(TEXTS), model.embed_text(TEXTS))
     first = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert not torch.equal(again.embed_text(TEXTS), first.embed_text(TEXTS))
-    halved = transformers.AutoModel.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.bfloat16
+    model.save_pretrained(tmp_path / "saved")  # over the first
+    model.save_pretrained(folder.parent / "other")
+    assert torch.equal(load(folder.parent / "other").embed_text(TEXTS), model.embed_text(TEXTS))
+
+
+def load(folder, **options):
+    return transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def test_saved_in_place(manifest, tmp_path):
+    """A folder whose encoders are of the hub, by either library; and what each then loads."""
+    st = pytest.importorskip("sentence_transformers")
+    audio_folder("whisper", tmp_path / "w")
+    run = hub_run(manifest, tmp_path, audio=tmp_path / "w", text=bert_folder(tmp_path / "b"))
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", "hub", "--out", str(out)]) == 0
+    model = load(out)
+    with torch.no_grad():
+        model.model.text.head[0].bias += 1.0
+    model.save_pretrained(out)
+    assert torch.equal(load(out).embed_text(TEXTS), model.embed_text(TEXTS))
+    other = st.SentenceTransformer(str(out), trust_remote_code=True)
+    with torch.no_grad():
+        other[0].model.text.head[0].bias += 1.0
+    other.save_pretrained(str(out))
+    assert near(load(out).embed_text(TEXTS), other.encode(TEXTS))
+
+
+def test_options_of_the_download(monkeypatch, folder):
+    asked = {}
+
+    def download(name, **options):
+        asked[name] = options
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    from supclap.exports.transformers import HubModel
+
+    model, info = HubModel.from_pretrained(
+        "me/model", revision="v1", token="t", output_loading_info=True, attn_implementation="x"
     )
-    assert halved.model.text.head[0].weight.dtype is torch.bfloat16
+    assert info == {} and model.embedder.width == 32
+    assert asked["me/model"]["revision"] == "v1" and asked["me/model"]["token"] == "t"
+    assert any("safetensors" in pattern for pattern in asked["me/model"]["allow_patterns"])
+
+
+def test_uploaded_as_a_folder(monkeypatch, folder):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, name, private, exist_ok):
+            calls.append((name, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            calls.append(sorted(p.name for p in Path(folder_path).rglob("*.safetensors")))
+            return options
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    options = load(folder).push_to_hub("me/model", private=True, token="t", commit_message="x")
+    assert options == {"commit_message": "x"}
+    assert calls == ["t", ("me/model", True, True), ["model.safetensors"]]
+
+
+def test_a_folder_that_is_there_stays(manifest, run, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    before = (run / "config.json").read_text()
+    for to in ("hub", "onnx"):
+        for out in (tmp_path, run, tmp_path / "README.md"):
+            assert main(["export", str(run), "--to", to, "--out", str(out)]) == 2
+            assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (run / "config.json").read_text() == before
+
+
+def test_files_of_an_earlier_encoder_are_gone(manifest, tmp_path):
+    """They would say how the new one is pooled."""
+    audio_folder("whisper", tmp_path / "w")
+    folders = [bert_folder(tmp_path / name) for name in ("cls", "mean")]
+    (folders[0] / "1_Pooling").mkdir()
+    (folders[0] / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    (folders[0] / "sentence_bert_config.json").write_text('{"max_seq_length": 3}')
+    for folder in folders:
+        model = replace(SMALL, text_encoder=f"hf:{folder}")
+        options = {"epochs": 1, "overwrite": True, "model": model}
+        run = train(settings(manifest, tmp_path / "run", **options))
+    assert not (run / "text_encoder" / "1_Pooling").exists()
+    encoder = load_model(run).text.encoder
+    assert encoder.pooling == "mean" and encoder.tokenizer.most == 38
+
+
+def test_what_is_needed_is_said(manifest, run, folder, tmp_path):
+    assert "supclap-kernels[hub]" in (folder / "README.md").read_text()
+    assert "supclap-kernels[hub]" in (folder / "modeling_supclap.py").read_text()
+    audio_folder("whisper", tmp_path / "w")
+    model = replace(SMALL, audio_encoder=f"hf:{tmp_path / 'w'}", lora=2)
+    adapted = train(settings(manifest, tmp_path / "run", model=model, epochs=1))
+    out = tmp_path / "out"
+    assert main(["export", str(adapted), "--to", "hub", "--out", str(out)]) == 0
+    assert "supclap-kernels[peft]" in (out / "README.md").read_text()
+    expected = supclap.load(adapted).embed_audio(sounds(manifest))
+    assert torch.equal(load(out).embed_audio(sounds(manifest)), expected)
+
+
+def test_siglip_has_its_bias(manifest, tmp_path):
+    run = train(settings(manifest, tmp_path / "run", loss="siglip", epochs=1))
+    assert main(["export", str(run), "--to", "hub", "--out", str(tmp_path / "hub")]) == 0
+    model = load(tmp_path / "hub")
+    features = [model.embedder.features(sound) for sound in sounds(manifest)]
+    tokens = model.model.text.encoder.tokenizer(TEXTS, ["eng"] * 3)
+    logits = model(*supclap.batches.pad_features(features), *tokens).logits_per_text
+    cosines = model.similarity(TEXTS, sounds(manifest))
+    expected = model.model.logit_scale * cosines + model.model.logit_bias
+    assert near(logits.tolist(), expected.tolist(), within=1e-4) and float(logits.max()) < 5.0
+    assert main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 0
+    said = json.loads((tmp_path / "onnx" / "onnx.json").read_text())
+    assert said["logit_bias"] == model.model.logit_bias.item()
 
 
 def test_sentence_transformers_loads_it(manifest, run, folder):
@@ -114,17 +231,28 @@ def test_sentence_transformers_loads_it(manifest, run, folder):
     assert near(model.encode([resampled[0]])[0], audio[1].numpy(), within=1e-6)
     assert near(model.encode(["no_such.wav"]), expected.embed_text("no_such.wav").numpy(), 1e-6)
     assert near(model.encode(TEXTS, prompt="a "), expected.embed_text([f"a {t}" for t in TEXTS]))
+    assert near(model.encode(["", " ", "."])[0], expected.embed_text(".")[0])
+    assert near(model.encode(TEXTS, lang="fra"), text.numpy(), within=1e-6)
+    with pytest.raises(ValueError, match="no language"):
+        model.encode(TEXTS, lang="nonsense")
 
 
-def test_sentence_transformers_trains_and_saves_it(folder, tmp_path):
+def test_sentence_transformers_trains_and_saves_it(manifest, folder, tmp_path):
+    """By its own trainer, on sentences and sounds."""
     st = pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
     model = st.SentenceTransformer(str(folder), trust_remote_code=True)
-    tokens = model.preprocess(TEXTS)
-    model(tokens)["sentence_embedding"][:, 0].sum().backward()
-    head = model[0].model.text.head[0]
-    assert head.weight.grad.abs().sum() > 0
-    with torch.no_grad():
-        head.bias += 1.0
+    before = model[0].model.text.head[0].weight.detach().clone()
+    pairs = Dataset.from_dict({"anchor": TEXTS, "positive": sounds(manifest)})
+    arguments = st.SentenceTransformerTrainingArguments(
+        str(tmp_path / "trained"), num_train_epochs=2, per_device_train_batch_size=3,
+        learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    loss = MultipleNegativesRankingLoss(model)
+    st.SentenceTransformerTrainer(model, arguments, train_dataset=pairs, loss=loss).train()
+    assert not torch.equal(model[0].model.text.head[0].weight, before)
     model.save_pretrained(str(tmp_path / "saved"))
     again = st.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
     assert np.array_equal(again.encode(TEXTS), model.encode(TEXTS))
@@ -151,13 +279,20 @@ def test_nothing_of_this_machine_is_in_it(manifest, run, folder, tmp_path):
     other = hub_run(manifest, tmp_path, audio=tmp_path / "w", text=bert_folder(tmp_path / "b"))
     out = tmp_path / "out"
     assert main(["export", str(other), "--to", "hub", "--out", str(out)]) == 0
-    private = [str(manifest.parent), str(run.parent), str(tmp_path), str(Path.home())]
-    for path in [*folder.rglob("*"), *out.rglob("*")]:
+    graphs = tmp_path / "graphs"
+    assert main(["export", str(other), "--to", "onnx", "--out", str(graphs)]) == 0
+    here = str(Path(supclap.__file__).parent)
+    private = [str(manifest.parent), str(run.parent), str(tmp_path), str(Path.home()), here]
+    for path in [*folder.rglob("*"), *out.rglob("*"), *graphs.rglob("*")]:
         if path.is_file():
             held = path.read_bytes()
             assert not any(name.encode() in held for name in private), path
     settings = json.loads((out / "run" / "config.json").read_text())
     assert settings["model"]["audio_encoder"] == "hf:w" and settings["data"] == "clips.csv"
+    for name, kept in (("org/model", "org/model"), ("client/acme/bert", "bert"), ("./b", "b")):
+        config = replace(SMALL, text_encoder=f"hf:{name}")
+        shared = shareable(replace(read_config(run), model=config))
+        assert shared.model.text_encoder == f"hf:{kept}"
     kept = load_model(folder / "run").state_dict()
     assert kept.keys() == load_model(run).state_dict().keys()
 
@@ -180,10 +315,12 @@ def ran(path, **inputs):
 
 
 def test_onnx_hears_and_reads_as_the_run(manifest, run, tmp_path, capsys):
+    tmp_path = tmp_path / "out"
     assert main(["export", str(run), "--to", "onnx", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("of PyTorch") == 3
     model, said = supclap.load(run), json.loads((tmp_path / "onnx.json").read_text())
     assert (said["sample_rate"], said["dimensions"]) == (16_000, 32)
+    assert said["ids"]["at_most"] == 256 and said["shortest_wave"] == 512
     features = [model.features(sound) for sound in sounds(manifest)]
     padded, lengths = supclap.batches.pad_features(features)
     found = ran(tmp_path / "audio.onnx", features=padded, lengths=lengths)
@@ -210,8 +347,11 @@ HUB = ("audio-spectrogram-transformer", "whisper", "wav2vec2", "hubert")
 @pytest.mark.parametrize("kind", HUB)
 def test_onnx_of_hub_encoders(kind, manifest, tmp_path):
     audio_folder(kind, tmp_path / "audio")
-    run = hub_run(manifest, tmp_path, audio=tmp_path / "audio", text=bert_folder(tmp_path / "text"))
-    out = tmp_path / "out"
+    text = bert_folder(tmp_path / "text")
+    pooling = {"audio-spectrogram-transformer": "cls", "whisper": "lasttoken"}.get(kind, "mean")
+    (text / "1_Pooling").mkdir()
+    (text / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
+    run, out = hub_run(manifest, tmp_path, audio=tmp_path / "audio", text=text), tmp_path / "out"
     assert main(["export", str(run), "--to", "onnx", "--out", str(out)]) == 0
     model, said = supclap.load(run), json.loads((out / "onnx.json").read_text())
     names = ["features"] if kind in hub_audio.WAVES else ["features", "lengths"]
@@ -223,8 +363,10 @@ def test_onnx_of_hub_encoders(kind, manifest, tmp_path):
         inputs = {name: inputs[name] for name in said["inputs"]["audio"]}
         found = ran(out / "audio.onnx", **inputs)
         assert (found - model.embed_audio(sound)).abs().max() < WITHIN
-    assert not (out / "features.onnx").exists()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+    assert not (out / "features.onnx").exists() and "shortest_wave" not in said
+    assert (out / "audio_encoder" / "preprocessor_config.json").is_file()
+    assert said["ids"]["at_most"] == 38 and said["ids"]["prompt"] == ""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "text_encoder")
     tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
     found = ran(out / "text.onnx", ids=tokens["input_ids"], mask=tokens["attention_mask"])
     assert (found - model.embed_text(TEXTS)).abs().max() < WITHIN
@@ -243,13 +385,14 @@ def test_what_cannot_be_exported_is_explained(manifest, tmp_path, capsys):
     run = hub_run(manifest, tmp_path, audio=tmp_path / "clap", text=bert_folder(tmp_path / "b"))
     assert main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2
     assert "cannot export audio to ONNX" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "onnx.json").exists()
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"clap", "b", "run"}
 
 
 def test_a_wrong_graph_is_an_error(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("supclap.exports.onnx.WITHIN", 0.0)
-    assert main(["export", str(run), "--to", "onnx", "--out", str(tmp_path)]) == 2
-    assert "differs from PyTorch" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2
+    assert "differs from PyTorch" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 # -------------------------------------------------------------------------------------------- MTEB
@@ -347,6 +490,24 @@ def test_rows_of_samples_and_of_both(manifest, run, corpus, encoder):
     assert near(cosines.diagonal().tolist(), [1.0] * 3) and cosines.shape == (3, 3)
     pairs = encoder.similarity_pairwise(vectors, np.roll(vectors, 1, axis=0))
     assert near(pairs.tolist(), [float(cosines[n, n - 1]) for n in range(3)])
+
+
+def test_results_are_of_these_weights(run, encoder, tmp_path, corpus):
+    """MTEB files them by name and revision; other weights under the same name have another."""
+    import shutil
+
+    from supclap.exports.mteb import MtebEncoder
+
+    shutil.copytree(run, tmp_path / "run")
+    same = MtebEncoder(tmp_path / "run", device="cpu").mteb_model_meta
+    meta = encoder.mteb_model_meta
+    assert meta.name == same.name == "supclap/run" and meta.revision == same.revision
+    model = load_model(run)
+    with torch.no_grad():
+        model.log_scale += 1.0
+    save_model(tmp_path / "run" / "model.safetensors", model, {"selected_on": "test"})
+    other = MtebEncoder(tmp_path / "run", device="cpu").mteb_model_meta.revision
+    assert other[:16] != meta.revision[:16] and other.endswith("-selected-on-test")
 
 
 def test_the_language_of_a_task():

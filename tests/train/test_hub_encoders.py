@@ -186,6 +186,40 @@ def test_pooling_is_that_of_sentence_transformers(mode, prompt, tmp_path):
         assert close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("files", "tokens"),
+    [
+        ({}, 38),
+        ({"sentence_bert_config.json": {"max_seq_length": 6}}, 6),
+        ({"sentence_bert_config.json": {"max_seq_length": None}}, 38),
+        ({"tokenizer_config.json": {"model_max_length": 7}}, 7),
+        ({"tokenizer_config.json": {"model_max_length": 40}}, 40),  # all of its positions
+        ({"tokenizer_config.json": {"model_max_length": 999}}, 40),
+    ],
+)
+def test_how_many_tokens_are_read(files, tokens, tmp_path):
+    config = transformers.BertConfig(**TINY, vocab_size=64, max_position_embeddings=40)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    for name, said in files.items():
+        path = tmp_path / name
+        held = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(held | said))
+    assert hub.text_encoder(str(tmp_path)).tokenizer.most == tokens
+
+
+@pytest.mark.parametrize(
+    "text", ["{broken", "[]", '{"max_seq_length": "6"}', '{"max_seq_length": -1}']
+)
+def test_a_folder_that_says_nonsense(text, tmp_path):
+    config = transformers.BertConfig(**TINY, vocab_size=64, max_position_embeddings=40)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "sentence_bert_config.json").write_text(text)
+    with pytest.raises(UserError, match="sentence_bert_config|max_seq_length"):
+        hub.text_encoder(str(tmp_path))
+
+
 def test_a_real_text_encoder(manifest, tmp_path):
     """MiniLM as published, from its folder: the vectors of sentence-transformers, and a run."""
     package = pytest.importorskip("all_minilm_l6_v2")

@@ -188,7 +188,6 @@ def test_errors_of_any_call_are_explained(monkeypatch, tmp_path, capsys, error, 
     assert expected in message and "Traceback" not in message
     with pytest.raises(UserError, match=expected):  # the disk is not blamed
         files.write_whole(tmp_path / "file", fails)
-    monkeypatch.setattr("supclap.corpus.decode", fails)
     assert explained(RuntimeError("shapes do not fit")) is None
 
 

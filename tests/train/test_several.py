@@ -10,6 +10,7 @@ import pytest
 import torch
 from clips import WORDS, log_of, settings
 from supclap.batches import Epoch
+from supclap.checkpoint import difference
 from supclap.cli import main
 from supclap.config import TrainConfig, build_config, read_config
 from supclap.corpus import join, load_corpus
@@ -66,6 +67,10 @@ def test_one_manifest_is_as_ever(manifest):
     expected = np.random.default_rng([3, 1]).permutation(18).tolist()
     assert pairs_of(epoch_of(corpus)) == expected
     assert join([corpus], ()) is corpus and corpus.taken == 18
+    both = join([corpus, corpus], ())
+    expected = np.random.default_rng([3, 1]).permutation(36).tolist()
+    assert pairs_of(epoch_of(both)) == expected and both.taken == 36  # however many manifests
+    expected = np.random.default_rng([3, 1]).permutation(18).tolist()
     assert pairs_of(epoch_of(join([corpus], (1.0,)))) != expected  # drawn by weight
     assert sorted(pairs_of(epoch_of(join([corpus], (1.0,))))) == list(range(18))
 
@@ -151,10 +156,35 @@ def test_weights_that_cannot_be(manifest, tmp_path, weights, error):
 
 
 def test_one_path_or_many():
+    assert TrainConfig(data="a.csv", data_weights=0.5, out="run").data_weights == (0.5,)
     for data in ("a.csv", ["a.csv"], ("a.csv",)):
         assert TrainConfig(data=data, out="run").data == Path("a.csv")
     with pytest.raises(UserError, match="--data"):
         TrainConfig(data=(), out="run")
+
+
+def test_flags_may_be_repeated(manifest, second, tmp_path, capsys):
+    flags = ["--data", str(manifest), "--data", str(second), "--width", "32", "--heads", "2"]
+    assert main(["train", *flags, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "12 clips, 21 pairs, 1 steps" in capsys.readouterr().out
+
+
+def test_one_clip_by_two_manifests_has_no_negative(manifest, tmp_path, capsys):
+    table = manifest.with_name("one.csv")
+    table.write_text("file_name,caption\ndog.wav,a dog")
+    train(settings((table, table), tmp_path / "run", epochs=1))
+    assert "no pair of a batch has a negative" in capsys.readouterr().out
+
+
+def test_files_of_one_name_are_told_apart():
+    before = [["a.wav", 1], ["b.wav", 2], ["a.wav", 3]]
+
+    class Now:
+        hashes = [["a.wav", 1], ["b.wav", 2], ["a.wav", 4]]
+
+    assert difference(before, Now()) == "1 with other captions (a.wav (2))"
+    Now.hashes = [["a.wav", 9], ["b.wav", 2], ["a.wav", 3]]
+    assert difference(before, Now()) == "1 with other captions (a.wav)"
 
 
 def test_in_a_file(tmp_path):

@@ -1,13 +1,16 @@
 """A run as a model of MTEB, for its tasks of audio and text (MAEB, arXiv 2602.16008).
 
-import mteb
-from supclap.exports.mteb import MtebEncoder
+    import mteb
+    from supclap.exports.mteb import MtebEncoder
 
-mteb.evaluate(MtebEncoder("run"), mteb.get_tasks(tasks=["Clotho"]))
+    mteb.evaluate(MtebEncoder("run"), mteb.get_tasks(tasks=["ClothoA2TRetrieval.v2"]))
+
+It needs `pip install 'supclap-kernels[mteb]'`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,9 @@ from torch import Tensor
 from ..embeddings import DEFAULTS, embed_features
 from ..interface import Embedder
 from ..languages import LANGUAGE, language_code
+from ..model import WEIGHTS, selection_note
 from ..ranks import choose_device
+from .folder import BLANK
 
 
 class MtebEncoder:
@@ -28,7 +33,8 @@ class MtebEncoder:
 
     Args:
         model_name: the folder of a run.
-        revision: what the results are filed under, beside the folder's name.
+        revision: what the results are filed under, beside the folder's name; by default a checksum
+            of the weights, and whether they were selected on a test set.
         device: auto, cpu or cuda.
     """
 
@@ -37,7 +43,8 @@ class MtebEncoder:
         **_: Any,
     ) -> None:  # fmt: skip
         options = replace(DEFAULTS, device=choose_device(device or "auto"))
-        self.embedder, self.revision = Embedder(model_name, options), revision
+        self.embedder = Embedder(model_name, options)
+        self.revision = revision or revision_of(self.embedder.run)
 
     @property
     def mteb_model_meta(self) -> Any:
@@ -60,7 +67,8 @@ class MtebEncoder:
         dataset, parts = inputs.dataset, []
         if "text" in dataset.features:
             language = language_of(task_metadata, hf_subset)
-            parts.append(self.embedder.embed_text(list(dataset["text"]), language))
+            texts = [text if text.strip() else BLANK for text in dataset["text"]]
+            parts.append(self.embedder.embed_text(texts, language))
         if "audio" in dataset.features:
             parts.append(self.embed_sounds(dataset, options.get("batch_size", 32)))
         if not parts:
@@ -97,6 +105,12 @@ class MtebEncoder:
         """Cosines of corresponding rows, [N]."""
         first, second = (torch.atleast_2d(torch.as_tensor(x)) for x in (embeddings1, embeddings2))
         return (first * second).sum(dim=1)
+
+
+def revision_of(run: Path) -> str:
+    """Names the weights of a run."""
+    digest = hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()[:16]
+    return digest + "-selected-on-test" * bool(selection_note(run))
 
 
 def language_of(task: Any, subset: str) -> str:

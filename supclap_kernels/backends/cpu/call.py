@@ -182,9 +182,12 @@ class CpuCall:
     def one_way_weights(
         self, direction: int, block: Block, code: Tensor | None, panel: Tensor, out: Tensor
     ) -> Tensor:
-        """Pairs of equal ids were hidden in the panel."""
-        place = (block.I.start, *block.shape, panel.data_ptr(), out.data_ptr())
-        self.native.one_way_weights(self.problem, direction, *place)
+        """In a panel that was kept the pairs of equal ids are hidden, and it is only read."""
+        code = code if panel.data_ptr() == out.data_ptr() else None
+        place = (block.I.start, *block.shape, native.address(code))
+        self.native.one_way_weights(
+            self.problem, direction, *place, panel.data_ptr(), out.data_ptr()
+        )
         return out
 
     def finish_columns(self, total: Tensor) -> Tensor:
