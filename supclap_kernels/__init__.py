@@ -5,8 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from .attach import attach_radius, detach_radius
 from .cached import cached_step
 from .diagnostics import ForceDecomposition, force_decomposition
-from .dispatch import available_backends, explain, memory_estimate
+from .dispatch import available_backends, explain
 from .loss import SVRLoss, fused_svr_loss
+from .memory import memory_estimate
 from .negatives import Negatives
 from .queue import Queue
 from .radius import DynamicRadius, StaticRadius

@@ -173,9 +173,11 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        total = gradient.contiguous()
+        narrow = gradient.dtype.itemsize == 2  # sums over ranks are not rounded
+        total = gradient.float() if narrow else gradient.contiguous()
         dist.all_reduce(total, group=ctx.group)
-        return total.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
+        own = total.split(ctx.sizes)[dist.get_rank(ctx.group)]
+        return own.to(gradient.dtype), None, None
 
 
 class Replicated(torch.autograd.Function):

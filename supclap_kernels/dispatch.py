@@ -22,7 +22,7 @@ from .automatic import MODELLED, numbers, treated_as
 from .backends import available
 from .backends.call import Backend, Route, Tensors
 from .backends.cuda import route as cuda_route
-from .backends.estimate import Kind, eager_bytes
+from .backends.estimate import Kind
 from .backends.machine import Machine, described, device_index, machine_at
 from .backends.panel import PLACEHOLDER
 from .backends.tile_sizes import CPU_SMALL
@@ -344,41 +344,3 @@ def check_described(N: int | None, D: int, dtype: torch.dtype) -> None:
             raise ValueError(f"{name} must be positive and below 2**31, got {size}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be the embeddings' float dtype, got {dtype}")
-
-
-def memory_estimate(
-    N: int,
-    D: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    radius: bool = True,
-    device: str = "cpu",
-    backend: str = "auto",
-    negatives: tuple[int, int] = (0, 0),
-    **options: Any,
-) -> int:
-    """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned
-    gradients.
-
-    Args:
-        N, D, dtype: of the embeddings.
-        radius: whether support vectors are used.
-        device, backend: as in `fused_svr_loss`.
-        negatives: how many further audios and texts there are, without gradient.
-        options: objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace.
-    """
-    check_described(N, D, dtype)
-    settings = Options(**options)
-    check_choices(
-        objective=settings.objective, bilateral=settings.bilateral, reduction=settings.reduction
-    )
-    staged = any(negatives)
-    ways = routes(backend, *call_of(device, dtype, D, settings, radius), staged=staged)
-    way = (ways[-1] if staged else route(N, ways)).way
-    if way != "reference":
-        from .backends.footprint import peak_bytes
-
-        return peak_bytes(implementation(way), N, D, dtype, radius, settings, negatives)
-    directions = Kind(D, dtype, settings.mode(radius), settings.infonce).directions
-    wider = 1 + sum(negatives) / (2 * N)  # a matrix has the columns of one side
-    return round(wider * eager_bytes(N, directions, max(4, dtype.itemsize)))

@@ -109,7 +109,7 @@ def fused_svr_loss(
         check_choices(exchange=exchange)
         options = checked_options(*values)
         inputs = checked_inputs(*tensors, options.objective)
-        negatives = check_negatives(negatives, inputs.audio, inputs.ids)
+        negatives = check_negatives(negatives, inputs.audio, inputs.ids, across)
         staged = across or negatives is not None
         runs_reference = dispatch.runs_reference(inputs, options, staged=staged)
     if runs_reference:

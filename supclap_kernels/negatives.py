@@ -51,8 +51,11 @@ def columns_of(
     return Columns(F.normalize(rows, dim=1) if normalize else rows, keep)
 
 
-def check_negatives(negatives: Any, audio: Tensor, ids: Tensor | None) -> Negatives | None:
-    """The negatives, or the error that says what does not fit; None for none at all."""
+def check_negatives(
+    negatives: Any, audio: Tensor, ids: Tensor | None, across: bool
+) -> Negatives | None:
+    """The negatives, or the error that says what does not fit; None for none at all. `across`: with
+    those of other ranks, so that this one may have no row."""
     if negatives is None:
         return None
     if not isinstance(negatives, Negatives):
@@ -78,7 +81,7 @@ def check_negatives(negatives: Any, audio: Tensor, ids: Tensor | None) -> Negati
                 f"negatives.{side}_ids must have shape ({len(rows)},) on {audio.device}, got "
                 f"{tuple(theirs.shape)} on {theirs.device}"
             )
-    present = [x for x in negatives[:2] if x is not None and len(x)]
+    present = [x for x in negatives[:2] if x is not None and (across or len(x))]
     return negatives if present else None
 
 

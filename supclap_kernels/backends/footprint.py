@@ -4,6 +4,7 @@ two.
 """
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,17 +47,31 @@ class Footprint(TorchDispatchMode):
         self.alive -= size
 
 
+Step = Callable[[Tensors, tuple[bool, ...], Tensor], Sequence[Tensor | None]]
+"""Forward and backward: inputs, which gradients are needed, the upstream gradient -> gradients."""
+
+
+def whole_pass(backend: Backend, options: Options) -> Step:
+    """Forward and backward of a backend in one call each."""
+
+    def step(inputs: Tensors, needs: tuple[bool, ...], upstream: Tensor) -> Sequence[Tensor | None]:
+        state, saved = backend.forward(inputs, options, needs)[2:]
+        return backend.backward(inputs, options, needs, upstream, state, saved)
+
+    return step
+
+
 def peak_bytes(
-    backend: Backend,
+    step: Step,
     N: int,
     D: int,
     dtype: torch.dtype,
     has_radius: bool,
     options: Options,
-    negatives: tuple[int, int] = (0, 0),
+    beside: Sequence[Tensor] = (),
 ) -> int:
-    """Bytes at the peak of forward and backward, beyond the inputs and the returned gradients.
-    `negatives`: how many further audios and texts there are, detached."""
+    """Bytes at the peak of a step, beyond the inputs, what is `beside` them, and the returned
+    gradients."""
     audio, text = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
     wide = accumulator_dtype(dtype)
     radius = torch.empty((), dtype=wide, device="meta") if has_radius else None
@@ -65,20 +80,7 @@ def peak_bytes(
     scale = torch.ones((), dtype=wide, device="cpu")  # a CPU reads it
     inputs = Tensors(audio, text, radius, scale, None, None, None)
     needs = (True, True, has_radius, True, False)
-    rows = [torch.empty(M, D, dtype=dtype, device="meta") if M else None for M in negatives]
-    given = [x for x in (audio, text, radius, upstream, *rows) if x is not None]
+    given = [x for x in (audio, text, radius, upstream, *beside) if x is not None]
     with Footprint(*given) as footprint:
-        if any(negatives):
-            from ..distributed import staged_backward, staged_forward
-            from ..further import further_of
-            from ..negatives import Negatives
-            from ..plan import Plan
-
-            plan = Plan(options, None, False, (N,), (*needs, False, False), backend)
-            further = further_of(Negatives(*rows), options.normalize)
-            memory = staged_forward(plan, inputs, further)[2]
-            gradients = staged_backward(plan, inputs, further, memory, upstream)
-        else:
-            state, saved = backend.forward(inputs, options, needs)[2:]
-            gradients = backend.backward(inputs, options, needs, upstream, state, saved)
+        gradients = step(inputs, needs, upstream)
     return footprint.peak - sum(x.nbytes for x in gradients if x is not None)

@@ -5,7 +5,7 @@ import torch
 from allocations import traced
 
 from supclap_kernels.backends.call import Tensors
-from supclap_kernels.backends.footprint import peak_bytes
+from supclap_kernels.backends.footprint import peak_bytes, whole_pass
 from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, make_inputs
 
@@ -57,7 +57,8 @@ def test_estimate_within_a_tenth(name, backend, no_launches):
     case = Case(**{"N": 700, "D": 512, **fields}, options=options)
     found = measured(case, backend)
     sizes = (case.N, case.D, case.dtype, case.radius != "none")
-    guess = peak_bytes(backend, *sizes, Options(**case.options))
+    chosen = Options(**case.options)
+    guess = peak_bytes(whole_pass(backend, chosen), *sizes, chosen)
     assert 0.9 <= guess / found <= 1.1, f"{case}: estimated {guess}, measured {found} bytes"
 
 
@@ -96,5 +97,6 @@ def test_rows_for_tf32_are_rounded_not_cut():
 def test_estimate_counts_rounded_rows(backend, no_launches, monkeypatch):
     monkeypatch.setattr(gpu, "precision", lambda dtype: "tf32")
     case = Case(N=700, D=512, options={"workspace": 2**17})
-    guess = peak_bytes(backend, 700, 512, torch.float32, True, Options(**case.options))
+    chosen = Options(**case.options)
+    guess = peak_bytes(whole_pass(backend, chosen), 700, 512, torch.float32, True, chosen)
     assert 0.9 <= guess / measured(case, backend) <= 1.1

@@ -75,6 +75,24 @@ def test_larger_batches():
     ])  # fmt: skip
 
 
+def test_further_negatives():
+    """Every rank's are everybody's, whatever number each has."""
+    rows = covering(
+        **OPTIONS, radius=("none", "scalar", "row"), objective=("infonce", "siglip"),
+        bilateral=("none", "mirror", "shared"), negatives=((7, 64), (129, 0), (0, 1)),
+        dtype=(torch.float32, torch.float64, torch.bfloat16), duplicates=(False, True),
+        weighted=(False, True), exchange=("gather", "ring"), backend=("cpu", "reference"),
+    )  # fmt: skip
+    fields = ("radius", "negatives", "dtype", "duplicates", "weighted")
+    every = []
+    for n, row in enumerate(rows):
+        more = {name: row.pop(name) for name in ("exchange", "workspace")}
+        backend, chosen = row.pop("backend"), {name: row.pop(name) for name in fields}
+        case = Case(N=40, D=24, options=row, **chosen)
+        every.append((1 + n % 4, case, backend, more))
+    check(every)
+
+
 def test_reference():
     """In plain PyTorch: the same, with second derivatives."""
     check(jobs(("reference",), (torch.float64, torch.float32), 12))

@@ -42,6 +42,16 @@ def own_rows(inputs: Inputs, part: slice) -> Inputs:
     return Inputs(**{name: rows(x) for name, x in vars(inputs).items()})
 
 
+def own_negatives(inputs: Inputs, world: int, rank: int) -> dict[str, Tensor]:
+    """Uneven numbers of them, and none on some ranks."""
+    found = {}
+    for name in ("audio_negatives", "text_negatives", "audio_ids", "text_ids"):
+        x = getattr(inputs, name)
+        if x is not None:
+            found[name] = x[parts(len(x), world)[rank]]
+    return found
+
+
 def whole(x: Tensor, group: Any) -> Tensor:
     every: list[Any] = [None] * group.size()
     dist.all_gather_object(every, x, group=group)
@@ -56,11 +66,12 @@ def evaluate_rows(batch: Inputs, case: Case, group: Any, backend: str, **more: A
     """Loss and gradients of all ranks' rows, and those of numbers times the number of ranks."""
     world, rank = group.size(), group.rank()
     inputs = own_rows(batch, parts(case.N, world)[rank])
+    inputs = replace(inputs, **own_negatives(batch, world, rank))
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
     arguments = (leaves.get(name) for name in DIFFERENTIABLE)
     loss = sk.fused_svr_loss(
         *arguments, ids=inputs.ids, weight=inputs.weight, group=group, backend=backend,
-        **case.options, **more,
+        **case.options, **inputs.negatives(leaves), **more,
     )  # fmt: skip
     gradients = torch.autograd.grad(loss, list(leaves.values()), inputs.upstream.to(loss.dtype))
     per_row = case.options.get("reduction") == "none"

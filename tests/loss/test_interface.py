@@ -35,6 +35,7 @@ SIGNATURE = {
     "workspace": 256 * 2**20,
     "backend": "auto",
     "return_stats": False,
+    "negatives": None,
 }
 POSITIONAL = ("audio", "text", "radius", "logit_scale", "logit_bias")
 
@@ -69,13 +70,15 @@ def test_the_reference_takes_the_same_arguments():
 def test_the_module_and_the_diagnostics_share_the_defaults():
     module = inspect.signature(sk.SVRLoss).parameters
     options = set(SIGNATURE) - {"audio", "text", "logit_scale", "logit_bias", "ids", "weight"}
+    options -= {"negatives"}
     assert set(module) == options
     forces = inspect.signature(sk.force_decomposition).parameters
     for parameters in (module, forces):
         for name, p in parameters.items():
             assert p.default == SIGNATURE[name], name
     forward = inspect.signature(sk.SVRLoss.forward).parameters
-    assert list(forward)[1:] == ["audio", "text", "logit_scale", "logit_bias", "ids", "weight"]
+    batch = ["audio", "text", "logit_scale", "logit_bias", "ids", "weight", "negatives"]
+    assert list(forward)[1:] == batch
 
 
 def test_dynamic_radius_defaults():

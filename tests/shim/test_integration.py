@@ -23,7 +23,7 @@ import supclap_kernels as sk
 from supclap_kernels import direct, dispatch, native
 from supclap_kernels.backends.call import Tensors
 from supclap_kernels.backends.cuda import single, sweeps
-from supclap_kernels.backends.footprint import peak_bytes
+from supclap_kernels.backends.footprint import peak_bytes, whole_pass
 from supclap_kernels.options import Options
 from supclap_kernels.testing import Case, check, make_inputs
 
@@ -152,5 +152,5 @@ def test_memory_estimate_within_a_tenth(options, backend, monkeypatch, device):
     step()
     trace, gradients = traced(step)
     found = trace.peak - sum(g.numel() * g.element_size() for g in gradients if g is not None)
-    guess = peak_bytes(backend, 500, 256, torch.float32, True, chosen)
+    guess = peak_bytes(whole_pass(backend, chosen), 500, 256, torch.float32, True, chosen)
     assert 0.9 <= guess / found <= 1.1, f"estimated {guess}, measured {found} bytes"

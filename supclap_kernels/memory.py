@@ -1,0 +1,71 @@
+"""How much memory a call of the loss needs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.call import Backend, Tensors
+from .backends.estimate import Kind, eager_bytes
+from .backends.footprint import Step, peak_bytes, whole_pass
+from .dispatch import call_of, check_described, implementation, route, routes
+from .distributed import staged_backward, staged_forward
+from .further import further_of
+from .negatives import Negatives
+from .options import Options, check_choices
+from .plan import Plan
+
+
+def memory_estimate(
+    N: int,
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    radius: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+    negatives: tuple[int, int] = (0, 0),
+    **options: Any,
+) -> int:
+    """Bytes of extra memory at the peak of forward and backward, beyond the inputs and the returned
+    gradients.
+
+    Args:
+        N, D, dtype: of the embeddings.
+        radius: whether support vectors are used.
+        device, backend: as in `fused_svr_loss`.
+        negatives: how many further audios and texts there are, without gradient.
+        options: objective, bilateral, alpha, beta, normalize, renormalize, reduction, workspace.
+    """
+    check_described(N, D, dtype)
+    settings = Options(**options)
+    check_choices(
+        objective=settings.objective, bilateral=settings.bilateral, reduction=settings.reduction
+    )
+    staged = any(negatives)
+    ways = routes(backend, *call_of(device, dtype, D, settings, radius), staged=staged)
+    way = (ways[-1] if staged else route(N, ways)).way
+    if way == "reference":
+        directions = Kind(D, dtype, settings.mode(radius), settings.infonce).directions
+        wider = 1 + sum(negatives) / (2 * N)  # a matrix has the columns of one side
+        return round(wider * eager_bytes(N, directions, max(4, dtype.itemsize)))
+    call = (N, D, dtype, radius, settings)
+    if not staged:
+        return peak_bytes(whole_pass(implementation(way), settings), *call)
+    rows = [torch.empty(M, D, dtype=dtype, device="meta") if M else None for M in negatives]
+    step = staged_pass(implementation(way), settings, Negatives(rows[0], rows[1]))
+    return peak_bytes(step, *call, [x for x in rows if x is not None])
+
+
+def staged_pass(backend: Backend, options: Options, negatives: Negatives) -> Step:
+    """Forward and backward with further negatives, which get no gradient."""
+
+    def step(inputs: Tensors, needs: tuple[bool, ...], upstream: Tensor) -> Sequence[Tensor | None]:
+        sizes = (len(inputs.audio),)
+        plan = Plan(options, None, False, sizes, (*needs, False, False), backend)
+        further = further_of(negatives, options.normalize)
+        memory = staged_forward(plan, inputs, further)[2]
+        return staged_backward(plan, inputs, further, memory, upstream)
+
+    return step
