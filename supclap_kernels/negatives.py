@@ -29,6 +29,20 @@ class Negatives(NamedTuple):
         """The rows and the ids of "audio" or "text"."""
         return getattr(self, side), getattr(self, f"{side}_ids")
 
+    def turned(self) -> "Negatives":
+        """With the sides exchanged."""
+        return Negatives(self.text, self.audio, self.text_ids, self.audio_ids)
+
+
+def split_hard_negatives(rows: Tensor, N: int) -> tuple[Tensor, Negatives | None]:
+    """Rows (N (1 + h), D), in which each pair's positive comes before its h hard negatives, as
+    GradCache has them: the positives (N, D), and the negatives of a loss whose texts these are."""
+    if N < 1 or len(rows) % N:
+        raise ValueError(f"{len(rows)} rows are no multiple of {N} pairs")
+    groups = rows.unflatten(0, (N, -1))
+    hard = groups[:, 1:].flatten(0, 1)
+    return groups[:, 0], Negatives(text=hard) if len(hard) else None
+
 
 class Columns(NamedTuple):
     """The negatives of one side as a loss takes them."""

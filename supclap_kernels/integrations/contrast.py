@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..collectives import together
 from ..groups import WORLD, is_initialized
 from ..loss import SVRLoss
+from ..negatives import Negatives
 
 
 class Contrast(nn.Module):
@@ -68,9 +69,12 @@ class Contrast(nn.Module):
         scale: float | Tensor,
         bias: float | Tensor | None = None,
         weight: Tensor | None = None,
+        negatives: Negatives | None = None,
     ) -> Tensor:
         self.agree_on_ranks()
-        loss = self.criterion(audio, text, number(scale), number(bias), weight=weight)
+        loss = self.criterion(
+            audio, text, number(scale), number(bias), weight=weight, negatives=negatives
+        )
         return self.share * (loss.mean() if self.local else loss)
 
 

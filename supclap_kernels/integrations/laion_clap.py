@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..autocast import autocast_off, without_autocast
 from ..collectives import over_group
+from ..negatives import Negatives
 from ..reference import accumulator_dtype, infonce_rows, kept_pairs
 from .contrast import Contrast, number
 
@@ -73,13 +74,18 @@ class ClipLoss(nn.Module):
         logit_scale_t: float | Tensor | None = None,
         audio_features_mlp: Tensor | None = None,
         text_features_mlp: Tensor | None = None,
+        negatives: Negatives | None = None,
     ) -> Tensor:
         """Features (N, D) of this rank; scales already exponentiated. logit_scale_t and the
-        features through the MLPs belong to mlp_loss."""
+        features through the MLPs belong to mlp_loss. negatives: further rows of this rank, without
+        mlp_loss and weight_loss_kappa."""
+        if negatives is not None and (self.kappa or self.mlp_loss):
+            raise ValueError("negatives need mlp_loss=False and weight_loss_kappa=0")
         if self.kappa and not self.mlp_loss:
             return self.weighted_over_ranks(audio_features, text_features, logit_scale_a)
         if not self.mlp_loss:
-            return self.contrast(audio_features, text_features, logit_scale_a)
+            rows = (audio_features, text_features)
+            return self.contrast(*rows, logit_scale_a, negatives=negatives)
         if logit_scale_t is None or audio_features_mlp is None or text_features_mlp is None:
             raise ValueError(
                 "mlp_loss=True needs logit_scale_t, audio_features_mlp and text_features_mlp"

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..negatives import Negatives
 from .contrast import Contrast
 
 
@@ -51,10 +52,12 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        negatives: Negatives | None = None,
     ) -> Any:
         """image_features, text_features (N, D) of this rank; logit_scale already exponentiated. A
-        softmax does not depend on logit_bias: its gradient is 0."""
-        loss = self.contrast(image_features, text_features, logit_scale)
+        softmax does not depend on logit_bias: its gradient is 0. negatives: further rows of this
+        rank, whose `audio` are images."""
+        loss = self.contrast(image_features, text_features, logit_scale, negatives=negatives)
         if logit_bias is not None:
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
@@ -93,7 +96,11 @@ class SigLipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        negatives: Negatives | None = None,
     ) -> Any:
         rows = (image_features, text_features)
-        loss = self.contrast(*(rows[::-1] if self.by_image else rows), logit_scale, logit_bias)
+        if self.by_image:
+            rows = rows[::-1]
+            negatives = negatives and negatives.turned()
+        loss = self.contrast(*rows, logit_scale, logit_bias, negatives=negatives)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -1,4 +1,5 @@
-"""A loss module for sentence-transformers' trainer: pairs (anchor, positive), both directions.
+"""A loss module for sentence-transformers' trainer: pairs (anchor, positive), both directions, and
+hard negatives in further columns.
 
     radius = sk.attach_radius(model, sk.StaticRadius(1.0))
     loss = MultipleNegativesSymmetricRankingLoss(model, radius=radius, beta=1.0)
@@ -13,15 +14,18 @@ version 6 on: MultipleNegativesRankingLoss with both directions, partition_mode=
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..groups import WORLD, is_initialized
+from ..negatives import Negatives
 from ..options import as_python_number
 from .contrast import Contrast
 
 
 class MultipleNegativesSymmetricRankingLoss(nn.Module):
-    """Cross entropies of anchors among positives and of positives among anchors, averaged.
+    """Cross entropies of anchors among positives and all negatives, and of positives among anchors,
+    averaged.
 
     Args:
         model: a SentenceTransformer: features -> {"sentence_embedding": (N, D)}.
@@ -56,11 +60,12 @@ class MultipleNegativesSymmetricRankingLoss(nn.Module):
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> Tensor:
         rows = [self.model(features)["sentence_embedding"] for features in sentence_features]
-        if len(rows) != 2:
-            raise ValueError(f"pairs (anchor, positive) are needed, got {len(rows)} columns")
+        if len(rows) < 2:
+            raise ValueError(f"columns anchor, positive, negative, ... are needed, got {len(rows)}")
+        negatives = Negatives(text=torch.cat(rows[2:])) if rows[2:] else None
         if self.gathers:
             self.contrast.criterion.group = WORLD if is_initialized() else None
-        return self.contrast(rows[0], rows[1], self.scale)
+        return self.contrast(rows[0], rows[1], self.scale, negatives=negatives)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the trainer writes into a model card."""

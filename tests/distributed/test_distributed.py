@@ -88,6 +88,8 @@ def test_further_negatives():
     for n, row in enumerate(rows):
         more = {name: row.pop(name) for name in ("exchange", "workspace")}
         backend, chosen = row.pop("backend"), {name: row.pop(name) for name in fields}
+        if backend == "reference" and chosen["dtype"] == torch.bfloat16:  # rounded by every rank
+            chosen["dtype"] = torch.float32
         case = Case(N=40, D=24, options=row, **chosen)
         every.append((1 + n % 4, case, backend, more))
     check(every)
