@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .augment import LEVEL, Augmentation, both_captions, louder, masked, mixed, some_words
-from .corpus import Corpus
+from .corpus import Corpus, joined
 from .loader import load_items
 
 Tokenizer = Callable[[list[str], list[str]], tuple[Tensor, ...]]
@@ -27,35 +27,27 @@ class Batch(NamedTuple):
     """Some pairs, as the encoders take them."""
 
     audio: tuple[Tensor, ...]  # features [B, F, M], lengths [B]; or a frozen encoder's [B, W]
-    text: tuple[Tensor, ...]
+    text: tuple[Tensor, ...]  # [B, ...], and behind them captions that are wrong for some clips
     ids: Tensor | None  # [B] int64: pairs with equal ones are no negatives; None: all differ
+    has_wrong: bool = False  # whether there may be such captions: on every rank or on none
+
+    @property
+    def pairs(self) -> int:
+        return len(self.audio[0])
 
     def to(self, device: torch.device) -> Batch:
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
         ids = None if self.ids is None else move(self.ids)
-        return Batch(tuple(map(move, self.audio)), tuple(map(move, self.text)), ids)
+        audio, text = tuple(map(move, self.audio)), tuple(map(move, self.text))
+        return Batch(audio, text, ids, self.has_wrong)
 
 
 def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Pads B clips of [F_c, M] at the end: [B, F, M] float32, and lengths [B]."""
     lengths = torch.tensor([len(clip) for clip in features])
     return torch.nn.utils.rnn.pad_sequence(features, batch_first=True).float(), lengths
-
-
-def joined(*labels: Tensor) -> Tensor:
-    """Returns one number for all rows that are connected by equal labels, the first of them: [B]
-    int64. labels: each [B]."""
-    groups = [label.unique(return_inverse=True)[1] for label in labels]
-    number = torch.arange(len(labels[0]))
-    while True:
-        before = number
-        for group in groups:
-            least = torch.full_like(number, len(number)).scatter_reduce(0, group, number, "amin")
-            number = least[group]
-        if torch.equal(number, before):
-            return number
 
 
 @dataclass
@@ -92,11 +84,14 @@ class Epoch:
         whole: bool = False,
         ids: str = "clip",
         augmentation: Augmentation = PLAIN,
+        lasting: bool = False,
     ) -> None:
         """`whole`: the last batch is left out if it is smaller; `ids`: what makes two pairs no
-        negatives of each other (clip, caption, both, none); `augmentation`: what is changed."""
+        negatives of each other (clip, caption, both, none), `lasting`: by numbers that other
+        batches have, too; `augmentation`: what is changed."""
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, (seed, epoch)
         self.ids, self.rank, self.ranks, self.augmentation = ids, rank, ranks, augmentation
+        self.lasting = lasting
         self.count = len(corpus.captions)
         # Pairs, and their copies beyond the last pair.
         self.order = torch.from_numpy(corpus.draw(np.random.default_rng([seed, epoch])))
@@ -108,7 +103,11 @@ class Epoch:
         labels = {"clip": self.corpus.file_of, "caption": self.corpus.sentence_of}
         if self.ids in labels:
             return labels[self.ids][pairs]
-        return joined(*(label[pairs] for label in labels.values())) if self.ids == "both" else None
+        if self.ids == "none":
+            return None
+        if self.lasting:
+            return self.corpus.group_of[pairs]
+        return joined(*(label[pairs] for label in labels.values()))
 
     def share(self, x: Tensor) -> Tensor:
         """Those of the rows of a batch that this rank has."""
@@ -128,8 +127,12 @@ class Epoch:
             text: tuple[Tensor, ...] = (corpus.text_outputs[pairs],)
         else:
             captions = [self.caption(example) for example in examples]
-            text = self.tokenizer(captions, [corpus.languages[pair] for pair in pairs.tolist()])
-        return Batch(audio, text, None if ids is None else self.share(ids))
+            languages = [corpus.languages[pair] for pair in pairs.tolist()]
+            wrong = self.wrong(examples) if corpus.has_wrong else []
+            captions += [caption for caption, _ in wrong]
+            text = self.tokenizer(captions, languages + [language for _, language in wrong])
+        own = None if ids is None else self.share(ids)
+        return Batch(audio, text, own, corpus.has_wrong)
 
     def near(self, pairs: Tensor) -> set[tuple[str, int]]:
         """The files and the sentences of a batch, if pairs are mixed."""
@@ -177,6 +180,16 @@ class Epoch:
         else:
             features = corpus.features(clip, example.seed)
         return masked(features, rng, change.spec_augment) if change.spec_augment else features
+
+    def wrong(self, examples: list[Example]) -> list[tuple[str, str]]:
+        """Draws a wrong caption, with the pair's language, for each clip that has some."""
+        found = []
+        for example in examples:
+            texts = self.corpus.clips[int(self.corpus.clip_of[example.pair])].wrong
+            if texts:
+                caption = texts[int(example.rng.integers(len(texts)))]
+                found.append((caption, self.corpus.languages[example.pair]))
+        return found
 
     def caption(self, example: Example) -> str:
         captions, share = self.corpus.captions, self.augmentation.caption_dropout

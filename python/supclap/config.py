@@ -141,6 +141,7 @@ class TrainConfig:
     )  # fmt: skip
     spec_augment: int = setting(0, "masks over a clip's frames, and as many over its bins")
     caption_dropout: float = setting(0.0, "share of a caption's words that training leaves out")
+    queue: int = setting(0, "past pairs that are further negatives of a batch, over all processes")
     optimizer: str = setting("adamw", "decay is on matrices only", "adamw", "adam")
     lr: float = setting(1e-3, "peak learning rate")
     audio_lr: float | None = setting(None, "of the audio encoder, if another")
@@ -186,7 +187,7 @@ class TrainConfig:
         shares = ("warmup", "ema", "caption_dropout")
         self.check(shares, lambda share: 0 <= share < 1, "be in [0, 1)")
         self.check(("mix",), lambda share: 0 <= share <= 1, "be in [0, 1]")
-        sizes = ("weight_decay", "clip_grad", "workers", "gain", "spec_augment")
+        sizes = ("weight_decay", "clip_grad", "workers", "gain", "spec_augment", "queue")
         self.check(sizes, lambda size: 0 <= size < math.inf, "not be negative")
         rates = ("lr", "tau", "audio_lr", "text_lr", "radius_lr")
         self.check(rates, lambda rate: 0 < rate < math.inf, "be a positive number")

@@ -30,6 +30,20 @@ from .model import SupclapModel
 from .progress import Bar
 
 
+def joined(*labels: Tensor) -> Tensor:
+    """Returns one number for all rows that are connected by equal labels, the first of them: [B]
+    int64. labels: each [B]."""
+    groups = [label.unique(return_inverse=True)[1] for label in labels]
+    number = torch.arange(len(labels[0]))
+    while True:
+        before = number
+        for group in groups:
+            least = torch.full_like(number, len(number)).scatter_reduce(0, group, number, "amin")
+            number = least[group]
+        if torch.equal(number, before):
+            return number
+
+
 @contextlib.contextmanager
 def naming(clip: Clip) -> Iterator[None]:
     """Names the clip in an error."""
@@ -86,6 +100,17 @@ class Corpus:
         keys = [(os.path.realpath(clip.path), clip.span, clip.cell) for clip in self.clips]
         return torch.tensor([number.setdefault(k, len(number)) for k in keys])[self.clip_of]
 
+    @cached_property
+    def group_of(self) -> Tensor:
+        """Returns a number for each caption, equal for all that are connected by files and
+        sentences: [M] int64."""
+        return joined(self.file_of, self.sentence_of)
+
+    @cached_property
+    def has_wrong(self) -> bool:
+        """Whether clips have captions that are wrong for them."""
+        return any(clip.wrong for clip in self.clips)
+
     @property
     def taken(self) -> int:
         """How many pairs an epoch takes."""
@@ -129,7 +154,10 @@ class Corpus:
         base = os.path.commonpath(absolute) if absolute else ""
         paths = [Path(clip.name) for clip in self.clips]
         names = [alike(str(p.relative_to(base) if p.is_absolute() else p)) for p in paths]
-        return [[n, c.captions, c.languages] for n, c in zip(names, self.clips, strict=True)]
+        return [
+            [n, c.captions, c.languages, *([c.wrong] if c.wrong else [])]
+            for n, c in zip(names, self.clips, strict=True)
+        ]
 
     @cached_property
     def hashes(self) -> list[list[Any]]:

@@ -33,7 +33,8 @@ class Diagnosis:
     ) -> None:
         self.model, self.batch, self.size, self.ranks = model, batch, size, ranks
         self.audio = ranks.rows(self.embed(model.audio, batch.audio))
-        self.text = ranks.rows(self.embed(model.text, batch.text))
+        self.captions = tuple(x[: batch.pairs] for x in batch.text)
+        self.text = ranks.rows(self.embed(model.text, self.captions))
         scale, bias = model.logit_scale, None
         options: dict[str, Any] = {
             name: criterion.options[name]
@@ -79,7 +80,7 @@ class Diagnosis:
 
     def finish(self) -> dict[str, Any]:
         """Adds, after the step, the cosines of the change it made to each text."""
-        change = self.ranks.rows(self.embed(self.model.text, self.batch.text)) - self.text
+        change = self.ranks.rows(self.embed(self.model.text, self.captions)) - self.text
         self.line["update_audio"] = float(F.cosine_similarity(change, self.audio, dim=1).mean())
         self.line["update_gap"] = float(F.cosine_similarity(change, self.direction, dim=1).mean())
         return self.line

@@ -12,6 +12,7 @@
            stands for all of them
 
 Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fr_2` and `captions` (languages.py);
+`hard_negative`, `hard_negative_2` and `hard_negatives` hold captions that are wrong for the clip;
 every other column is unused. A clip may have any number of captions. A file is looked for in the
 manifest's own folder, then in `audio/` beside it: under its name as written, then under one that
 looks the same (folders.py).
@@ -39,6 +40,7 @@ SHOWN = 10  # problems of one manifest that an error lists
 FILE_KEYS = ("audio", "file_name", "wav", "path", "id")  # of JSON, the first one counts
 FILE_COLUMNS = ("file_name", "audio", "path", "wav", "filename")  # of CSV
 LANGUAGE_KEYS = ("lang", "language")
+WRONG = re.compile(r"hard_negatives?(_\d+)?")  # captions that are wrong for the clip
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Clip:
     place: str = ""  # in the manifest, for messages
     span: tuple[int, int] | None = None  # first byte and number of bytes in a tar
     cell: tuple[str, int, int] | None = None  # column, row group and row in it, of a Parquet file
+    wrong: tuple[str, ...] = ()  # captions of other sounds, which training holds against it
 
     def __str__(self) -> str:
         """The file and where it is named."""
@@ -89,6 +92,7 @@ class Reading:
         captions: list[tuple[str, str]],
         span: tuple[int, int] | None = None,
         cell: tuple[str, int, int] | None = None,
+        wrong: tuple[str, ...] = (),
     ) -> None:
         """Adds captions and their languages to what the file has from other rows."""
         name, path = file
@@ -97,17 +101,18 @@ class Reading:
         key = (path, span, cell)
         old = self.clips.get(key)
         if old is None:
-            self.clips[key] = Clip(name, path, texts, languages, place, span, cell)
+            self.clips[key] = Clip(name, path, texts, languages, place, span, cell, wrong)
         else:
             self.clips[key] = replace(
-                old, captions=old.captions + texts, languages=old.languages + languages
-            )
+                old, captions=old.captions + texts, languages=old.languages + languages,
+                wrong=old.wrong + wrong,
+            )  # fmt: skip
 
     def captions_of(self, entry: dict[str, Any]) -> list[tuple[str, str]]:
         """Returns captions and languages of one JSON object; a ValueError says what is wrong."""
         captions, keys = captions_of(entry)
         numbered = (key for key in entry if key.startswith("source_lang_"))
-        used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered}
+        used = {*FILE_KEYS, *LANGUAGE_KEYS, *keys, *numbered, *filter(WRONG.fullmatch, entry)}
         self.used |= used
         self.unused |= dict.fromkeys(key for key in entry if key and key not in used)
         return captions
@@ -138,7 +143,7 @@ def read_csv(reading: Reading) -> None:
             )
     if not rows:
         raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
-    used = {*places, *caption_columns, *LANGUAGE_KEYS}
+    used = {*places, *caption_columns, *LANGUAGE_KEYS, *filter(WRONG.fullmatch, columns)}
     reading.unused |= dict.fromkeys(name for name in columns if name and name not in used)
 
     for line, row in rows:
@@ -157,7 +162,7 @@ def read_csv(reading: Reading) -> None:
         else:
             file = reading.find([name])
         try:
-            reading.add(place, file, captions_in(row, caption_columns))
+            reading.add(place, file, captions_in(row, caption_columns), wrong=wrong_in(row))
         except ValueError as error:
             reading.problems.append(f"{place} ({file[0]}): {error}")
 
@@ -230,6 +235,15 @@ def holds_text(value: Any) -> bool:
     return isinstance(value, dict) or any(map(is_text, as_list(value)))
 
 
+def wrong_in(entry: dict[Any, Any]) -> tuple[str, ...]:
+    """Returns the captions that are wrong for a clip; a ValueError says what is wrong with them."""
+    named = [key for key in entry if isinstance(key, str) and WRONG.fullmatch(key)]
+    values = [x for key in named for x in as_list(entry[key]) if x is not None and x != ""]
+    if not all(isinstance(x, str) for x in values):
+        raise ValueError("hard_negatives must be a string, or a list of them")
+    return tuple(clean(x) for x in values if is_text(x))
+
+
 def as_list(value: Any) -> list[Any]:
     """Returns a list as it is, and a value as the only one of a list."""
     return value if isinstance(value, list) else [value]
@@ -251,9 +265,9 @@ def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
             reading.problems.append(f"{place}: no file: it needs audio, file_name or id")
             continue
         try:
-            captions = reading.captions_of(entry)
+            captions, wrong = reading.captions_of(entry), wrong_in(entry)
             stems = [name, str(Path(name).with_suffix(""))] if is_audio(name) else [name]
-            reading.add(place, reading.find(stems, bare=True), captions)
+            reading.add(place, reading.find(stems, bare=True), captions, wrong=wrong)
         except ValueError as error:
             reading.problems.append(f"{place} ({name}): {error}")
 
@@ -299,17 +313,18 @@ def read_tar(reading: Reading) -> None:
                     entry = json.load(tar.extractfile(parts["json"]))  # type: ignore[arg-type]
                     if not isinstance(entry, dict):
                         raise ValueError("its .json holds no object")
-                    captions = reading.captions_of(entry)
+                    captions, wrong = reading.captions_of(entry), wrong_in(entry)
                 elif "txt" in parts:
                     text = tar.extractfile(parts["txt"]).read().decode("utf-8-sig")  # type: ignore[union-attr]
-                    captions = reading.captions_of({"caption": text})
+                    captions, wrong = reading.captions_of({"caption": text}), ()
                 else:
                     raise ValueError("no captions: neither .json nor .txt")
             except ValueError as error:
                 reading.problems.append(f"sample {key}: {error}")
                 continue
             span = (audio.offset_data, audio.size)
-            reading.add(f"sample {key}", (audio.name, reading.manifest), captions, span)
+            file = (audio.name, reading.manifest)
+            reading.add(f"sample {key}", file, captions, span, wrong=wrong)
 
 
 def read_parquet(reading: Reading) -> None:
@@ -325,8 +340,9 @@ def read_parquet(reading: Reading) -> None:
         name = str((row.pop(embedded) or {}).get("path") or f"row-{number}")
         cell = parquet.first_alike(reading.manifest, (embedded, group, index), known, name)
         try:
-            captions = reading.captions_of(row)
-            reading.add(f"row {number}", (name, reading.manifest), captions, cell=cell)
+            captions, wrong = reading.captions_of(row), wrong_in(row)
+            file = (name, reading.manifest)
+            reading.add(f"row {number}", file, captions, cell=cell, wrong=wrong)
         except ValueError as error:
             reading.problems.append(f"row {number} ({name}): {error}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from supclap_kernels import DynamicRadius, SVRLoss
+from supclap_kernels import DynamicRadius, Queue, SVRLoss
 
 from .augment import Augmentation
 from .batches import Batch, Epoch, steps_of
@@ -91,6 +91,10 @@ class Run:
             mean = get_ema_multi_avg_fn(config.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=mean)
             self.parts["average"] = self.average
+        self.queue: Queue | None = None
+        if config.queue:
+            self.queue = Queue(max(1, config.queue // self.ranks.count))
+            self.parts["queue"] = self.queue
         self.progress = Progress()
         self.reversed_steps, self.told = 0, False
         torch.manual_seed(config.seed + self.ranks.rank)  # the ranks' dropout differs
@@ -213,6 +217,7 @@ class Run:
         if not self.config.frozen:
             return
         changed = {"audio": self.augmentation.of_audio, "text": self.augmentation.of_text}
+        changed["text"] |= self.corpus.has_wrong
         made = {}
         for flag, corpus in self.corpora.items():
             stay = tuple(x for x in self.config.frozen if flag != "data" or not changed[x])
@@ -233,7 +238,7 @@ class Run:
         epoch = Epoch(
             self.corpus, self.model.text.encoder.tokenizer, self.batch_size, self.config.seed,
             self.progress.epoch, self.ranks.rank, self.ranks.count, self.whole_batches,
-            self.config.ids, self.augmentation,
+            self.config.ids, self.augmentation, self.queue is not None,
         )  # fmt: skip
         pin = self.device.type == "cuda"
         return epoch.batches(self.progress.batch, self.config.workers, pin)
@@ -254,8 +259,9 @@ class Run:
             self.clock.add(None)
         self.optimizer.zero_grad()
         line = backward(
-            self.model, self.criterion, batch, config.micro_batch_size, self.ranks, self.clock
-        )
+            self.model, self.criterion, batch, config.micro_batch_size, self.ranks, self.clock,
+            self.queue,
+        )  # fmt: skip
         self.ranks.average_gradients(self.parameters)
         limit = config.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
@@ -271,7 +277,7 @@ class Run:
             with torch.no_grad():
                 self.model.log_scale.clamp_(max=MAX_LOG_SCALE)
         self.clock.add("model")
-        self.clock.pairs += len(batch.text[0]) * self.ranks.count
+        self.clock.pairs += batch.pairs * self.ranks.count
         self.losses.append(line["loss"])
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
         place = {"step": progress.step, "epoch": progress.epoch}

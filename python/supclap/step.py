@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from supclap_kernels import DynamicRadius, StaticRadius, SVRLoss, cached_step
+from supclap_kernels import (
+    DynamicRadius,
+    Negatives,
+    Queue,
+    StaticRadius,
+    SVRLoss,
+    cached_step,
+)
 
 from .adapt import choose_trained
 from .batches import Batch
@@ -130,16 +137,30 @@ def compute_loss(
     text: Tensor,
     ids: Tensor | None,
     ranks: Ranks,
+    negatives: Negatives | None = None,
 ) -> tuple[Tensor, dict[str, float | None]]:
     """Returns the loss and the numbers of this step's log line. audio, text: [B, D] unit rows."""
     bias = model.logit_bias if model.logit_bias.requires_grad else None  # sigmoid only
     with heard(criterion.radius) as radii:
-        loss, stats = criterion(audio, text, model.logit_scale, bias, ids=ids)
+        given = {"ids": ids} | ({} if negatives is None else {"negatives": negatives})
+        loss, stats = criterion(audio, text, model.logit_scale, bias, **given)
     R = radii[0] if radii else None
     numbers = {"loss": loss, **stats._asdict(), **pair_numbers(audio, text, R, ranks)}
     numbers["logit_scale"] = model.logit_scale
     values = torch.stack([n.detach().float() for n in numbers.values()]).tolist()
     return loss, {k: v if math.isfinite(v) else None for k, v in zip(numbers, values, strict=True)}
+
+
+def further(wrong: Tensor | None, queue: Queue | None) -> Negatives | None:
+    """Wrong captions [W, D], which are like no other's, and past pairs."""
+    past = None if queue is None else queue.negatives()
+    if wrong is None or past is None:
+        return past if wrong is None else Negatives(text=wrong)
+    assert past.text is not None
+    ids = past.text_ids
+    if ids is not None:
+        ids = torch.cat((ids, ids.new_full((len(wrong),), -1)))
+    return past._replace(text=torch.cat((past.text, wrong)), text_ids=ids)
 
 
 def backward(
@@ -149,13 +170,19 @@ def backward(
     size: int | None,
     ranks: Ranks,
     clock: Clock | None = None,
+    queue: Queue | None = None,
 ) -> dict[str, float | None]:
     """Runs forward and backward of a batch, encoded `size` pairs at a time (None: at once), and
-    returns the numbers of the log line. `clock`: is told what the loss takes, if it is one call."""
+    returns the numbers of the log line. `clock`: is told what the loss takes, if it is one call;
+    `queue`: has past pairs, and gets these."""
     line: dict[str, float | None] = {}
 
     def loss(audio: Tensor, text: Tensor) -> Tensor:
-        value, numbers = compute_loss(model, criterion, audio, text, batch.ids, ranks)
+        text, wrong = text[: batch.pairs], text[batch.pairs :]
+        negatives = further(wrong if batch.has_wrong else None, queue)
+        value, numbers = compute_loss(model, criterion, audio, text, batch.ids, ranks, negatives)
+        if queue is not None:
+            queue.push(audio, text, batch.ids)
         line.update(numbers)
         return value
 
