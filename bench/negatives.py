@@ -2,12 +2,13 @@
 
     python -m bench.negatives [--n 1024] [--m 7168] [--d 512] [--threads 2] [--out FILE]
 
-In turns, forward and backward in float32, of detached negatives of both sides: InfoNCE and one-sided
-SVR against eager PyTorch; then a queue as long as the batch against the loss without one.
+In turns, forward and backward in float32 with detached negatives of both sides: InfoNCE and
+one-sided SVR against eager PyTorch; then a queue as long as the batch against the loss without one.
 """
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,12 @@ def eager(audio: Tensor, text: Tensor, more: sk.Negatives, radius: float | None)
     return loss + F.cross_entropy(SCALE * support @ audios.t(), label)
 
 
-def ours(audio: Tensor, text: Tensor, more: sk.Negatives | None, radius: float | None) -> Tensor:
-    loss: Tensor = sk.fused_svr_loss(audio, text, radius, SCALE, bilateral="none", negatives=more)
+def ours(
+    audio: Tensor, text: Tensor, more: sk.Negatives | None, radius: float | None, mib: int = 256
+) -> Tensor:
+    """`mib`: of workspace."""
+    options: dict[str, Any] = {"bilateral": "none", "negatives": more, "workspace": mib * 2**20}
+    loss: Tensor = sk.fused_svr_loss(audio, text, radius, SCALE, **options)
     return loss
 
 
@@ -94,9 +99,11 @@ def main() -> None:
     result: dict[str, Any] = {"N": N, "M": M, "D": D, "threads": chosen.threads}
     for name, radius in (("infonce", None), ("one-sided", 0.5)):
         case = (N, M, D, radius)
-        found = compared(stepped(ours, *case), stepped(eager, *case), chosen.rounds)
-        result[f"ours over eager, {name}"] = found
-        print(name, found, flush=True)
+        for mib in (256, 64):
+            way = partial(ours, mib=mib)
+            found = compared(stepped(way, *case), stepped(eager, *case), chosen.rounds)
+            result[f"ours over eager, {name}, {mib} MiB workspace"] = found
+            print(name, mib, found, flush=True)
         with_queue, without = stepped(ours, N, N, D, radius), stepped(ours, N, 0, D, radius)
         found = compared(with_queue, without, chosen.rounds)
         result[f"a queue of N over none, {name}"] = found

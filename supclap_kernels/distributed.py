@@ -57,7 +57,7 @@ class Pass:
         self.ahead = 1 if plan.ring else len(plan.steps)
         self.posted = {step: self.post_rows(step) for step in plan.steps[: self.ahead]}
         self.budget = plan.options.workspace
-        self.further = FurtherPass(self.own, further, within)
+        self.further = FurtherPass(self.own, further, within, backward=memory is not None)
         self.negatives = torch.zeros(2, dtype=torch.float64, device=inputs.audio.device)
 
     # What travels.

@@ -17,7 +17,7 @@ from .backends.state import AUDIO_ROWS, OTHER_ROWS, SUPPORT_ROWS, TEXT_ROWS
 from .backends.statistics import negatives_beyond
 from .negatives import Negatives
 from .options import Options
-from .reference import accumulator_dtype, support_vectors
+from .reference import accumulator_dtype, support_vector
 
 SUPPORTS = ("text_support", "audio_support")
 
@@ -53,7 +53,9 @@ class Part(NamedTuple):
 class FurtherPass:
     """What negatives add to one pass of a call, between its own sweeps and its finish."""
 
-    def __init__(self, call: Call, further: Further, options: Options) -> None:
+    def __init__(
+        self, call: Call, further: Further, options: Options, backward: bool = False
+    ) -> None:
         self.call, self.further, self.options = call, further, options
         self.rows = {"text": call.T, "audio": call.A}
         has_radius = call.inputs.radius is not None
@@ -62,10 +64,18 @@ class FurtherPass:
             options.mirror(has_radius) and further.text is not None,
         )
         self.supports = [name for name, needed in zip(SUPPORTS, compared, strict=True) if needed]
+        self.leaves: list[Tensor] = []
+        self.vectors: dict[str, Tensor] = {}
         if self.supports:
-            vectors = support_vectors(*self.sources(), options.renormalize)
-            named = dict(zip(SUPPORTS, vectors, strict=True))
-            self.rows |= {name: call.columns(named[name]) for name in self.supports}
+            with torch.set_grad_enabled(backward):
+                self.leaves = [x.detach().requires_grad_(backward) for x in self.sources()]
+                T, A, R = self.leaves
+                partners = dict(zip(SUPPORTS, ((T, A), (A, T)), strict=True))
+                self.vectors = {
+                    name: support_vector(*partners[name], R, options.renormalize)
+                    for name in self.supports
+                }
+            self.rows |= {name: call.columns(x.detach()) for name, x in self.vectors.items()}
         self.columns = {
             side: call.columns(Y)
             for side, Y in (("audio", further.audio), ("text", further.text))
@@ -156,13 +166,11 @@ class FurtherPass:
         own."""
         if not self.supports:
             return None
-        with torch.enable_grad():
-            T, A, R = leaves = [x.detach().requires_grad_() for x in self.sources()]
-            vectors = support_vectors(T, A, R, self.options.renormalize)
-        D, named = T.shape[1], dict(zip(SUPPORTS, vectors, strict=True))
+        D = self.leaves[0].shape[1]
         totals = [of_rows[name] for name in self.supports]
         upstream = [x[:, :D] for x in totals if x is not None]
-        dT, dA, dR = torch.autograd.grad([named[name] for name in self.supports], leaves, upstream)
+        outputs = [self.vectors[name] for name in self.supports]
+        dT, dA, dR = torch.autograd.grad(outputs, self.leaves, upstream)
         for total, gradient in zip(towers, (dA, dT), strict=True):
             if total is not None:
                 total[:, :D] += gradient

@@ -59,6 +59,13 @@ def siglip_rows(logits: Tensor, keep: Tensor) -> Tensor:
     return (-F.logsigmoid(z * logits) * keep).sum(dim=1)
 
 
+def support_vector(X: Tensor, Y: Tensor, R: Tensor, renormalize: bool) -> Tensor:
+    """(N, D): each row of X moved by R_i towards its partner in Y; T_sup of (T, A), A_sup of (A, T)."""
+    _, u = gap_and_direction(X, Y)
+    moved = X + R[:, None] * u
+    return F.normalize(moved, dim=1) if renormalize else moved
+
+
 def support_vectors(T: Tensor, A: Tensor, R: Tensor, renormalize: bool) -> tuple[Tensor, Tensor]:
     """T_sup and A_sup (N, D): each row moved by R_i along u_i, towards its partner."""
     _, u = gap_and_direction(T, A)

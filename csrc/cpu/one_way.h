@@ -31,27 +31,40 @@ void one_way_statistics(const CpuProblem& p, const OneWay& block, void* panel) {
   });
 }
 
+// Sums over a row: g S and g.
+template <class Real>
+struct SlopeSums {
+  Real base = 0, bias = 0;
+};
+
+// W [nj] from a row of products S [nj], which may be the same.
+template <class Real, bool kInfonce>
+SlopeSums<Real> weigh_row(const Real* S, Real* W, int64_t nj, Real k, Real b, Real top,
+                          Real factor) {
+  Real base = 0, bias = 0;
+#pragma omp simd reduction(+ : base, bias)
+  for (int64_t j = 0; j < nj; ++j) {
+    const Real s = S[j], z = logit(s, k, b);
+    const Real g = factor * (kInfonce ? exp_nonpositive(z - top)
+                                      : sigmoid(z, exp_nonpositive(z > Real(0) ? -z : z)));
+    base += g * s;
+    bias += g;
+    W[j] = k * g;
+  }
+  return {base, bias};
+}
+
 template <class Real, bool kInfonce>
 void one_way_weights_of(const CpuProblem& p, const OneWay& block, Real* panel, Real* out) {
   const Real k = Real(p.k), b = Real(kInfonce ? 0 : p.b);
   const Real* m = static_cast<const Real*>(p.factors) + block.direction * p.N;
   const Real* f = m + kDirections * p.N;
   each_row(p, block, [&](int64_t i, int64_t at) {
-    Real *S = panel + at, *W = out + at;
-    hide_row(p, block, i, S);
-    const Real top = m[i], factor = f[i];
-    Real base = 0, bias = 0;
-#pragma omp simd reduction(+ : base, bias)
-    for (int64_t j = 0; j < block.nj; ++j) {
-      const Real s = S[j], z = logit(s, k, b);
-      const Real g = factor * (kInfonce ? exp_nonpositive(z - top)
-                                        : sigmoid(z, exp_nonpositive(z > Real(0) ? -z : z)));
-      base += g * s;
-      bias += g;
-      W[j] = k * g;
-    }
-    p.sums[kBase * p.N + i] += base;
-    p.sums[kBias * p.N + i] += bias;
+    hide_row(p, block, i, panel + at);
+    const SlopeSums<Real> sums =
+        weigh_row<Real, kInfonce>(panel + at, out + at, block.nj, k, b, m[i], f[i]);
+    p.sums[kBase * p.N + i] += sums.base;
+    p.sums[kBias * p.N + i] += sums.bias;
   });
 }
 
