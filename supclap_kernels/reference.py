@@ -60,7 +60,7 @@ def siglip_rows(logits: Tensor, keep: Tensor) -> Tensor:
 
 
 def support_vector(X: Tensor, Y: Tensor, R: Tensor, renormalize: bool) -> Tensor:
-    """(N, D): each row of X moved by R_i towards its partner in Y; T_sup of (T, A), A_sup of (A, T)."""
+    """(N, D): each row of X moved by R_i towards its partner in Y: T_sup of T, A, A_sup of A, T."""
     _, u = gap_and_direction(X, Y)
     moved = X + R[:, None] * u
     return F.normalize(moved, dim=1) if renormalize else moved
