@@ -131,6 +131,6 @@ def test_the_language_of_a_task():
     from supclap.exports.mteb import language_of
 
     class Task:
-        hf_subsets_to_langscripts = {"fr": ["fra-Latn"], "zxx": ["zxx-Zxxx"]}
+        hf_subsets_to_langscripts = {"fr": ["fra-Latn", "deu-Latn"], "zxx": ["zxx-Zxxx"]}
 
     assert [language_of(Task, name) for name in ("fr", "zxx", "other")] == ["fra", "eng", "eng"]
