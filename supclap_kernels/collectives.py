@@ -100,14 +100,32 @@ def described(negatives: Negatives | None) -> dict[str, bool]:
     return {f"negatives.{name}": x is not None for name, x in given._asdict().items()}
 
 
-def everybodys(negatives: Negatives | None, group: Any) -> Negatives | None:
-    """The negatives of all ranks, one rank's after the other's, with their gradient."""
+def learning(negatives: Negatives | None) -> dict[str, bool]:
+    """Whether the negatives of a side want a gradient on this rank."""
+    given = Negatives() if negatives is None else negatives
+    recording = torch.is_grad_enabled()
+    return {
+        f"{side} negatives": recording and x is not None and x.requires_grad
+        for side, x in (("audio", given.audio), ("text", given.text))
+    }
+
+
+LEARNING = tuple(learning(None))
+
+
+def everybodys(
+    negatives: Negatives | None, group: Any, of_ranks: list[dict[str, int]]
+) -> Negatives | None:
+    """The negatives of all ranks, one rank's after the other's, with their gradient, which all
+    ranks add up where one wants it. `of_ranks`: what the ranks said of their calls."""
     if negatives is None:
         return None
     gathered: dict[str, Any] = {}
     for side in ("audio", "text"):
         rows, ids = negatives.of(side)
         if rows is not None:
+            if any(rank[f"{side} negatives"] for rank in of_ranks) and not rows.requires_grad:
+                rows = rows.detach().requires_grad_()
             _, (gathered[side], gathered[f"{side}_ids"]) = whole_batch(group, len(rows), rows, ids)
     return Negatives(**gathered)
 
@@ -221,8 +239,8 @@ def over_group(
 ) -> Any:  # fmt: skip
     """`loss` of all ranks' rows on each of them; with reduction="none" its own rows of it."""
     call = describe(audio, text, radius, ids, weight, **options) | described(negatives)
-    agree(group, call, free=("pairs",))
-    beyond = {} if negatives is None else {"negatives": everybodys(negatives, group)}
+    of_ranks = agree(group, call | learning(negatives), free=("pairs", *LEARNING))
+    beyond = {} if negatives is None else {"negatives": everybodys(negatives, group, of_ranks)}
     sizes, batch = whole_batch(group, len(audio), audio, text, radius, k, b, ids, weight)
     result = loss(*batch[:5], ids=batch[5], weight=batch[6], **beyond, **options)
     if options["reduction"] != "none":

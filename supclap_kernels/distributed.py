@@ -20,17 +20,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import dispatch
 from .backends import statistics
 from .backends.call import Call, Tensors, in_own_dtypes
 from .backends.state import STATE_GEOMETRY
 from .checks import is_lazy, written_out
-from .collectives import Mail, agree, describe, described, everybodys
-from .further import Further, FurtherPass, further_of
+from .collectives import LEARNING, Mail, agree, describe, described, everybodys, learning
+from .further import Further, FurtherPass, further_of, refuse_misfits_of
 from .negatives import Negatives
-from .ops import for_autograd, without_autograd
+from .ops import for_autograd, refuse_misfits, refuse_tangents, without_autograd
 from .options import Options
 from .plan import Plan, Visit, count
 
@@ -223,7 +224,7 @@ class Pass:
         for mail, _ in lent.values():
             mail.wait()
         beyond, of_radius = self.further.gradients(
-            towers, plan.needs[5:], lambda n: self.memory.get(("further", n, 0))
+            towers, plan.needs, lambda n: self.memory.get(("further", n, 0))
         )
         dA, dT, dR, scalars = own.finish_gradients(*towers)
         if dR is not None and of_radius is not None:
@@ -273,6 +274,13 @@ class StagedFunction(torch.autograd.Function):
         # Read once: activation checkpointing unpacks the saved tensors a single time.
         saved, count = ctx.saved_tensors, len(Tensors._fields) + len(Further._fields)
         inputs, further = split(saved[:count])
+        if not is_plain(upstream):
+            raise RuntimeError(
+                "negatives= and group= take one upstream gradient at a time; use "
+                "backend='reference'"
+            )
+        refuse_misfits(inputs)
+        refuse_misfits_of(further, inputs)
         memory = dict(zip(ctx.names, saved[count:], strict=True))
         call = (ctx.plan, inputs, further, memory, upstream)
         gradients = without_autograd(upstream, staged_backward, *call)
@@ -309,16 +317,22 @@ def staged_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss over a process group of several ranks, after all of them agreed on the call, or of
     one process (None), with further negatives or without."""
+    refuse_what_is_not_eager(inputs, negatives)
+    way = dispatch.staged_way(inputs, options)
+    if not dispatch.is_trusted(way, inputs.audio, inputs.radius is not None, options):
+        raise RuntimeError(f"{way} failed its self-check; use backend='reference'")
     if group is not None:
         call = describe(*inputs[:3], *inputs[5:], **options._asdict()) | described(negatives)
         call |= {
-            "backend": dispatch.staged_way(inputs, options),
+            "backend": way,
             "exchange": exchange,
             "bias": inputs.bias is not None,
             **towers_that_learn(inputs),
+            **learning(negatives),
         }
-        of_ranks = agree(group, call, ("pairs", "workspace", "audio", "text"))
-        negatives = everybodys(negatives, group)
+        free = ("pairs", "workspace", "audio", "text", *LEARNING)
+        of_ranks = agree(group, call, free)
+        negatives = everybodys(negatives, group, of_ranks)
         sizes = tuple(rank["pairs"] for rank in of_ranks)
     else:
         of_ranks, sizes = [towers_that_learn(inputs)], (len(inputs.audio),)
@@ -328,9 +342,25 @@ def staged_loss(
     needs = [recording and x is not None and x.requires_grad for x in every]
     for n, name in enumerate(("audio", "text")):  # what one rank needs, all help with
         needs[n] = any(rank[name] for rank in of_ranks)
-    backend = dispatch.implementation(dispatch.staged_way(inputs, options))
+    backend = dispatch.implementation(way)
     plan = Plan(options, group, exchange == "ring", sizes, tuple(needs), backend)
     return StagedFunction.apply(*inputs, *further, plan)
+
+
+def refuse_what_is_not_eager(inputs: Tensors, negatives: Negatives | None) -> None:
+    """Raises where something other than eager mode looks at the tensors of a call."""
+    every = [x for x in (*inputs, *(negatives or ())) if x is not None]
+    if forward_ad._current_level >= 0:
+        refuse_tangents(inputs)
+    if torch._C._are_functorch_transforms_active() or not all(map(is_plain, every)):
+        raise RuntimeError(
+            "negatives= and group= take plain tensors in eager mode only; use backend='reference'"
+        )
+
+
+def is_plain(x: Tensor) -> bool:
+    known = type(x) is Tensor or type(x) is nn.Parameter
+    return known and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def towers_that_learn(inputs: Tensors) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.call import Call, Towers
+from .backends.call import Call, Tensors, Towers
 from .backends.one_way import OneWay
 from .backends.state import AUDIO_ROWS, OTHER_ROWS, SUPPORT_ROWS, TEXT_ROWS
 from .backends.statistics import negatives_beyond
@@ -40,6 +40,20 @@ def further_of(negatives: Negatives | None, normalize: bool) -> Further:
         for X in (negatives.audio, negatives.text)
     )
     return Further(audio, text, negatives.audio_ids, negatives.text_ids)
+
+
+def refuse_misfits_of(further: Further, inputs: Tensors) -> None:
+    """Raises where an assignment to `data` or to a storage changed negatives after forward."""
+    D = inputs.audio.shape[1]
+    for rows, ids in ((further.audio, further.audio_ids), (further.text, further.text_ids)):
+        if rows is None:
+            continue
+        fits = rows.ndim == 2 and rows.shape[1] == D
+        if not fits or (ids is not None and ids.shape != rows.shape[:1]):
+            raise RuntimeError(f"negatives have shape {tuple(rows.shape)} beside columns {D}")
+        for x in (rows, ids):
+            if x is not None and x.numel() and not x.untyped_storage().nbytes():
+                raise RuntimeError("negatives have no memory any more: a storage was resized")
 
 
 class Part(NamedTuple):
@@ -143,11 +157,12 @@ class FurtherPass:
         self, towers: Towers, needs: tuple[bool, ...], kept: Callable[[int], Tensor | None]
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Adds to the towers' accumulators, and returns the gradients of the negatives, those that
-        are needed, and what the radius (N,) gets."""
+        are needed, and what the radius (N,) gets. `needs`: as of a plan."""
         like = self.call.new_empty(0)
         of_rows = {"audio": towers[0], "text": towers[1]}
-        of_rows |= {name: zeros(X, like) for name, X in self.rows.items() if name not in of_rows}
-        needed = dict(zip(("audio", "text"), needs, strict=True))
+        move = any(needs[:3])  # whether the support vectors' gradient is anybody's
+        of_rows |= {name: zeros(self.rows[name], like) if move else None for name in self.supports}
+        needed = dict(zip(("audio", "text"), needs[5:], strict=True))
         of_columns = {side: zeros(Y, like) for side, Y in self.columns.items() if needed[side]}
         for n, part in enumerate(self.parts):
             dX, dY = of_rows[part.rows], of_columns.get(part.columns)
@@ -164,7 +179,7 @@ class FurtherPass:
     ) -> Tensor | None:
         """Hands the support vectors' gradient on to the towers' accumulators; returns the radius'
         own."""
-        if not self.supports:
+        if not self.supports or of_rows[self.supports[0]] is None:
             return None
         D = self.leaves[0].shape[1]
         totals = [of_rows[name] for name in self.supports]

@@ -1,13 +1,23 @@
 """The public loss: every argument, every check, then one operator."""
 
 import contextlib
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import collectives, direct, dispatch, distributed, ops
-from .checks import check_embeddings, checked_inputs, checked_options, group_size
+from .backends.call import Tensors
+from .checks import (
+    check_embeddings,
+    check_values,
+    checked_inputs,
+    checked_options,
+    group_size,
+    is_lazy,
+    written_out,
+)
 from .groups import GroupHandle, looked_up
 from .negatives import Negatives, check_negatives
 from .options import CHOICES, OPTION_NAMES, WORKSPACE, check_choices
@@ -82,7 +92,7 @@ def fused_svr_loss(
         negatives: `Negatives`, embeddings beyond the batch that every row is compared with; with a
             group every rank's are everybody's. Costs one product of N x M x D for each matrix of
             their similarities, one for its gradient, and another one where they are trained;
-            O((N + M) D) memory beyond `workspace`.
+            O((N + M) D) memory beyond `workspace`. In eager mode: a compiler's graph breaks here.
 
     Returns:
         The loss, float32 (float64 for float64 input), or (loss, SVRStats). Gradients reach audio,
@@ -109,7 +119,7 @@ def fused_svr_loss(
         check_choices(exchange=exchange)
         options = checked_options(*values)
         inputs = checked_inputs(*tensors, options.objective)
-        negatives = check_negatives(negatives, inputs.audio, inputs.ids, across)
+        negatives = plain_negatives(negatives, inputs, across)
         staged = across or negatives is not None
         runs_reference = dispatch.runs_reference(inputs, options, staged=staged)
     if runs_reference:
@@ -124,6 +134,18 @@ def fused_svr_loss(
         else ops.svr_loss(inputs, options)
     )
     return loss if stats is None or not return_stats else (loss, SVRStats(*stats.unbind()))
+
+
+def plain_negatives(negatives: Any, inputs: Tensors, across: bool) -> Negatives | None:
+    """The negatives as the passes take them, or the error that says what does not fit."""
+    found = check_negatives(negatives, inputs.audio, inputs.ids, across)
+    if found is None:
+        return None
+    if os.environ.get("SUPCLAP_DEBUG") == "1":
+        named = {f"negatives.{side}": found.of(side)[0] for side in ("audio", "text")}
+        check_values(**named, logit_scale=None)
+    audio, text, *ids = (x if x is None or not is_lazy(x) else written_out(x) for x in found)
+    return Negatives(audio, text, *ids)
 
 
 class SVRLoss(nn.Module):

@@ -43,6 +43,8 @@ def memory_estimate(
     check_choices(
         objective=settings.objective, bilateral=settings.bilateral, reduction=settings.reduction
     )
+    if len(negatives) != 2 or not all(type(M) is int and M >= 0 for M in negatives):
+        raise ValueError(f"negatives must be two numbers of rows, got {negatives!r}")
     staged = any(negatives)
     ways = routes(backend, *call_of(device, dtype, D, settings, radius), staged=staged)
     way = (ways[-1] if staged else route(N, ways)).way

@@ -67,6 +67,15 @@ class Queue(nn.Module):
             )
         if len(self) and (ids is None) == bool(len(self.ids)):
             raise ValueError("ids must come with every batch of a queue, or with none")
+        if audio.dtype != text.dtype or (len(self) and audio.shape[1:] != self.audio.shape[1:]):
+            raise ValueError(
+                f"a queue has one dtype and one width: got {audio.dtype} and {text.dtype}, "
+                f"{audio.shape[1]} columns beside {tuple(self.audio.shape)}"
+            )
+        if ids is not None and (ids.dtype != torch.int64 or ids.shape != audio.shape[:1]):
+            raise ValueError(
+                f"ids must be int64 of shape ({len(audio)},), got {ids.dtype} {tuple(ids.shape)}"
+            )
         for name, new in zip(ROWS, (audio, text, ids), strict=True):
             if new is None:
                 continue
@@ -76,10 +85,11 @@ class Queue(nn.Module):
             setattr(self, name, torch.cat((kept.to(new), new)) if left else new.clone())
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """A queue is as long as what it is loaded from."""
+        """A queue is as long as what it is loaded from, but for its oldest rows."""
         for name in ROWS:
             saved = state.get(prefix + name)
             if saved is not None:
+                saved = state[prefix + name] = saved[-self.size :]
                 like = getattr(self, name)
                 setattr(self, name, torch.empty_like(saved, device=like.device))
         super()._load_from_state_dict(state, prefix, *arguments)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .groups import looked_up
-from .negatives import Negatives, columns_of
+from .negatives import Negatives, check_negatives, columns_of
 from .options import as_python_number, check_choices
 from .stats import SVRStats
 
@@ -131,6 +131,7 @@ def svr_loss_reference(
     """
     check_choices(objective=objective, bilateral=bilateral, reduction=reduction)
     group = looked_up(group)
+    negatives = check_negatives(negatives, audio, ids, group is not None)
     if group is not None and group.size() > 1:
         from .collectives import over_group
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .augment import LEVEL, Augmentation, both_captions, louder, masked, mixed, some_words
 from .corpus import Corpus, joined
+from .leaks import sentence
 from .loader import load_items
 
 Tokenizer = Callable[[list[str], list[str]], tuple[Tensor, ...]]
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
     text: tuple[Tensor, ...]  # [B, ...], and behind them captions that are wrong for some clips
     ids: Tensor | None  # [B] int64: pairs with equal ones are no negatives; None: all differ
     has_wrong: bool = False  # whether there may be such captions: on every rank or on none
+    wrong_ids: Tensor | None = None  # [W] int64 of these captions, beside `ids`
 
     @property
     def pairs(self) -> int:
@@ -41,7 +43,8 @@ class Batch(NamedTuple):
 
         ids = None if self.ids is None else move(self.ids)
         audio, text = tuple(map(move, self.audio)), tuple(map(move, self.text))
-        return Batch(audio, text, ids, self.has_wrong)
+        wrong_ids = None if self.wrong_ids is None else move(self.wrong_ids)
+        return Batch(audio, text, ids, self.has_wrong, wrong_ids)
 
 
 def pad_features(features: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -114,7 +117,7 @@ class Epoch:
         return x.tensor_split(self.ranks)[self.rank]
 
     def batch(self, number: int) -> Batch:
-        corpus, drawn = self.corpus, self.parts[number]
+        corpus, drawn, wrong = self.corpus, self.parts[number], list[tuple[str, str]]()
         ids, near = self.ids_of(drawn % self.count), self.near(drawn % self.count)
         examples = [self.example(n, near) for n in self.share(drawn).tolist()]
         pairs = torch.tensor([example.pair for example in examples])
@@ -131,8 +134,10 @@ class Epoch:
             wrong = self.wrong(examples) if corpus.has_wrong else []
             captions += [caption for caption, _ in wrong]
             text = self.tokenizer(captions, languages + [language for _, language in wrong])
-        own = None if ids is None else self.share(ids)
-        return Batch(audio, text, own, corpus.has_wrong)
+        if ids is None:
+            return Batch(audio, text, None, corpus.has_wrong)
+        wrong_ids = self.ids_of_wrong([caption for caption, _ in wrong], drawn % self.count, ids)
+        return Batch(audio, text, self.share(ids), corpus.has_wrong, wrong_ids)
 
     def near(self, pairs: Tensor) -> set[tuple[str, int]]:
         """The files and the sentences of a batch, if pairs are mixed."""
@@ -190,6 +195,20 @@ class Epoch:
                 caption = texts[int(example.rng.integers(len(texts)))]
                 found.append((caption, self.corpus.languages[example.pair]))
         return found
+
+    def ids_of_wrong(self, captions: list[str], pairs: Tensor, ids: Tensor) -> Tensor:
+        """Of wrong captions, [W] int64: those of the pairs that have the same sentence, -1 for one
+        that no pair has. pairs, ids: of the batch."""
+        corpus = self.corpus
+        if self.ids == "clip" or not captions:
+            return torch.full((len(captions),), -1)
+        known = corpus.sentence_of[pairs].tolist()
+        if self.lasting:
+            known, ids = corpus.sentence_of.tolist(), corpus.group_of
+            ids = corpus.sentence_of if self.ids == "caption" else ids
+        of = dict(zip(known, ids.tolist(), strict=True))
+        numbers = [corpus.sentence_number.get(sentence(text), -1) for text in captions]
+        return torch.tensor([of.get(number, -1) for number in numbers])
 
     def caption(self, example: Example) -> str:
         captions, share = self.corpus.captions, self.augmentation.caption_dropout

@@ -24,6 +24,7 @@ from .ranks import Ranks
 
 STATE, FINISHED = "state.pt", "finished.json"
 LAST = "finished.pt"
+OWN = "queue"  # the part that is another one on every rank
 SHOWN = 3  # clips of each kind that a difference names
 
 
@@ -105,8 +106,10 @@ def save_state(
     """Collects the state of every rank; the first one writes it. `parts`: modules and optimisers by
     name; `corpora`: by the flags of their manifests."""
     randoms = ranks.each(random_state(device))
+    own = ranks.each(parts[OWN].state_dict()) if OWN in parts else []
     if ranks.rank == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in parts.items() if name != OWN}
+        state |= {OWN: own} if OWN in parts else {}
         state["pairs"] = {name: corpus.hashes for name, corpus in corpora.items()}
         data = corpora["data"].fingerprint
         state |= {"data": data, "progress": asdict(progress), "randoms": randoms}
@@ -131,7 +134,8 @@ def load_state(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            one = name != OWN or len(state[name]) != ranks.count
+            part.load_state_dict(state[name] if one else state[name][ranks.rank])
             if isinstance(part, torch.optim.Optimizer):
                 give_dimensions(part)
         progress, randoms = Progress(**state["progress"]), state["randoms"]

@@ -85,10 +85,14 @@ class Corpus:
         return torch.repeat_interleave(torch.arange(len(self.clips)), counts)
 
     @cached_property
+    def sentence_number(self) -> dict[str, int]:
+        """Numbers the sentences of the captions."""
+        return {text: n for n, text in enumerate(dict.fromkeys(map(sentence, self.captions)))}
+
+    @cached_property
     def sentence_of(self) -> Tensor:
-        """Returns a number for each caption, equal for equal sentences: [M] int64."""
-        number: dict[str, int] = {}
-        return torch.tensor([number.setdefault(sentence(c), len(number)) for c in self.captions])
+        """Returns the number of each caption's sentence: [M] int64."""
+        return torch.tensor([self.sentence_number[sentence(c)] for c in self.captions])
 
     @cached_property
     def file_of(self) -> Tensor:

@@ -151,15 +151,17 @@ def compute_loss(
     return loss, {k: v if math.isfinite(v) else None for k, v in zip(numbers, values, strict=True)}
 
 
-def further(wrong: Tensor | None, queue: Queue | None) -> Negatives | None:
-    """Wrong captions [W, D], which are like no other's, and past pairs."""
+def further(
+    wrong: Tensor | None, wrong_ids: Tensor | None, queue: Queue | None
+) -> Negatives | None:
+    """Wrong captions [W, D] with their ids [W], if pairs have some, and past pairs."""
     past = None if queue is None else queue.negatives()
     if wrong is None or past is None:
-        return past if wrong is None else Negatives(text=wrong)
+        return past if wrong is None else Negatives(text=wrong, text_ids=wrong_ids)
     assert past.text is not None
     ids = past.text_ids
-    if ids is not None:
-        ids = torch.cat((ids, ids.new_full((len(wrong),), -1)))
+    if ids is not None and wrong_ids is not None:
+        ids = torch.cat((ids, wrong_ids))
     return past._replace(text=torch.cat((past.text, wrong)), text_ids=ids)
 
 
@@ -179,7 +181,7 @@ def backward(
 
     def loss(audio: Tensor, text: Tensor) -> Tensor:
         text, wrong = text[: batch.pairs], text[batch.pairs :]
-        negatives = further(wrong if batch.has_wrong else None, queue)
+        negatives = further(wrong if batch.has_wrong else None, batch.wrong_ids, queue)
         value, numbers = compute_loss(model, criterion, audio, text, batch.ids, ranks, negatives)
         if queue is not None:
             queue.push(audio, text, batch.ids)

@@ -190,6 +190,9 @@ class DeviceCall(Kernels):
         return panel
 
     # Rows against further columns: PyTorch's own operators between the products.
+    one_way_bytes = 5 * 4  # products, logits, slopes, the product of both, and weights
+    writes_weights = False
+
     def columns(self, X: Tensor) -> Tensor:
         out = torch.zeros(len(X), self.width, dtype=self.dtype, device=self.device)
         out[:, : self.D] = X

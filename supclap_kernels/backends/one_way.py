@@ -33,6 +33,11 @@ class Block(NamedTuple):
 class Epilogue(Protocol):
     """What a call does between the products: `running`, `factors` and `sums` are its own."""
 
+    one_way_bytes: int
+    """of working memory for each position of a block"""
+    writes_weights: bool
+    """`one_way_weights` uses `out`, and is given one beside a panel that is kept"""
+
     def one_way_products(self, X: Tensor, Y: Tensor) -> Products:
         """Of rows X (N, D), its TEXT, and columns Y (M, D), its AUDIO, as the calls' `operand`s."""
 
@@ -59,8 +64,9 @@ class OneWay:
         self.products = call.one_way_products(X, Y)
         self.N, self.M = len(X), len(Y)
         self.sampled = X.is_meta  # two blocks stand for all (footprint.py)
-        fits = math.isqrt(workspace // tiling.scratch)
-        self.side = min(tiling.largest, max(tiling.smallest, fits))
+        fits = math.isqrt(workspace // max(tiling.scratch, call.one_way_bytes))
+        step = tiling.smallest  # packed rows are found in groups
+        self.side = min(tiling.largest, max(step, fits // step * step))
 
     @property
     def elements(self) -> int:
@@ -111,9 +117,10 @@ class OneWay:
     ) -> None:
         """Sweep 2, into dX (N, .) and dY (M, .), or neither, with the weights of a direction. Kept
         products are only read."""
-        scratch = self.scratch(like)
+        beside = kept is None or self.call.writes_weights
+        scratch = self.scratch(like) if beside else like
         for block in self.blocks():
-            out = self.panel(block, scratch, kept=False)
+            out = self.panel(block, scratch, kept=False) if beside else like
             panel = out if kept is None else self.panel(block, kept, kept=True)
             if kept is None:
                 self.multiply(block, panel)

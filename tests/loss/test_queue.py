@@ -49,6 +49,9 @@ def test_a_queue_is_saved(tmp_path):
     for name in ("audio", "text", "ids"):
         assert torch.equal(getattr(other, name), getattr(queue, name))
         assert getattr(other, name).dtype == getattr(queue, name).dtype
+    shorter = sk.Queue(2)
+    shorter.load_state_dict(queue.state_dict())
+    assert shorter.ids.tolist() == [2, 3] and len(shorter) == 2
     other.load_state_dict(sk.Queue(4).state_dict())
     assert len(other) == 0
     assert "size=4, filled=3" in repr(queue)
@@ -76,6 +79,14 @@ def test_what_cannot_be_pushed():
     queue = sk.Queue(4)
     with pytest.raises(ValueError, match="must both be"):
         queue.push(torch.zeros(2, 3), torch.zeros(3, 3))
+    for ids in (torch.arange(3), torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="ids must be int64 of shape"):
+            queue.push(*pairs(2), ids)
+    with pytest.raises(ValueError, match="one dtype and one width"):
+        queue.push(pairs(2)[0], pairs(2)[1].half())
     queue.push(*pairs(2))
+    with pytest.raises(ValueError, match="one dtype and one width"):
+        queue.push(torch.zeros(2, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="with every batch"):
         queue.push(*pairs(2), torch.tensor([1, 2]))
+    assert len(queue) == 2

@@ -10,6 +10,7 @@ from clips import SMALL, WORDS, Stop, log_of, near, settings, stopped_at
 from supclap import step
 from supclap.batches import Epoch
 from supclap.check import check
+from supclap.checkpoint import Progress, load_state, save_state
 from supclap.cli import main
 from supclap.corpus import load_corpus
 from supclap.errors import UserError
@@ -80,7 +81,7 @@ def test_the_queue_is_resumed(manifest, tmp_path, monkeypatch):
     train(settings(manifest, tmp_path / "part", checkpoint_every=1, **options), resume=True)
     losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("whole", "part")]
     assert losses[0] == losses[1] and len(losses[0]) == 9
-    state = torch.load(whole / "finished.pt", weights_only=True)["queue"]
+    state = torch.load(whole / "finished.pt", weights_only=True)["queue"][0]
     assert state["audio"].shape == (10, 32)
 
 
@@ -149,6 +150,63 @@ def test_the_loss_has_them_for_columns(wrong, tmp_path):
     assert near(log_of(run)[0]["loss"], wanted, within=1e-5)
 
 
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("ids", ["clip", "caption", "both", "none"])
+def test_a_true_caption_of_another_clip(manifest, ids, lasting):
+    """It is wrong for its own clip, and no negative of the one that has it."""
+    rows = [{"audio": f"{w}.wav", "caption": f"a {w}"} for w in WORDS]
+    rows[0]["hard_negatives"], rows[1]["hard_negatives"] = ["A  RAIN."], ["nothing at all"]
+    path = manifest.with_name("mined.jsonl")
+    path.write_text("\n".join(map(json.dumps, rows)))
+    corpus = load_corpus(path, 30.0)
+    texts = []
+
+    def tokenizer(captions, codes):
+        texts[:] = captions
+        return (torch.zeros(len(captions)),)
+
+    epoch = Epoch(corpus, tokenizer, 9, ids=ids, lasting=lasting)
+    batch = epoch.batch(0)
+    if ids == "none":
+        assert batch.wrong_ids is None is batch.ids
+        return
+    of = dict(zip(texts[9:], batch.wrong_ids.tolist(), strict=True))
+    rain = int(batch.ids[texts.index("a rain")])
+    assert of == {"A RAIN.": -1 if ids == "clip" else rain, "nothing at all": -1}
+
+
+class TwoRanks:
+    """The first of two, or the second; what the other one says is known."""
+
+    count = 2
+
+    def __init__(self, rank, other=None):
+        self.rank, self.other = rank, other
+
+    def each(self, value):
+        other = self.other.state_dict() if isinstance(value, dict) else value
+        return [value, other] if self.rank == 0 else [other, value]
+
+
+class NoCorpus:
+    hashes, fingerprint = [], "x"
+
+    def fits(self, fingerprint):
+        return True
+
+
+def test_every_rank_has_its_queue_back(tmp_path):
+    queues, device, corpora = [Queue(4), Queue(4)], torch.device("cpu"), {"data": NoCorpus()}
+    for rank, queue in enumerate(queues):
+        queue.push(torch.full((2, 3), float(rank)), torch.zeros(2, 3))
+    first = TwoRanks(0, queues[1])
+    save_state(tmp_path, {"queue": queues[0]}, corpora, Progress(), first, device)
+    for rank in (0, 1):
+        queue = Queue(4)
+        load_state(tmp_path, {"queue": queue}, corpora, TwoRanks(rank), device)
+        assert queue.audio.tolist() == [[rank] * 3] * 2
+
+
 def test_each_epoch_draws_one_of_them(wrong):
     corpus = load_corpus(wrong, 30.0)
 
@@ -202,11 +260,11 @@ def test_other_wrong_captions_are_another_corpus(wrong, manifest, tmp_path):
 
 def test_wrong_and_past_together():
     queue = Queue(4)
-    assert step.further(None, None) is None and step.further(None, queue) is None
-    rows = torch.ones(2, 3)
-    assert step.further(rows, queue) == (None, rows, None, None)
+    assert step.further(None, None, None) is step.further(None, None, queue) is None
+    rows, ids = torch.ones(2, 3), torch.tensor([-1, 5])
+    assert step.further(rows, ids, queue) == (None, rows, None, ids)
     queue.push(torch.zeros(3, 3), torch.zeros(3, 3), torch.tensor([4, 5, 6]))
-    both = step.further(rows, queue)
-    assert both.text.shape == (5, 3) and both.text_ids.tolist() == [4, 5, 6, -1, -1]
+    both = step.further(rows, ids, queue)
+    assert both.text.shape == (5, 3) and both.text_ids.tolist() == [4, 5, 6, -1, 5]
     assert both.audio.shape == (3, 3) and both.audio_ids.tolist() == [4, 5, 6]
     assert SMALL.width == 32

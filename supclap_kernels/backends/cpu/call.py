@@ -57,6 +57,7 @@ class CpuCall:
 
     unit: Any = None
     fused = False
+    writes_weights = True
 
     def __init__(
         self, inputs: Tensors, options: Options, state: Tensor | None = None, split: int = 0
@@ -67,6 +68,7 @@ class CpuCall:
             self.native = native.Unlaunched(self.native)
         self.inputs, self.options, self.split = inputs, options, split
         self.dtype = dtype = accumulator_dtype(inputs.audio.dtype)
+        self.one_way_bytes = dtype.itemsize
         self.rounded = inputs.audio.dtype == torch.bfloat16 and rounds_to_bfloat16()
         self.T, self.A = self.operand(inputs.text), self.operand(inputs.audio)
         self.N, self.D = N, D = self.T.shape
@@ -163,6 +165,7 @@ class CpuCall:
         """The rows' code of each of these ids, -1 for one that no row has."""
         if ids is None:
             return None
+        ids = ids.contiguous()
         places = torch.searchsorted(self.known_ids, ids).clamp_max(len(self.known_ids) - 1)
         return torch.where(self.known_ids[places] == ids, places, -1).to(torch.int32)
 
