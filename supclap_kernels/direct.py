@@ -110,7 +110,7 @@ class DirectFunction(torch.autograd.Function):
         if gradients is None:
             gradients = by_operator(ctx.call, ctx.options, Tensors(*inputs[:-1]), upstream)
         if torch.is_grad_enabled():
-            gradients = for_autograd(gradients, ctx.call.needs, upstream, Tensors(*inputs[:-1]))
+            gradients = for_autograd(gradients, ctx.call.needs, upstream, inputs[:5])
         return *gradients, None, None, None, None  # of ids, weight, call, options
 
 
