@@ -239,6 +239,7 @@ def of_one_process(audio: Tensor, text: Tensor) -> dict[str, Call]:
         check = functools.partial(testing.check, sk.fused_svr_loss, case, **rounded)
         found[f"testing.check {name}"] = check
         found[f"make_inputs {name}"] = functools.partial(values_of, case)
+    found["Queue and Negatives"] = with_gradients(past_pairs, audio, text)
     found["memory_estimate"] = lambda: sk.memory_estimate(500, 64)
     found["explain and available_backends"] = lambda: [sk.explain(), sk.available_backends()]
     found["tune"] = tuned
@@ -250,6 +251,15 @@ def of_one_process(audio: Tensor, text: Tensor) -> dict[str, Call]:
         loss = functools.partial(compiled, objective=objective)
         found[f"compiled {objective}"] = with_gradients(loss, audio, text)
     return found
+
+
+def past_pairs(audio: Tensor, text: Tensor) -> Tensor:
+    queue = sk.Queue(20)
+    queue.push(text, audio)
+    past = queue.negatives()
+    assert past is not None
+    loss: Tensor = sk.fused_svr_loss(audio, text, 0.2, 14.0, negatives=sk.Negatives(*past))
+    return loss
 
 
 def tuned() -> bool:

@@ -70,7 +70,8 @@ def test_statistics_normalise_each_mel_bin(manifest):
 def test_an_epoch_is_every_pair_once_with_the_clip_as_id(manifest):
     corpus = load_corpus(manifest, 30.0)
     seen = []
-    for (mel, lengths), (text,), ids in Epoch(corpus, BYTES, 4).batches():
+    for batch in Epoch(corpus, BYTES, 4).batches():
+        (mel, lengths), (text,), ids = batch[:3]
         assert len(mel) == len(lengths) == len(text) == len(ids) <= 4
         for row, (clip, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
             assert torch.equal(mel[row, :length], corpus.kept[clip].float())
