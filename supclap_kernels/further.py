@@ -132,11 +132,9 @@ class FurtherPass:
                 continue
             # SigLIP has the audios' rows for their maximum only: what they add is the texts'.
             l = self.call.log_sums[1]
-            before = l[AUDIO_ROWS].clone()
             l[AUDIO_ROWS] = 0.0
             part.block.statistics(kept, like)
             l[TEXT_ROWS] += l[AUDIO_ROWS]
-            l[AUDIO_ROWS] += before
 
     def weighted_as(self, part: Part) -> int:
         """The direction whose weights a part has: SigLIP's audios have no rows of their own."""

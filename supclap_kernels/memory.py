@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .backends.call import Backend, Tensors
-from .backends.estimate import Kind, eager_bytes
 from .backends.footprint import Step, peak_bytes, whole_pass
 from .dispatch import call_of, check_described, implementation, route, routes
 from .distributed import staged_backward, staged_forward
@@ -15,6 +14,7 @@ from .further import further_of
 from .negatives import Negatives
 from .options import Options, check_choices
 from .plan import Plan
+from .reference import svr_loss_reference
 
 
 def memory_estimate(
@@ -48,16 +48,29 @@ def memory_estimate(
     staged = any(negatives)
     ways = routes(backend, *call_of(device, dtype, D, settings, radius), staged=staged)
     way = (ways[-1] if staged else route(N, ways)).way
-    if way == "reference":
-        directions = Kind(D, dtype, settings.mode(radius), settings.infonce).directions
-        wider = 1 + sum(negatives) / (2 * N)  # a matrix has the columns of one side
-        return round(wider * eager_bytes(N, directions, max(4, dtype.itemsize)))
-    call = (N, D, dtype, radius, settings)
-    if not staged:
-        return peak_bytes(whole_pass(implementation(way), settings), *call)
     rows = [torch.empty(M, D, dtype=dtype, device="meta") if M else None for M in negatives]
-    step = staged_pass(implementation(way), settings, Negatives(rows[0], rows[1]))
-    return peak_bytes(step, *call, [x for x in rows if x is not None])
+    further = Negatives(rows[0], rows[1])
+    if way == "reference":
+        step = eager_pass(settings, further)
+    elif staged:
+        step = staged_pass(implementation(way), settings, further)
+    else:
+        step = whole_pass(implementation(way), settings)
+    return peak_bytes(step, N, D, dtype, radius, settings, [x for x in rows if x is not None])
+
+
+def eager_pass(options: Options, negatives: Negatives) -> Step:
+    """Forward and backward of the specification."""
+    named = options._asdict()
+    return_stats = named.pop("stats")
+
+    def step(inputs: Tensors, needs: tuple[bool, ...], upstream: Tensor) -> Sequence[Tensor | None]:
+        given = (inputs.audio, inputs.text, inputs.radius, inputs.scale.to("meta"))
+        leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+        loss = svr_loss_reference(*leaves, negatives=negatives, return_stats=return_stats, **named)
+        return torch.autograd.grad(loss, [x for x in leaves if x is not None], upstream)
+
+    return step
 
 
 def staged_pass(backend: Backend, options: Options, negatives: Negatives) -> Step:

@@ -8,7 +8,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -134,30 +134,30 @@ def set_threads(count: int | None) -> None:
 
 
 @contextlib.contextmanager
-def stop_asked() -> Iterator[threading.Event]:
-    """Yields an event that Ctrl-C or SIGTERM sets, so that a step ends before the run does; a
-    second Ctrl-C ends it.
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came, so that a step ends before the
+    run does; a second Ctrl-C ends it.
 
     A batch system sends SIGTERM to every process of a job, and torchrun passes on what it gets: the
-    same wish, heard twice.
+    same wish, heard twice. The second may come while the first is handled, so the handler sets
+    a plain flag: threading.Event takes a lock.
     """
-    asked, since = threading.Event(), time.monotonic()
+    asked, since = False, time.monotonic()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield lambda: False
         return
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal since
-        again = asked.is_set() and time.monotonic() - since > ECHO
-        if again and number == signal.SIGINT:
+        nonlocal asked, since
+        if asked and time.monotonic() - since > ECHO and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not asked.is_set():
+        if not asked:
             since = time.monotonic()
-        asked.set()
+        asked = True
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -46,14 +45,14 @@ def train(
         run.begin()
         while run.progress.epoch <= config.epochs and not run.ranks.any(run.enough):
             train_epoch(run, stop)
-            if run.ranks.any(stop.is_set()) and run.progress.epoch <= config.epochs:
+            if run.ranks.any(stop()) and run.progress.epoch <= config.epochs:
                 raise run.interruption()
     run.finish()
     return run.folder
 
 
-def train_epoch(run: Run, stop: threading.Event) -> None:
-    """Takes the steps that are left of an epoch, or those until `stop` is set."""
+def train_epoch(run: Run, stop: Callable[[], bool]) -> None:
+    """Takes the steps that are left of an epoch, or those until `stop` says so."""
     config, progress = run.config, run.progress
     run.set_modes()
     run.clock.add(None)
@@ -64,7 +63,7 @@ def train_epoch(run: Run, stop: threading.Event) -> None:
         validation = is_due(config.validate_every, progress.step)
         if validation:
             run.tell()
-        stopped = run.ranks.any(stop.is_set())
+        stopped = run.ranks.any(stop())
         validated = validation and config.selection is not None
         if stopped or validated or is_due(config.checkpoint_every, progress.step):
             run.checkpoint()  # after a validation, which may have written the model

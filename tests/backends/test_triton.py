@@ -87,6 +87,7 @@ def test_kernels_compile_well(arch, only, kernel, native_triton):
         assert line["loop_spills"] == 0, where
         assert line["spill_bytes"] <= (400 if listed else 0), f"{where}: {line['spill_bytes']}"
         assert line["shared_bytes"] <= limit, where
-        assert line["compile_seconds"] <= 10, f"{where}: {line['compile_seconds']} s"
+        seconds = line["compile_seconds"]
+        assert seconds <= 20, f"{where}: {seconds} s"  # at most 10 where the cores are fast
         if line["name"].startswith("tile_") and "float32" not in line["config"]:
             assert line[instruction] > 0, where

@@ -18,6 +18,11 @@ def test_a_tower_that_is_frozen_on_one_rank(exchange):
     assert max(run(3, corners.frozen_on_one_rank, exchange)) < NEAR
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_negatives_that_one_rank_trains(backend):
+    assert max(run(3, corners.negatives_learned_on_one_rank, backend)) < NEAR
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_backward_lets_go_of_rows_and_panels(exchange):
     assert max(run(3, corners.held_after_backward, exchange)) < 1024

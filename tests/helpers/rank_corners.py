@@ -57,6 +57,21 @@ def frozen_on_one_rank(rank: int, world: int, exchange: str) -> float:
     return max(error(x.grad / world, y[part]) for x, y in pairs if x.grad is not None)
 
 
+def negatives_learned_on_one_rank(rank: int, world: int, backend: str) -> float:
+    """Those of rank 1 alone want a gradient: the sum of what every rank's rows give."""
+    (audio, text), (rows, _) = pair(13), pair(6)
+    part, mine = parts(13, world)[rank], parts(6, world)[rank]
+    leaf = rows.clone().requires_grad_()
+    options: dict[str, Any] = {"normalize": True, "radius": 0.3}
+    sk.fused_svr_loss(audio, text, negatives=sk.Negatives(text=leaf), **options).backward()
+    own = rows[mine].clone().requires_grad_(rank == 1)
+    more = {"negatives": sk.Negatives(text=own), "group": dist.group.WORLD, "backend": backend}
+    loss = sk.fused_svr_loss(audio[part], text[part].clone().requires_grad_(), **more, **options)
+    loss.backward()
+    assert (own.grad is None) == (rank != 1)
+    return 0.0 if own.grad is None else error(own.grad / world, leaf.grad[mine])
+
+
 def alive() -> int:
     """Bytes of all tensors that Python can reach."""
     gc.collect()
@@ -89,6 +104,7 @@ DISAGREEING: dict[str, tuple[Any, Any]] = {
     "radius": (0.1, torch.full((4,), 0.1)),
     "backend": ("cpu", "reference"),
     "return_stats": (False, True),
+    "negatives": (None, sk.Negatives(text=torch.ones(2, 8))),
 }
 
 

@@ -27,7 +27,7 @@ def test_hard_negatives_of_sentence_transformers(count):
     ):
         wanted = theirs(given, torch.zeros(0))
         assert same(ours(given), wanted, list(model.parameters()))
-        assert abs(float(ours(given) - wanted)) < 1e-6
+        assert abs((ours(given) - wanted).item()) < 1e-6
     pairs = ours(given[:2])
     assert ours(given) > pairs
 
@@ -51,6 +51,7 @@ def test_further_negatives_of_the_other_trainers():
     torch.manual_seed(0)
     a, t, x, y = (F.normalize(torch.randn(N, 8), dim=1).requires_grad_() for _ in range(4))
     negatives, leaves = sk.Negatives(audio=x, text=y), [a, t, x, y]
+    assert sk.Negatives(a, t, x, y).turned() == (t, a, y, x)
     outputs = SimpleNamespace(audio_embeds=a, text_embeds=t)
     for found in (
         open_clip.ClipLoss()(a, t, 9.0, negatives=negatives),
@@ -61,7 +62,9 @@ def test_further_negatives_of_the_other_trainers():
         assert same(found, wanted, leaves)
     b = torch.tensor(-3.0)
     options = {"objective": "siglip", "negatives": negatives}
-    wanted = sk.fused_svr_loss(a, t, None, 9.0, b, **options)
-    assert same(open_clip.SigLipLoss()(a, t, 9.0, b, negatives=negatives), wanted, leaves)
+    criterion = open_clip.SigLipLoss()
+    for criterion.by_image in (False, True):  # True: with several ranks
+        wanted = sk.fused_svr_loss(a, t, None, 9.0, b, **options)
+        assert same(criterion(a, t, 9.0, b, negatives=negatives), wanted, leaves)
     with pytest.raises(ValueError, match="negatives need mlp_loss=False"):
         laion_clap.ClipLoss(mlp_loss=True)(a, t, 9.0, 9.0, a, t, negatives=negatives)

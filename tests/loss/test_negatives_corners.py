@@ -1,5 +1,7 @@
 """Further negatives of another kind, or changed; what takes none."""
 
+import warnings
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +18,20 @@ def test_negatives_that_are_negated_in_name_only(monkeypatch):
     wanted = sk.fused_svr_loss(a, t, None, 9.0, negatives=Negatives(-x))
     found = sk.fused_svr_loss(a, t, None, 9.0, negatives=Negatives(torch._neg_view(x)))
     assert torch.equal(found, wanted)
+
+
+def test_ids_of_another_layout():
+    inputs = make_inputs(Case(N=9, D=8, radius="none", duplicates=True, negatives=(5, 6)))
+    arguments = {"logit_scale": 9.0, "ids": inputs.ids}
+    more = inputs.negatives({})["negatives"]
+    strided = more._replace(audio_ids=torch.stack((more.audio_ids,) * 2, dim=1)[:, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = [
+            sk.fused_svr_loss(inputs.audio, inputs.text, **arguments, negatives=x)
+            for x in (more, strided)
+        ]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("change", ["weight", "ids", "rows", "storage"])

@@ -126,11 +126,40 @@ def test_only_a_second_ctrl_c_ends_a_step(monkeypatch):
     with stop_asked() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # an echo
-        assert asked.is_set()
+        assert asked()
         clock[0] = ECHO + 1.0
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("line", range(1, 8))
+def test_a_signal_within_the_handler_of_another(line):
+    """torchrun passes on what the whole job got: the second may come while the first is handled."""
+    seen = 0
+
+    def each(frame, event, argument):
+        nonlocal seen
+        seen += event == "line"
+        if event == "line" and seen == line:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return each
+
+    def waits_for_ever(number, frame):
+        raise AssertionError("the second handler waits for the first")
+
+    before = signal.signal(signal.SIGALRM, waits_for_ever)
+    try:
+        with stop_asked() as asked:
+            signal.alarm(5)
+            sys.settrace(each)
+            os.kill(os.getpid(), signal.SIGTERM)
+            sys.settrace(None)
+    finally:
+        sys.settrace(None)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert asked()
 
 
 def test_a_file_system_without_modes(tmp_path, monkeypatch):

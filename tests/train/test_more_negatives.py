@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from clips import SMALL, WORDS, Stop, log_of, near, settings, stopped_at
-from supclap import step
+from supclap import load, step
 from supclap.batches import Epoch
 from supclap.check import check
 from supclap.checkpoint import Progress, load_state, save_state
@@ -85,6 +85,17 @@ def test_the_queue_is_resumed(manifest, tmp_path, monkeypatch):
     assert state["audio"].shape == (10, 32)
 
 
+def test_a_queue_has_the_vectors_of_both(manifest, tmp_path):
+    run = train(settings(manifest, tmp_path / "run", batch_size=6, queue=10, **STILL))
+    state = torch.load(run / "finished.pt", weights_only=True)["queue"][0]
+    model = load(run)
+    corpus = load_corpus(manifest, 30.0)
+    sounds = model.embed_audio([clip.path for clip in corpus.clips])
+    captions = model.embed_text(corpus.captions)
+    for held, vectors in ((state["audio"], sounds), (state["text"], captions)):
+        assert len(held) == 10 and ((held @ vectors.T).amax(dim=1) > 0.999).all()
+
+
 def test_in_pieces_with_a_queue(manifest, tmp_path):
     options = {"batch_size": 6, "epochs": 2, "queue": 10}
     runs = [
@@ -155,18 +166,22 @@ def test_the_loss_has_them_for_columns(wrong, tmp_path):
 def test_a_true_caption_of_another_clip(manifest, ids, lasting):
     """It is wrong for its own clip, and no negative of the one that has it."""
     rows = [{"audio": f"{w}.wav", "caption": f"a {w}"} for w in WORDS]
-    rows[0]["hard_negatives"], rows[1]["hard_negatives"] = ["A  RAIN."], ["nothing at all"]
+    rows[0]["hard_negatives"] = ["A  RAIN."]
+    rows[1] |= {"hard_negatives": ["nothing at all"], "lang": "fra"}
     path = manifest.with_name("mined.jsonl")
     path.write_text("\n".join(map(json.dumps, rows)))
     corpus = load_corpus(path, 30.0)
-    texts = []
+    texts, languages = [], []
 
     def tokenizer(captions, codes):
-        texts[:] = captions
+        texts[:], languages[:] = captions, codes
         return (torch.zeros(len(captions)),)
 
     epoch = Epoch(corpus, tokenizer, 9, ids=ids, lasting=lasting)
     batch = epoch.batch(0)
+    assert sorted(zip(texts[9:], languages[9:], strict=True)) == [
+        ("A RAIN.", "eng"), ("nothing at all", "fra"),
+    ]  # fmt: skip
     if ids == "none":
         assert batch.wrong_ids is None is batch.ids
         return
@@ -241,6 +256,13 @@ def test_with_everything_else(wrong, manifest, tmp_path, change):
     assert len(log_of(run)) == 6
     plain = train(settings(wrong, tmp_path / "again", val=wrong, **options))
     assert [x["loss"] for x in log_of(run)] == [x["loss"] for x in log_of(plain)]
+    rows = [json.loads(line) for line in wrong.read_text().splitlines()]
+    right = wrong.with_name("right.jsonl")
+    right.write_text(
+        "\n".join(json.dumps({k: row[k] for k in ("audio", "captions")}) for row in rows)
+    )
+    without = train(settings(right, tmp_path / "without", val=wrong, **options))
+    assert log_of(run)[0]["loss"] > log_of(without)[0]["loss"]
     if change in ({"micro_batch_size": 5}, {"diagnose_every": 1}, {"workers": 1}):
         same = train(settings(wrong, tmp_path / "same", batch_size=6, epochs=2))
         losses = [[line["loss"] for line in log_of(folder)] for folder in (run, same)]
@@ -263,8 +285,9 @@ def test_wrong_and_past_together():
     assert step.further(None, None, None) is step.further(None, None, queue) is None
     rows, ids = torch.ones(2, 3), torch.tensor([-1, 5])
     assert step.further(rows, ids, queue) == (None, rows, None, ids)
-    queue.push(torch.zeros(3, 3), torch.zeros(3, 3), torch.tensor([4, 5, 6]))
+    queue.push(torch.zeros(3, 3), -rows[:1].expand(3, 3), torch.tensor([4, 5, 6]))
     both = step.further(rows, ids, queue)
-    assert both.text.shape == (5, 3) and both.text_ids.tolist() == [4, 5, 6, -1, 5]
-    assert both.audio.shape == (3, 3) and both.audio_ids.tolist() == [4, 5, 6]
+    assert both.text.tolist() == [[-1] * 3] * 3 + [[1] * 3] * 2
+    assert both.text_ids.tolist() == [4, 5, 6, -1, 5]
+    assert both.audio.tolist() == [[0] * 3] * 3 and both.audio_ids.tolist() == [4, 5, 6]
     assert SMALL.width == 32

@@ -282,7 +282,11 @@ def torchrun(processes, *arguments):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--svr", "bi-dynamic", "--micro-batch-size", "3", "--learn-tau")]
+    "options",
+    [
+        ("--queue", "20"),
+        ("--svr", "bi-dynamic", "--micro-batch-size", "3", "--learn-tau"),
+    ],
 )
 def test_two_processes_train_as_one(manifest, tmp_path, options):
     """The same loss curve over 20 steps, at the same global batch."""
