@@ -60,8 +60,8 @@ def fused_svr_loss(
     x N beyond `workspace`.
 
     Args:
-        audio, text: (N, D) embeddings, same float dtype and device; row i of one belongs to row i
-            of the other.
+        audio, text: (N, D) embeddings, unit rows unless `normalize`, same float dtype and device;
+            row i of one belongs to row i of the other.
         radius: None for the plain loss; a float or 0-d tensor (StaticSVR); (N,) (DynamicSVR). In
             units of |a - t|.
         logit_scale: inverse temperature k; float or 0-d tensor. logits = k <t, a> (+ b).

@@ -73,6 +73,8 @@ def check(manifest: Path, workers: int | None = None) -> tuple[list[str], list[s
         lines.append(f"clips of a label: {counts[0]} to {counts[-1]}")
     elif clips:
         lines.append(f"captions of a clip: {min(counts)} to {max(counts)}")
+        wrong = sum(len(clip.wrong) for clip in clips)
+        lines += [f"hard negatives: {wrong}"] * bool(wrong)
         lines.append("languages: " + ", ".join(f"{k} {n}" for k, n in sorted(languages.items())))
     if seconds:
         low, middle, high = np.quantile(seconds, (0, 0.5, 1))

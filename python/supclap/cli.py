@@ -44,7 +44,8 @@ def check(manifests: list[Path], workers: int | None) -> int:
         print("\n".join([f"{manifest}:"] * (len(manifests) > 1) + lines))
     if len(manifests) > 1 and not every:
         every = check_splits(manifests)
-    print("\n".join([*every, f"{len(every)} problems"]) if every else "no problems")
+    counted = f"{len(every)} problem{'s' * (len(every) != 1)}"
+    print("\n".join([*every, counted]) if every else "no problems")
     return 1 if every else 0
 
 

@@ -82,10 +82,12 @@ SVR = ("none", "uni-static", "bi-static", "uni-dynamic", "bi-dynamic")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """One training run: what `supclap.train` takes."""
 
     data: Path | tuple[Path, ...] = setting(
-        MISSING, "manifests (CSV, TSV, JSON, JSONL, Parquet, tar), all of which are trained on"
+        MISSING,
+        "manifests (CSV, TSV, JSON, JSONL, Parquet, tar; `supclap check --help` shows them), all "
+        "of which are trained on",
     )
     out: Path = setting(MISSING, "folder of the run: model.safetensors, config.json, log.jsonl")
     data_weights: tuple[float, ...] = setting(
@@ -141,7 +143,10 @@ class TrainConfig:
     )  # fmt: skip
     spec_augment: int = setting(0, "masks over a clip's frames, and as many over its bins")
     caption_dropout: float = setting(0.0, "share of a caption's words that training leaves out")
-    queue: int = setting(0, "past pairs that are further negatives of a batch, over all processes")
+    queue: int = setting(
+        0, "past pairs that are further negatives of a batch, over all processes; few are safer: "
+        "an older model embedded them"
+    )  # fmt: skip
     optimizer: str = setting("adamw", "decay is on matrices only", "adamw", "adam")
     lr: float = setting(1e-3, "peak learning rate")
     audio_lr: float | None = setting(None, "of the audio encoder, if another")
@@ -272,6 +277,11 @@ CHOICES = {
     for name, setting in (TRAIN | MODEL).items()
     if setting.metadata["choices"]
 }
+for of in (ModelConfig, TrainConfig):
+    lines = [
+        f"    {setting.name}: {setting.metadata.get('help', 'its model')}" for setting in fields(of)
+    ]
+    of.__doc__ = "\n".join([f"{of.__doc__}", "", *lines])
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
 
 

@@ -68,6 +68,9 @@ class Embedder:
             clips = [Clip(str(path), path, ()) for path in paths]
             if not clips:
                 return torch.empty(0, self.width)
+            for path in paths:
+                if not path.exists():
+                    raise UserError(f"{path}: no such file")
             options = replace(self.options, skip_bad_audio=False)  # a row for each
             return embed_clips(self.model, clips, Path("the list"), options)[0]
         features = [self.features(sound, sample_rate) for sound in sounds]
@@ -101,9 +104,12 @@ class Embedder:
                 take no notice.
 
         Raises:
-            ValueError: no such language. UserError: one that the encoder does not have.
+            TypeError: what is no string. ValueError: no such language. UserError: one that the
+            encoder does not have.
         """
         sentences = [captions] if isinstance(captions, str) else list(captions)
+        if not all(isinstance(sentence, str) for sentence in sentences):
+            raise TypeError("sentences are strings")
         if not all(sentence.strip() for sentence in sentences):
             raise UserError("a sentence is empty")
         if not sentences:

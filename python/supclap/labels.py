@@ -2,7 +2,7 @@
 
 folder with meta/esc50.csv                  ESC-50: filename, fold, category
 folder with metadata/UrbanSound8K.csv       UrbanSound8K: slice_file_name, fold, class
-any CSV or TSV                              file_name, label [, fold]
+any CSV or TSV                              file_name (or audio, path, ...), label [, fold]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import UserError
 from .folders import Folders
 from .languages import caption_language
-from .manifest import Clip, read_manifest
+from .manifest import FILE_COLUMNS, OF_FILES, Clip, first_of, read_manifest
 from .tables import TOO_MANY, clean, csv_rows
 
 LAYOUTS = (
@@ -50,7 +50,7 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
     if data.is_dir() and not present:
         raise UserError(
             f"{data} is neither ESC-50 (meta/esc50.csv) nor UrbanSound8K "
-            "(metadata/UrbanSound8K.csv); pass a CSV with the columns file_name, label"
+            "(metadata/UrbanSound8K.csv); pass a CSV with the columns audio, label"
         )
     table, file_column, label_column, pattern = (
         present[0] if present else (data, "file_name", "label", "")
@@ -61,6 +61,10 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
         raise UserError(f"no such file: {table}") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {table}: {error}") from error
+    if not present:
+        file_column = first_of(FILE_COLUMNS, columns) or ""
+        if not file_column:
+            raise UserError(f"{table} has no column {OF_FILES}; it has {', '.join(columns)}")
     for name in (file_column, label_column):
         if name not in columns:
             raise UserError(f"{table} has no column {name!r}; it has {', '.join(columns)}")

@@ -1,22 +1,4 @@
-"""Which clips there are, and their captions: CSV, JSON, JSONL, Parquet and webdataset tars.
-
-    CSV    file_name, caption_1, ... caption_k [, lang]     Clotho; rows of one file are joined
-           file_name, caption [, lang]                      one caption a row
-           file_name, caption, caption_fr, caption_de_1     several languages
-           audiocap_id, youtube_id, start_time, caption     AudioCaps as published
-           audio, path, wav or filename for file_name; .tsv: tabs for commas
-    JSON   {"data": [{"id" | "audio", "caption" | "caption_1", ..., ["lang"]}]}   WavCaps, ML-CLAP
-    JSONL  {"audio": ..., "captions": ["..."] | {"eng": ["..."]} [, "lang": "eng"]}
-    Parquet   a row as a line of JSONL; its audio a name, or {"bytes", "path"} (datasets' Audio)
-    tar    KEY.flac beside KEY.json (of JSONL's keys, or "text") or KEY.txt; {000..012} in a name
-           stands for all of them
-
-Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fr_2` and `captions` (languages.py);
-`hard_negative`, `hard_negative_2` and `hard_negatives` hold captions that are wrong for the clip;
-every other column is unused. A clip may have any number of captions. A file is looked for in the
-manifest's own folder, then in `audio/` beside it: under its name as written, then under one that
-looks the same (folders.py).
-"""
+"""Which clips there are, and their captions; captions.py says how manifests are written."""
 
 from __future__ import annotations
 
@@ -25,22 +7,21 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import parquet
+from .captions import LANGUAGE_KEYS, WRONG, captions_in, captions_of, holds_captions, wrong_in
 from .errors import UserError
 from .folders import EXTENSIONS, Folders, is_audio
-from .languages import LANGUAGE, caption_language, language_code
-from .tables import TOO_MANY, clean, csv_rows, read_text
+from .tables import TOO_MANY, csv_rows, read_text
 
 SHOWN = 10  # problems of one manifest that an error lists
 FILE_KEYS = ("audio", "file_name", "wav", "path", "id")  # of JSON, the first one counts
 FILE_COLUMNS = ("file_name", "audio", "path", "wav", "filename")  # of CSV
-LANGUAGE_KEYS = ("lang", "language")
-WRONG = re.compile(r"hard_negatives?(_\d+)?")  # captions that are wrong for the clip
+OF_FILES = f"of files ({', '.join(FILE_COLUMNS)})"
 
 
 @dataclass(frozen=True)
@@ -123,24 +104,34 @@ def relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
+def first_of(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    """Returns the first of these names that a table has."""
+    return next((name for name in names if name in columns), None)
+
+
+def separated(columns: list[str]) -> str:
+    """What to say of a table with one column, whose name looks like several."""
+    among = len(columns) == 1 and re.search(r"[;|\t]", columns[0])
+    return "; commas separate the columns of a .csv, tabs those of a .tsv" if among else ""
+
+
 def read_csv(reading: Reading) -> None:
     manifest = reading.manifest
     columns, rows = csv_rows(manifest)
     if not columns:
-        raise UserError(f"manifest {manifest} is empty: it needs the columns file_name, caption_1")
-    file_column = next((name for name in FILE_COLUMNS if name in columns), FILE_COLUMNS[0])
-    published = "youtube_id" in columns and file_column not in columns
-    places = ["youtube_id", "start_time", "audiocap_id"] if published else [file_column]
+        raise UserError(f"manifest {manifest} is empty: it needs columns such as audio, caption")
+    file_column = first_of(FILE_COLUMNS, columns)
+    published = "youtube_id" in columns and file_column is None
+    places = ["youtube_id", "start_time", "audiocap_id"] if published else [file_column or ""]
     texts_of = {name: [row[name] for _, row in rows] for name in columns}
     caption_columns = [name for name in columns if holds_captions(name, texts_of[name])]
-    needed = [places[0]]
-    if not caption_columns:
-        needed.append("caption" if published else "caption_1")
-    for name in needed:
-        if name not in columns:
-            raise UserError(
-                f"manifest {manifest} has no column {name!r}; it has {', '.join(columns)}"
-            )
+    missing = [OF_FILES] * (not published and file_column is None)
+    missing += ["of captions (caption, caption_1, caption_fr, ...)"] * (not caption_columns)
+    if missing:
+        raise UserError(
+            f"manifest {manifest} has no column {' and none '.join(missing)}; it has "
+            f"{', '.join(columns)}{separated(columns)}"
+        )
     if not rows:
         raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
     used = {*places, *caption_columns, *LANGUAGE_KEYS, *filter(WRONG.fullmatch, columns)}
@@ -165,88 +156,6 @@ def read_csv(reading: Reading) -> None:
             reading.add(place, file, captions_in(row, caption_columns), wrong=wrong_in(row))
         except ValueError as error:
             reading.problems.append(f"{place} ({file[0]}): {error}")
-
-
-def holds_captions(column: str, texts: list[str | None]) -> bool:
-    """Whether a column holds captions: by its name, and numbers are in no language."""
-    language = caption_language(column)
-    if not language or not texts:
-        return language is not None
-    return any(is_text(text) for text in texts)
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value has letters, and is not how tables say that there is none."""
-    text = value.strip().lower() if isinstance(value, str) else ""
-    return text not in ("nan", "none", "null") and any(letter.isalpha() for letter in text)
-
-
-def captions_in(row: dict[Any, Any], columns: list[str]) -> list[tuple[str, str]]:
-    """Returns captions and languages of one row; a ValueError says what is wrong."""
-    code = clean(row.get("lang") or row.get("language"))
-    language = language_code(code) if code else LANGUAGE
-    # A wide table has holes where a translation is missing.
-    columns = [name for name in columns if is_text(row[name]) or not caption_language(name)]
-    captions = [(clean(row[column]), caption_language(column) or language) for column in columns]
-    empty = [column for column, (text, _) in zip(columns, captions, strict=True) if not text]
-    if not captions:
-        raise ValueError("no caption")
-    if empty:
-        raise ValueError(
-            f"{empty[0]} is empty; a clip with fewer captions can have a row for each caption in a "
-            "file with caption_1 only"
-        )
-    return captions
-
-
-def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Returns captions and languages of one JSON object, and the keys that hold them; a ValueError
-    says what is wrong."""
-    columns = [key for key in entry if caption_language(key) is not None]
-    columns = [key for key in columns if not caption_language(key) or holds_text(entry[key])]
-    columns = ["captions"] if entry.get("captions") or not columns else columns
-    columns = [key for key in columns if key in entry] or [key for key in ("text",) if key in entry]
-    if not columns:
-        raise ValueError("no caption: it needs captions, caption or caption_1")
-    pairs: list[tuple[Any, Any]] = []
-    for key in columns:
-        value, numbered = entry[key], f"source_lang_{key.removeprefix('caption_')}"
-        by_language = [(caption_language(key) or entry.get(numbered), value)]
-        if isinstance(value, dict):
-            by_language = [(code, texts) for code, texts in value.items() if texts is not None]
-        pairs += [(text, code) for code, texts in by_language for text in as_list(texts)]
-    shared = next((entry[key] for key in LANGUAGE_KEYS if entry.get(key)), LANGUAGE)
-    silent = sum(code is None for _, code in pairs)
-    if isinstance(shared, list) and len(shared) != silent:
-        raise ValueError(f"{silent} captions and {len(shared)} languages")
-    others = iter(shared if isinstance(shared, list) else [shared] * silent)
-    pairs = [(text, next(others) if code is None else code) for text, code in pairs]
-    if not pairs:
-        raise ValueError("no caption: it needs captions, caption or caption_1")
-    if not all(isinstance(part, str) for pair in pairs for part in pair):
-        raise ValueError("captions must be a string, a list of them, or lists by language")
-    if not all(clean(text) for text, _ in pairs):
-        raise ValueError("a caption is empty")
-    return [(clean(text), language_code(code)) for text, code in pairs], columns
-
-
-def holds_text(value: Any) -> bool:
-    """Whether a value, or one of a list, is text; what is neither is an error elsewhere."""
-    return isinstance(value, dict) or any(map(is_text, as_list(value)))
-
-
-def wrong_in(entry: dict[Any, Any]) -> tuple[str, ...]:
-    """Returns the captions that are wrong for a clip; a ValueError says what is wrong with them."""
-    named = [key for key in entry if isinstance(key, str) and WRONG.fullmatch(key)]
-    values = [x for key in named for x in as_list(entry[key]) if x is not None and x != ""]
-    if not all(isinstance(x, str) for x in values):
-        raise ValueError("hard_negatives must be a string, or a list of them")
-    return tuple(clean(x) for x in values if is_text(x))
-
-
-def as_list(value: Any) -> list[Any]:
-    """Returns a list as it is, and a value as the only one of a list."""
-    return value if isinstance(value, list) else [value]
 
 
 def read_objects(reading: Reading, entries: Iterator[tuple[str, Any]]) -> None:
@@ -368,6 +277,9 @@ def expand(manifest: Path) -> list[Path]:
 def readings(manifest: Path) -> Iterator[Reading]:
     """Yields what each file of a manifest holds."""
     for path in expand(manifest):
+        what = "a folder" if path.is_dir() else "a sound" if is_audio(path.name) else None
+        if what:
+            raise UserError(f"{path} is {what}, no manifest; `supclap check --help` shows them")
         reader = READERS.get(path.suffix.lower(), read_csv)
         reading = Reading(path)
         try:

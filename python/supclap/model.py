@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import math
 import shutil
@@ -220,6 +221,15 @@ def load_criterion(run: Path, criterion: nn.Module) -> bool:
         return False
     criterion.load_state_dict(theirs)
     return True
+
+
+def fingerprint(run: Path) -> str:
+    """What tells the weights of a run from any others: of its file, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with (run / WEIGHTS).open("rb") as stream:
+        while part := stream.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def selection_note(run: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
+from .captions import FORMATS
 from .config import MODEL, MOVABLE, RECIPES, TRAIN, flag, holds_many, kind_of
 
 SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
@@ -45,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(train, TRAIN)
     add_options(train.add_argument_group("model"), MODEL)
 
-    check = commands.add_parser("check", help="describe manifests and list their problems")
+    check = commands.add_parser(
+        "check", help="describe manifests and list their problems",
+        epilog=f"Manifests are\n\n{FORMATS}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     check.add_argument(
         "manifests", type=Path, nargs="+", metavar="MANIFEST",
         help="or labelled clips; of several: what the first one and a later one share",
@@ -65,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     zeroshot = on_a_run("zeroshot", "classify labelled clips by sentences")
     zeroshot.add_argument(
-        "--data", type=Path, required=True, help="ESC-50, UrbanSound8K, or a CSV: file_name, label"
+        "--data", type=Path, required=True, help="ESC-50, UrbanSound8K, or a CSV: audio, label"
     )
     zeroshot.add_argument(
         "--template", action="append", help="such as 'This is a sound of {label}'; may be repeated"

@@ -13,11 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from supclap_kernels import DynamicRadius, Queue, SVRLoss
 
+from . import notes
 from .augment import Augmentation
 from .batches import Batch, Epoch, steps_of
 from .checkpoint import FINISHED, LAST, STATE, Progress, is_finished, load_state, save_state
 from .clock import PARTS, Clock
-from .config import TrainConfig, config_text
+from .config import TrainConfig, config_text, read_config
 from .corpus import Corpus, ReadOptions, join, read_as_heard
 from .diagnose import Diagnosis
 from .embeddings import encode_once
@@ -32,8 +33,6 @@ from .ranks import Ranks, choose_device, lacks_bf16, set_threads
 from .step import backward, build_loss, build_optimizer, schedule
 
 MAX_LOG_SCALE = math.log(100.0)
-REVERSED_STEPS = 50
-"""After so many with a negative median contraction the user is told."""
 
 
 class Run:
@@ -102,6 +101,8 @@ class Run:
         self.encode_frozen()
         counts = f"{len(self.corpus.clips)} clips, {len(self.corpus.captions)} pairs"
         counts += f", {pairs} of them in an epoch" * (pairs != len(self.corpus.captions))
+        wrong = sum(len(clip.wrong) for clip in self.corpus.clips)
+        counts += f", {wrong} hard negatives" * bool(wrong)
         self.say(f"{counts}, {self.total_steps} steps on {self.device}")
         if config.select_on == "test":
             self.say(f"NOTE: the checkpoint is selected on the test set, {config.selection}")
@@ -156,27 +157,13 @@ class Run:
 
     def check_batches(self) -> None:
         """Tells what the user may not expect of the size of the batches and of the corpora."""
-        config, size, pairs = self.config, self.batch_size, self.corpus.taken
-        if size < config.batch_size:
-            self.say(
-                f"batch size {config.batch_size} is larger than the data: "
-                f"all {pairs} pairs make one batch"
-            )
+        size = self.batch_size
         if size < self.ranks.count:
             raise UserError(
                 f"a batch of {size} pairs is too small for {self.ranks.count} processes"
             )
-        one_clip = config.ids in ("clip", "both") and len(self.corpus.file_of.unique()) == 1
-        if config.loss == "infonce" and (size == 1 or one_clip):
-            self.say(
-                "NOTE: no pair of a batch has a negative: the contrastive loss is 0 and trains "
-                "nothing"
-            )
-        if self.held_out is not None and len(self.held_out.clips) == 1:
-            self.say(
-                f"NOTE: {config.selection} has one clip, which every model finds: the first epoch "
-                "is kept"
-            )
+        for note in notes.of_batches(self.config, size, self.corpus, self.held_out):
+            self.say(note)
 
     def prepare_model(self) -> None:
         """Gives the model the statistics of the corpus, its precision and its device."""
@@ -196,6 +183,9 @@ class Run:
             epoch = self.progress.epoch
             if self.extended:
                 self.progress.since = 0
+            before, step = read_config(folder).epochs, self.progress.step
+            for note in notes.of_epochs(self.config, before, step, self.epoch_steps):
+                self.say(note)
             if epochs < epoch - (0 if self.progress.batch else 1):
                 raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
         elif self.first:
@@ -291,15 +281,11 @@ class Run:
 
     def mind_contraction(self, median: float | None) -> None:
         """Tells, once, that the radius has run away from the gap."""
-        self.reversed_steps = self.reversed_steps + 1 if (median or 0.0) < 0 else 0
-        if self.reversed_steps == REVERSED_STEPS and not self.told:
+        reverses = (median or 0.0) < notes.REVERSED
+        self.reversed_steps = self.reversed_steps + 1 if reverses else 0
+        if self.reversed_steps == notes.REVERSED_STEPS and not self.told:
             self.told = True
-            self.say(
-                f"NOTE: for {REVERSED_STEPS} steps most pairs have had a radius R beyond their gap "
-                "r: the factor 1 - R/r on the push of the negatives is negative, so it is turned "
-                "round instead of shrunk. Remedy: --support sphere and --beta 1 keep R near r, "
-                "--radius-bound gap with --radius-init 0.9 below it"
-            )
+            self.say(notes.of_contraction(self.config))
 
     # ----------------------------------------------------------------------------- what it leaves
 

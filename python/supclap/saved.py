@@ -97,22 +97,37 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():
+            raise UserError(f"--index {path}: no such file")
         try:
-            self.files, self.vectors = self.read()
+            self.files, self.vectors, self.weights = self.read()
             count = self.vectors.ntotal if path.suffix == ".faiss" else len(self.vectors)
             if count != len(self.files):
                 raise ValueError(f"{count} vectors and {len(self.files)} names")
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"--index {path}: no embeddings of audio: {error}") from error
 
-    def read(self) -> tuple[list[str], Any]:
+    def read(self) -> tuple[list[str], Any, str | None]:
+        """The files, their vectors, and what tells the weights that made them, if it is known."""
+        vectors: Any
         if self.path.suffix == ".safetensors":
             with safe_open(self.path, "pt") as stored:
-                return json.loads(stored.metadata()["files"]), stored.get_tensor("audio")
-        names = json.loads(names_of(self.path).read_text(encoding="utf-8"))["files"]
-        if self.path.suffix == ".faiss":
-            return names, import_faiss().read_index(str(self.path))
-        return names, torch.from_numpy(np.load(self.path, allow_pickle=False))
+                note = stored.metadata() or {}
+                files = json.loads(note.get("files", "[]"))
+                vectors = stored.get_tensor("audio") if files else None
+        else:
+            beside = names_of(self.path)
+            if not beside.is_file():
+                raise ValueError(f"{beside.name}, which names what its vectors are of, is missing")
+            note = json.loads(beside.read_text(encoding="utf-8"))
+            files = note.get("files")
+            if self.path.suffix == ".faiss":
+                vectors = import_faiss().read_index(str(self.path))
+            else:
+                vectors = torch.from_numpy(np.load(self.path, allow_pickle=False))
+        if not files:
+            raise ValueError("it names no files; `supclap embed` writes an index of sounds")
+        return files, vectors, note.get("weights")
 
     @property
     def width(self) -> int:

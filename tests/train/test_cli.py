@@ -110,7 +110,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(corpus, run, capsys):
         (["eval", "{run}", "--data", "{tmp}/none.csv"], "manifest not found"),
         (["eval", "{run}", "--data", "{corpus}/val.csv", "--json", "{tmp}/a/b"], "no folder"),
         (["train", "--data", "{tmp}/none.csv", "--out", "{tmp}/x"], "manifest not found"),
-        (["train", "--data", "{corpus}", "--out", "{tmp}/x"], "cannot read the manifest"),
+        (["train", "--data", "{corpus}", "--out", "{tmp}/x"], "is a folder, no manifest"),
         (["train", "--data", "{corpus}/val.csv", "--out", "{file}/x"], "Not a directory"),
         (["train", "--data", "a", "--out", "b", "--epochs", "0"], "--epochs must be at least 1"),
         (["train", "--data", "a", "--out", "b", "--threads", "0"], "--threads must be at least 1"),

@@ -177,7 +177,7 @@ def test_a_cut_clip_is_bad_when_it_is_first_read(corpus, tmp_path, cache):
 def test_check_and_train_say_so(corpus, tmp_path, capsys):
     assert main(["check", str(corpus)]) == 1
     printed = capsys.readouterr().out
-    assert "line 3 (1.mp3): it is cut off" in printed and "1 problems" in printed
+    assert "line 3 (1.mp3): it is cut off" in printed and printed.endswith("\n1 problem\n")
     assert "seconds: 6.00 to 6.00" in printed
     run = tmp_path / "run"
     arguments = ["train", "--data", str(corpus), "--out", str(run), "--epochs", "3", *TINY]

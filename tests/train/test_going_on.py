@@ -130,6 +130,7 @@ def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "is finished; go on with more than its --epochs 2, or begin" in message
     assert main(["train", "--resume", str(run), "--epochs", "4"]) == 0
+    assert "NOTE" not in capsys.readouterr().out
     for name in ("log", "val"):
         assert log_of(run, name) == log_of(whole, name)
     ours, theirs = load_model(run).state_dict(), load_model(whole).state_dict()
@@ -137,6 +138,15 @@ def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
     assert read_config(run).epochs == 4 and not (run / STATE).exists()
     assert main(["train", "--resume", str(run), "--epochs", "3"]) == 2
     assert "more than its --epochs 4" in capsys.readouterr().err
+
+
+def test_more_epochs_change_the_learning_rate(manifest, tmp_path, capsys):
+    run = train(settings(manifest, tmp_path / "run", batch_size=6, epochs=2))
+    assert main(["train", "--resume", str(run), "--epochs", "4"]) == 0
+    rate = log_of(run)[6]["lr"]
+    assert log_of(run)[5]["lr"] < 0.2 * rate and len(log_of(run)) == 12
+    told = f"NOTE: 4 epochs instead of 2: the learning rate goes on with {rate:.2g} instead of 0\n"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -37,6 +37,30 @@ def test_clotho_with_any_number_of_columns_and_a_language(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name, what", [("folder", "a folder"), ("a.flac", "a sound")])
+def test_what_is_no_manifest(tmp_path, name, what):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.flac").write_bytes(b"fLaC")
+    with pytest.raises(UserError, match=f"{name} is {what}, no manifest"):
+        read_manifest(tmp_path / name)
+
+
+def test_clips_with_fewer_captions(tmp_path):
+    text = "audio,caption,caption_2,caption_3\na.wav,one,,two\nb.wav,,three,\nc.wav,four, ,\n"
+    rows = [
+        {"audio": "a.wav", "caption": "one", "caption_2": None, "caption_3": "two"},
+        {"audio": "b.wav", "caption": "", "caption_2": "three"},
+        {"audio": "c.wav", "caption": "four"},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    for name, content in (("m.csv", text), ("m.jsonl", lines)):
+        assert captions_by_file(read_manifest(written(tmp_path, name, content))) == {
+            "a.wav": [("one", "eng"), ("two", "eng")],
+            "b.wav": [("three", "eng")],
+            "c.wav": [("four", "eng")],
+        }
+
+
 def test_one_caption_a_row(tmp_path):
     text = "file_name,caption\na.wav,one\nb.wav,two\na.wav,three\n"
     assert captions_by_file(read_manifest(written(tmp_path, "m.csv", text))) == {
@@ -154,7 +178,7 @@ def test_webdataset_tars(tmp_path):
         ("m.json", '{"rows": []}', 'needs a list, or one under "data"'),
         ("m.json", "{", "cannot read the manifest"),
         ("m.json", '{"data": []}', "it has no clip"),
-        ("m.csv", "youtube_id,start_time\nx,1\n", "has no column 'caption'"),
+        ("m.csv", "youtube_id,start_time\nx,1\n", "has no column of captions"),
         ("m.csv", "audiocap_id,youtube_id,caption\n1,,x\n", "line 2: youtube_id is empty"),
         ("m.tar", "this is no tar at all", "cannot read the manifest"),
         ("gone-{0..1}.tar", None, "manifest not found"),

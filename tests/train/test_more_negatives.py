@@ -144,6 +144,13 @@ def test_wrong_captions_that_cannot_be(manifest):
         read_manifest(path)
 
 
+def test_they_are_counted(wrong, tmp_path, capsys):
+    count = sum(len(clip.wrong) for clip in read_manifest(wrong))
+    assert count and check(wrong)[0].count(f"hard negatives: {count}") == 1
+    train(settings(wrong, tmp_path / "run", epochs=1))
+    assert f"18 pairs, {count} hard negatives, " in capsys.readouterr().out
+
+
 def test_the_loss_has_them_for_columns(wrong, tmp_path):
     """Against the reference on the model's own embeddings."""
     run = train(settings(wrong, tmp_path / "run", batch_size=18, **STILL))

@@ -1,6 +1,7 @@
 """The library in Python: `supclap.train`, `supclap.load`; embeddings in files, and searches."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +15,13 @@ from interface_cases import close
 from safetensors import safe_open
 from supclap import embeddings, saved
 from supclap.cli import main
+from supclap.config import MODEL, TRAIN, ModelConfig, TrainConfig
 from supclap.corpus import load_corpus
 from supclap.embeddings import embed_corpus
+from supclap.errors import UserError
 from supclap.interface import samples_of
 from supclap.search import embed, search
+from supclap.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,6 +155,55 @@ def test_a_folder_is_embedded_and_searched(manifest, run, model, tmp_path, capsy
     assert len(like) == 9 and like[0][1] == "deep/rain.wav" and near(like[0][0], 1, within=1e-5)
 
 
+@pytest.mark.parametrize("ending", saved.ENDINGS)
+def test_an_index_of_other_weights(manifest, run, tmp_path, ending):
+    out, sounds = tmp_path / f"index{ending}", tmp_path / "sounds"
+    sounds.mkdir()
+    (sounds / "dog.wav").write_bytes((manifest.parent / "dog.wav").read_bytes())
+    embed(run, sounds, out)
+    other = train(settings(manifest, tmp_path / "other", init=run, epochs=1))
+    with pytest.raises(UserError, match="other weights wrote it than those of .*other; write it"):
+        search(other, "a dog", index=out)
+    shutil.copytree(run, tmp_path / "moved")
+    assert search(tmp_path / "moved", "a dog", index=out)[0][0][1] == "dog.wav"
+
+
+def test_an_index_without_a_mark_of_its_weights(run, model, tmp_path):
+    """As earlier versions wrote them, and other programs do."""
+    vectors = model.embed_text(["a dog", "rain"])
+    saved.Saved(audio=vectors, files=["dog.wav", "rain.wav"]).write(tmp_path / "a.safetensors")
+    assert search(run, "rain", index=tmp_path / "a.safetensors")[0][0][1] == "rain.wav"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("none.npy", "none.npy: no such file"),
+        ("bare.npy", "bare.npy.json, which names what its vectors are of, is missing"),
+        ("lines.npy", "it names no files; `supclap embed` writes an index"),
+        ("lines.safetensors", "it names no files; `supclap embed` writes an index"),
+    ],
+)
+def test_what_is_no_index(run, tmp_path, name, expected):
+    (tmp_path / "lines.txt").write_text("a dog\n")
+    for ending in (".npy", ".safetensors"):
+        embed(run, tmp_path / "lines.txt", tmp_path / f"lines{ending}")
+    np.save(tmp_path / "bare.npy", np.zeros((2, 32), dtype=np.float32))
+    with pytest.raises(UserError, match=expected):
+        search(run, "a dog", index=tmp_path / name)
+
+
+def test_sentences_are_strings(model):
+    with pytest.raises(TypeError, match="sentences are strings"):
+        model.embed_text([3])
+
+
+def test_every_setting_is_explained_in_python():
+    for name, setting in (TRAIN | MODEL).items():
+        of = TrainConfig if name in TRAIN else ModelConfig
+        assert f"    {name}: {setting.metadata['help']}" in of.__doc__
+
+
 def test_what_is_written(manifest, run, model, tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("a dog\n\n  ein Hund \n")
     embed(run, tmp_path / "lines.txt", tmp_path / "t.safetensors", language="deu")
@@ -183,7 +236,7 @@ def test_what_is_written(manifest, run, model, tmp_path, capsys):
     for arguments, expected in (
         (["--index", tmp_path / "text.npy"], "search for a sentence, or"),
         (["x", "--index", tmp_path / "text.npy"], "no embeddings of audio"),
-        (["x", "--index", tmp_path / "none.safetensors"], "no embeddings of audio"),
+        (["x", "--index", tmp_path / "none.safetensors"], "no such file"),
         (["x", "--index", tmp_path / "t.safetensors"], "no embeddings of audio"),
     ):
         assert main(["search", str(run), *map(str, arguments)]) == 2

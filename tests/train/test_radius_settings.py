@@ -6,6 +6,7 @@ import pytest
 import torch
 from clips import log_of, near, settings
 from interface_cases import close
+from supclap import notes
 from supclap import run as module
 from supclap.errors import UserError
 from supclap.model import SupclapModel
@@ -103,25 +104,29 @@ def test_a_run_takes_no_radius_of_the_other_kind(manifest, tmp_path, capsys, svr
     assert near(line["contraction_50"], 0.6, within=1e-3)
 
 
-@pytest.mark.parametrize("init, told", [(9.0, 1), (0.1, 0)])
-def test_a_radius_that_ran_away_is_told_once(manifest, tmp_path, monkeypatch, capsys, init, told):
-    monkeypatch.setattr(module, "REVERSED_STEPS", 3)
-    options = {"svr": "bi-static", "radius_init": init, "batch_size": 4, "epochs": 6}
+@pytest.mark.parametrize("init, told, beta", [(9.0, 1, 0.5), (9.0, 1, 1.0), (0.1, 0, 0.5)])
+def test_a_radius_that_ran_away_is_told_once(
+    manifest, tmp_path, monkeypatch, capsys, init, told, beta
+):
+    """With a remedy that the run does not have."""
+    monkeypatch.setattr(notes, "REVERSED_STEPS", 3)
+    options = {"svr": "bi-static", "radius_init": init, "batch_size": 4, "epochs": 6, "beta": beta}
     train(settings(manifest, tmp_path / "run", **options))
     printed = capsys.readouterr().out
     assert printed.count("NOTE: for 3 steps most pairs have had a radius R beyond") == told
-    assert ("--support sphere" in printed and "--radius-bound gap" in printed) == bool(told)
+    assert ("--radius-bound gap" in printed) == bool(told)
+    assert ("--support sphere" in printed) == bool(told and beta < 1)
 
 
 def test_a_few_steps_are_no_reason_to_warn():
     run = module.Run.__new__(module.Run)
     run.reversed_steps, run.told, said = 0, False, []
-    run.say = said.append
-    for median in [-0.1] * 49 + [0.1] + [-0.1] * 49 + [None] + [-0.1] * 49:
+    run.say, run.config = said.append, settings("data.csv", "run")
+    for median in [-0.6] * 49 + [-0.4] * 100 + [-0.6] * 49 + [None] + [-0.6] * 49:
         run.mind_contraction(median)
     assert not said
     for _ in range(200):
-        run.mind_contraction(-0.1)
+        run.mind_contraction(-0.6)
     assert len(said) == 1
 
 

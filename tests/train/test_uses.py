@@ -200,12 +200,17 @@ def test_public_layouts(tmp_path):
     clips, labels, folds = labelled_clips(tmp_path / "us")
     assert clips[0].path == tmp_path / "us/audio/fold5/1-3.wav"
     assert labels == ["dog bark"] and folds == ["5"]
+    for column in ("audio", "path", "wav", "filename"):
+        (tmp_path / "own.csv").write_text(f"{column},label\nx.wav,dog_bark\n")
+        clips, labels, folds = labelled_clips(tmp_path / "own.csv")
+        assert clips[0].path == tmp_path / "x.wav" and labels == ["dog bark"]
     (tmp_path / "none").mkdir()
     for data, text, expected in (
         ("none", None, "neither ESC-50"),
         ("gone.csv", None, "no such file"),
         ("a.csv", "file_name,class\nx,y\n", "no column 'label'; it has file_name, class"),
         ("b.csv", "file_name,label\nx,y\nz,\n", "line 3: label is empty"),
+        ("d.csv", "file,label\nx,y\n", "no column of files \\(file_name, audio, path"),
         ("c.csv", "file_name,label\n", "a header and no clip"),
     ):
         if text is not None:
