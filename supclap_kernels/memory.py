@@ -17,6 +17,7 @@ from .plan import Plan
 from .reference import svr_loss_reference
 
 
+@torch.inference_mode(False)
 def memory_estimate(
     N: int,
     D: int,
@@ -60,14 +61,16 @@ def memory_estimate(
 
 
 def eager_pass(options: Options, negatives: Negatives) -> Step:
-    """Forward and backward of the specification."""
+    """Forward and backward of the specification, which any autograd mode of the caller's has."""
     named = options._asdict()
     return_stats = named.pop("stats")
 
+    @torch.enable_grad()
     def step(inputs: Tensors, needs: tuple[bool, ...], upstream: Tensor) -> Sequence[Tensor | None]:
         given = (inputs.audio, inputs.text, inputs.radius, inputs.scale.to("meta"))
         leaves = [None if x is None else x.detach().requires_grad_() for x in given]
-        loss = svr_loss_reference(*leaves, negatives=negatives, return_stats=return_stats, **named)
+        found = svr_loss_reference(*leaves, negatives=negatives, return_stats=return_stats, **named)
+        loss = found[0] if return_stats else found
         return torch.autograd.grad(loss, [x for x in leaves if x is not None], upstream)
 
     return step

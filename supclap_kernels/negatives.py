@@ -13,8 +13,8 @@ class Negatives(NamedTuple):
         fused_svr_loss(audio, text, negatives=Negatives(text=wrong_captions))
 
     They get a gradient if they require one. They have no row of their own, no positive and no
-    support vector. `normalize` is of them, too. Without their ids every row is compared with all
-    of them.
+    support vector. `normalize` normalises them, too. Without their ids every row is compared with
+    all of them.
     """
 
     audio: Tensor | None = None

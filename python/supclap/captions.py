@@ -1,4 +1,4 @@
-"""How manifests are written, and which captions a row or an object of one holds."""
+"""Which captions a row or an object of a manifest holds; formats.py says how they are written."""
 
 from __future__ import annotations
 
@@ -8,24 +8,6 @@ from typing import Any
 from .languages import LANGUAGE, caption_language, language_code
 from .tables import clean
 
-FORMATS = """\
-    CSV    file_name, caption_1, ... caption_k [, lang]     Clotho; rows of one file are joined
-           file_name, caption [, lang]                      one caption a row
-           file_name, caption, caption_fr, caption_de_1     several languages
-           audiocap_id, youtube_id, start_time, caption     AudioCaps as published
-           audio, path, wav or filename for file_name; .tsv: tabs for commas
-    JSON   {"data": [{"id" | "audio", "caption" | "caption_1", ..., ["lang"]}]}   WavCaps, ML-CLAP
-    JSONL  {"audio": ..., "captions": ["..."] | {"eng": ["..."]} [, "lang": "eng"]}
-    Parquet   a row as a line of JSONL; its audio a name, or {"bytes", "path"} (datasets' Audio)
-    tar    KEY.flac beside KEY.json (of JSONL's keys, or "text") or KEY.txt; {000..012} in a name
-           stands for all of them
-
-Captions are in `caption`, `caption_2`, `caption_fr`, `caption_fr_2` and `captions`;
-`hard_negative`, `hard_negative_2` and `hard_negatives` hold captions that are wrong for the clip;
-every other column is unused. A clip may have any number of captions. A file is looked for in the
-manifest's own folder, then in `audio/` beside it: under its name as written, then under one that
-looks the same.
-"""
 LANGUAGE_KEYS = ("lang", "language")
 WRONG = re.compile(r"hard_negatives?(_\d+)?")  # captions that are wrong for the clip
 
@@ -38,28 +20,46 @@ def holds_captions(column: str, texts: list[str | None]) -> bool:
     return any(is_text(text) for text in texts)
 
 
+def is_missing(value: Any) -> bool:
+    """Whether JSON has null or NaN where a value could be."""
+    return value is None or value != value
+
+
+def is_hole(value: Any) -> bool:
+    """Whether a cell is empty, or says as tables do that there is nothing."""
+    text = value.strip().lower() if isinstance(value, str) else None
+    return is_missing(value) or text in ("", "nan", "none", "null")
+
+
 def is_text(value: Any) -> bool:
-    """Whether a value has letters, and is not how tables say that there is none."""
-    text = value.strip().lower() if isinstance(value, str) else ""
-    return text not in ("nan", "none", "null") and any(letter.isalpha() for letter in text)
+    """Whether a value has letters, and is no hole."""
+    return isinstance(value, str) and not is_hole(value) and any(map(str.isalpha, value))
+
+
+def check_any(entry: dict[Any, Any], columns: list[str]) -> None:
+    """Raises a ValueError where all columns of captions that name no language are holes: another
+    may lack a translation, and have fewer captions, but one there is."""
+    plain = [name for name in columns if not caption_language(name)]
+    if plain and all(is_hole(entry[name]) for name in plain):
+        verb = "is empty" if len(plain) == 1 else "are empty"
+        raise ValueError(f"{', '.join(plain)} {verb}")
 
 
 def captions_in(row: dict[Any, Any], columns: list[str]) -> list[tuple[str, str]]:
     """Returns captions and languages of one row; a ValueError says what is wrong."""
     code = clean(row.get("lang") or row.get("language"))
     language = language_code(code) if code else LANGUAGE
-    # A wide table has holes: where a clip has fewer captions, and where a translation is missing.
-    plain = [name for name in columns if not caption_language(name)]
-    if plain and not any(clean(row[name]) for name in plain):
-        raise ValueError(f"{plain[0]} is empty")
-    held = [
+    check_any(row, columns)
+    if any(row[name] is None for name in columns if not caption_language(name)):
+        raise ValueError("fewer fields than the header has columns")
+    captions = [
         (clean(row[name]), caption_language(name) or language)
         for name in columns
-        if (is_text(row[name]) if caption_language(name) else clean(row[name]))
+        if (is_text(row[name]) if caption_language(name) else not is_hole(row[name]))
     ]
-    if not held:
+    if not captions:
         raise ValueError("no caption")
-    return held
+    return captions
 
 
 def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -67,18 +67,19 @@ def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]
     says what is wrong."""
     columns = [key for key in entry if caption_language(key) is not None]
     columns = [key for key in columns if not caption_language(key) or holds_text(entry[key])]
-    filled = [key for key in columns if caption_language(key) or entry[key] not in (None, "")]
-    columns = filled if any(not caption_language(key) for key in filled) else columns
     columns = ["captions"] if entry.get("captions") or not columns else columns
     columns = [key for key in columns if key in entry] or [key for key in ("text",) if key in entry]
     if not columns:
         raise ValueError("no caption: it needs captions, caption or caption_1")
+    check_any(entry, columns)
     pairs: list[tuple[Any, Any]] = []
     for key in columns:
         value, numbered = entry[key], f"source_lang_{key.removeprefix('caption_')}"
         by_language = [(caption_language(key) or entry.get(numbered), value)]
         if isinstance(value, dict):
             by_language = [(code, texts) for code, texts in value.items() if texts is not None]
+        elif is_hole(value):
+            by_language = [(by_language[0][0], None)]
         pairs += [(text, code) for code, texts in by_language for text in as_list(texts)]
     shared = next((entry[key] for key in LANGUAGE_KEYS if entry.get(key)), LANGUAGE)
     silent = sum(code is None for _, code in pairs)
@@ -86,6 +87,7 @@ def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]
         raise ValueError(f"{silent} captions and {len(shared)} languages")
     others = iter(shared if isinstance(shared, list) else [shared] * silent)
     pairs = [(text, next(others) if code is None else code) for text, code in pairs]
+    pairs = [(text, code) for text, code in pairs if not is_missing(text)]
     if not pairs:
         raise ValueError("no caption: it needs captions, caption or caption_1")
     if not all(isinstance(part, str) for pair in pairs for part in pair):
@@ -103,7 +105,7 @@ def holds_text(value: Any) -> bool:
 def wrong_in(entry: dict[Any, Any]) -> tuple[str, ...]:
     """Returns the captions that are wrong for a clip; a ValueError says what is wrong with them."""
     named = [key for key in entry if isinstance(key, str) and WRONG.fullmatch(key)]
-    values = [x for key in named for x in as_list(entry[key]) if x is not None and x != ""]
+    values = [x for key in named for x in as_list(entry[key]) if not is_hole(x)]
     if not all(isinstance(x, str) for x in values):
         raise ValueError("hard_negatives must be a string, or a list of them")
     return tuple(clean(x) for x in values if is_text(x))

@@ -144,8 +144,8 @@ class TrainConfig:
     spec_augment: int = setting(0, "masks over a clip's frames, and as many over its bins")
     caption_dropout: float = setting(0.0, "share of a caption's words that training leaves out")
     queue: int = setting(
-        0, "past pairs that are further negatives of a batch, over all processes; few are safer: "
-        "an older model embedded them"
+        0, "past pairs that are further negatives of a batch, over all processes; those of a short "
+        "queue are of nearly the same model"
     )  # fmt: skip
     optimizer: str = setting("adamw", "decay is on matrices only", "adamw", "adam")
     lr: float = setting(1e-3, "peak learning rate")
@@ -277,12 +277,23 @@ CHOICES = {
     for name, setting in (TRAIN | MODEL).items()
     if setting.metadata["choices"]
 }
-for of in (ModelConfig, TrainConfig):
-    lines = [
-        f"    {setting.name}: {setting.metadata.get('help', 'its model')}" for setting in fields(of)
-    ]
-    of.__doc__ = "\n".join([f"{of.__doc__}", "", *lines])
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
+
+
+def explain(settings: type) -> None:
+    """Adds every setting, as --help has it, to the docstring of its class."""
+    lines = []
+    for setting in fields(settings):
+        choices = setting.metadata.get("choices")
+        text = setting.metadata.get("help", "the settings of both towers")
+        lines.append(
+            f"    {setting.name}: {text}" + (f" ({', '.join(choices)})" if choices else "")
+        )
+    settings.__doc__ = "\n".join([str(settings.__doc__), "", *lines])
+
+
+explain(ModelConfig)
+explain(TrainConfig)
 
 
 def kind_of(setting: Field[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from .corpus import naming
 from .embeddings import DEFAULTS, EmbedOptions, embed_clips, embed_features, embed_text
 from .errors import UserError
 from .languages import LANGUAGE, language_code
-from .manifest import Clip
+from .manifest import SHOWN, Clip
 from .model import load_model
 from .ranks import choose_device
 
@@ -68,9 +69,9 @@ class Embedder:
             clips = [Clip(str(path), path, ()) for path in paths]
             if not clips:
                 return torch.empty(0, self.width)
-            for path in paths:
-                if not path.exists():
-                    raise UserError(f"{path}: no such file")
+            missing = [str(path) for path in paths if not os.path.exists(path)]
+            if missing:
+                raise UserError(f"no such file: {', '.join(missing[:SHOWN])}")
             options = replace(self.options, skip_bad_audio=False)  # a row for each
             return embed_clips(self.model, clips, Path("the list"), options)[0]
         features = [self.features(sound, sample_rate) for sound in sounds]
@@ -109,7 +110,7 @@ class Embedder:
         """
         sentences = [captions] if isinstance(captions, str) else list(captions)
         if not all(isinstance(sentence, str) for sentence in sentences):
-            raise TypeError("sentences are strings")
+            raise TypeError(f"captions must be strings, got {sentences[:3]!r}")
         if not all(sentence.strip() for sentence in sentences):
             raise UserError("a sentence is empty")
         if not sentences:

@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import UserError
 from .folders import Folders
 from .languages import caption_language
-from .manifest import FILE_COLUMNS, OF_FILES, Clip, first_of, read_manifest
+from .manifest import FILE_COLUMNS, OF_FILES, Clip, first_of, listed, read_manifest
 from .tables import TOO_MANY, clean, csv_rows
 
 LAYOUTS = (
@@ -52,22 +52,22 @@ def labelled_clips(data: Path) -> tuple[list[Clip], list[str], list[str]]:
             f"{data} is neither ESC-50 (meta/esc50.csv) nor UrbanSound8K "
             "(metadata/UrbanSound8K.csv); pass a CSV with the columns audio, label"
         )
-    table, file_column, label_column, pattern = (
-        present[0] if present else (data, "file_name", "label", "")
-    )
+    table, file_column, label_column, pattern = present[0] if present else (data, "", "label", "")
     try:
         columns, rows = csv_rows(table)
     except FileNotFoundError:
         raise UserError(f"no such file: {table}") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {table}: {error}") from error
+    if not columns:
+        raise UserError(f"{table} is empty: it needs columns such as audio, label")
     if not present:
         file_column = first_of(FILE_COLUMNS, columns) or ""
         if not file_column:
-            raise UserError(f"{table} has no column {OF_FILES}; it has {', '.join(columns)}")
+            raise UserError(f"{table} has no column {OF_FILES}; it has {listed(columns)}")
     for name in (file_column, label_column):
         if name not in columns:
-            raise UserError(f"{table} has no column {name!r}; it has {', '.join(columns)}")
+            raise UserError(f"{table} has no column {name!r}; it has {listed(columns)}")
     if not rows:
         raise UserError(f"{table} has a header and no clip")
     base, places = (data, [pattern]) if pattern else (table.parent, ["{name}", "audio/{name}"])

@@ -1,10 +1,11 @@
-"""Which clips there are, and their captions; captions.py says how manifests are written."""
+"""Which clips there are, and their captions; formats.py says how manifests are written."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -109,10 +110,12 @@ def first_of(names: Iterable[str], columns: Iterable[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def separated(columns: list[str]) -> str:
-    """What to say of a table with one column, whose name looks like several."""
-    among = len(columns) == 1 and re.search(r"[;|\t]", columns[0])
-    return "; commas separate the columns of a .csv, tabs those of a .tsv" if among else ""
+def listed(columns: list[str]) -> str:
+    """Names the columns of a table, and says what separates them if its only name looks like
+    several."""
+    several = len(columns) == 1 and re.search(r"[,;|\t]", columns[0])
+    hint = "; commas separate the columns of a .csv, tabs those of a .tsv" if several else ""
+    return ", ".join(columns) + hint
 
 
 def read_csv(reading: Reading) -> None:
@@ -130,7 +133,7 @@ def read_csv(reading: Reading) -> None:
     if missing:
         raise UserError(
             f"manifest {manifest} has no column {' and none '.join(missing)}; it has "
-            f"{', '.join(columns)}{separated(columns)}"
+            f"{listed(columns)}"
         )
     if not rows:
         raise UserError(f"manifest {manifest} is empty: it has a header and no clip")
@@ -277,9 +280,13 @@ def expand(manifest: Path) -> list[Path]:
 def readings(manifest: Path) -> Iterator[Reading]:
     """Yields what each file of a manifest holds."""
     for path in expand(manifest):
-        what = "a folder" if path.is_dir() else "a sound" if is_audio(path.name) else None
-        if what:
-            raise UserError(f"{path} is {what}, no manifest; `supclap check --help` shows them")
+        sound = is_audio(path.name) and os.path.isfile(path)
+        if sound or os.path.isdir(path):
+            what = "a sound" if sound else "a folder"
+            raise UserError(
+                f"{path} is {what}, no manifest; `supclap check --help` shows the formats, and "
+                "`supclap embed` takes folders of sounds"
+            )
         reader = READERS.get(path.suffix.lower(), read_csv)
         reading = Reading(path)
         try:

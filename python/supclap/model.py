@@ -223,12 +223,12 @@ def load_criterion(run: Path, criterion: nn.Module) -> bool:
     return True
 
 
-def fingerprint(run: Path) -> str:
-    """What tells the weights of a run from any others: of its file, 16 hexadecimal digits."""
+def checksum(model: nn.Module) -> str:
+    """Returns 16 hexadecimal digits that other weights do not have."""
     digest = hashlib.sha256()
-    with (run / WEIGHTS).open("rb") as stream:
-        while part := stream.read(2**20):
-            digest.update(part)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

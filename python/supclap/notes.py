@@ -35,14 +35,15 @@ def of_batches(
 
 def of_epochs(config: TrainConfig, before: int, step: int, epoch_steps: int) -> list[str]:
     """Of a run that goes on with another number of epochs than before."""
-    was, now = (
-        config.lr * schedule(config, step, n * epoch_steps) for n in (before, config.epochs)
-    )
+    if step >= config.epochs * epoch_steps:
+        return []
+    shares = (schedule(config, step, n * epoch_steps) for n in (before, config.epochs))
+    was, now = (f"{100 * share:.0f} %" for share in shares)
     if was == now:
         return []
     return [
-        f"NOTE: {config.epochs} epochs instead of {before}: the learning rate goes on with "
-        f"{now:.2g} instead of {was:.2g}"
+        f"NOTE: {config.epochs} epochs instead of {before}: the learning rate goes on at {now} of "
+        f"its peak, which would have been at {was}"
     ]
 
 

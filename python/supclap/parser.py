@@ -7,8 +7,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from .captions import FORMATS
 from .config import MODEL, MOVABLE, RECIPES, TRAIN, flag, holds_many, kind_of
+from .formats import FORMATS
 
 SHARED = ("device", "threads", "skip_bad_audio", "workers", "cache")
 

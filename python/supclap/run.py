@@ -102,7 +102,7 @@ class Run:
         counts = f"{len(self.corpus.clips)} clips, {len(self.corpus.captions)} pairs"
         counts += f", {pairs} of them in an epoch" * (pairs != len(self.corpus.captions))
         wrong = sum(len(clip.wrong) for clip in self.corpus.clips)
-        counts += f", {wrong} hard negatives" * bool(wrong)
+        counts += f", {wrong} hard negative" * bool(wrong) + "s" * (wrong > 1)
         self.say(f"{counts}, {self.total_steps} steps on {self.device}")
         if config.select_on == "test":
             self.say(f"NOTE: the checkpoint is selected on the test set, {config.selection}")
@@ -183,11 +183,11 @@ class Run:
             epoch = self.progress.epoch
             if self.extended:
                 self.progress.since = 0
+            if epochs < epoch - (0 if self.progress.batch else 1):
+                raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
             before, step = read_config(folder).epochs, self.progress.step
             for note in notes.of_epochs(self.config, before, step, self.epoch_steps):
                 self.say(note)
-            if epochs < epoch - (0 if self.progress.batch else 1):
-                raise UserError(f"{folder} is in epoch {epoch}: --epochs {epochs} is fewer")
         elif self.first:
             folder.mkdir(parents=True, exist_ok=True)
             logs = ("log.jsonl", "val.jsonl", "speed.jsonl", "diagnostics.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class Saved:
     captions: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)  # of each caption
     labels: list[str] = field(default_factory=list)  # of each clip, if it has one
-    note: dict[str, str] = field(default_factory=dict)  # the run, and what it was selected on
+    note: dict[str, str] = field(
+        default_factory=dict
+    )  # the run, its weights, what it was selected on
 
     def names(self) -> dict[str, list[str]]:
         """What the vectors are of."""
@@ -97,8 +100,10 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"--index {path}: no such file")
+        if path.suffix not in ENDINGS:
+            raise UserError(f"--index {path}: known endings are {', '.join(ENDINGS)}")
         try:
             self.files, self.vectors, self.weights = self.read()
             count = self.vectors.ntotal if path.suffix == ".faiss" else len(self.vectors)
@@ -120,6 +125,8 @@ class Index:
             if not beside.is_file():
                 raise ValueError(f"{beside.name}, which names what its vectors are of, is missing")
             note = json.loads(beside.read_text(encoding="utf-8"))
+            if not isinstance(note, dict):
+                raise ValueError(f"{beside.name} holds no object")
             files = note.get("files")
             if self.path.suffix == ".faiss":
                 vectors = import_faiss().read_index(str(self.path))

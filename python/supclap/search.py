@@ -15,7 +15,7 @@ from .interface import Embedder
 from .labels import is_labelled, read_clips_of
 from .languages import LANGUAGE
 from .manifest import Clip
-from .model import fingerprint, load_model, selection_note
+from .model import checksum, load_model, selection_note
 from .saved import Index, Saved, best_of, check_ending
 from .tables import read_text
 
@@ -83,7 +83,7 @@ def embed(
     if only is None:
         counts = torch.tensor([len(clip.captions) for clip in clips])
         saved.clip_of = torch.repeat_interleave(torch.arange(len(clips)), counts)
-    saved.note = {"run": str(run), "weights": fingerprint(run)} | selection_note(run)
+    saved.note = {"run": str(run), "weights": checksum(model)} | selection_note(run)
     saved.write(out)
     return saved, skipped
 
@@ -116,10 +116,10 @@ def search(
             f"--index {index}: it has {saved.width} dimensions and {run} {model.width}: another "
             "run wrote it"
         )
-    if saved is not None and saved.weights not in (None, fingerprint(run)):
+    if saved is not None and saved.weights and saved.weights != checksum(model.model):
         raise UserError(
-            f"--index {index}: other weights wrote it than those of {run}; write it again with "
-            f"supclap embed {run}"
+            f"--index {index}: other weights wrote it than those of {run}; write it again: "
+            f"supclap embed {run} --data FOLDER --out {index}"
         )
     embedded = model.embed_audio(query) if isinstance(query, Path) else None
     vector = (model.embed_text(str(query), language) if embedded is None else embedded)[0]

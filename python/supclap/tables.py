@@ -29,8 +29,8 @@ def clean(text: Any) -> str:
     except UnicodeEncodeError:
         shown = cleaned.encode("ascii", "backslashreplace").decode()
         raise ValueError(
-            f"'{shown}' is not Unicode text (bytes that are not UTF-8, as which it should be "
-            "saved, or half a surrogate pair)"
+            f"'{shown}' is not Unicode text (bytes that are not UTF-8: save the file as "
+            "UTF-8; or half a surrogate pair)"
         ) from None
     return cleaned
 

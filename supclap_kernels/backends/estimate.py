@@ -66,9 +66,9 @@ class Kind(NamedTuple):
         return 1 + self.infonce + support
 
 
-def eager_bytes(N: int, directions: int, itemsize: int = 4) -> int:
+def eager_bytes(N: int, directions: int) -> int:
     """Memory of eager PyTorch at its peak."""
-    return (EAGER_MATRICES * directions + 2) * N * N * itemsize
+    return (EAGER_MATRICES * directions + 2) * N * N * 4
 
 
 def product_rate(machine: Machine, dtype: torch.dtype) -> float:

@@ -228,6 +228,16 @@ def test_a_frozen_tower_and_no_gradient_take_less():
     assert peaks[1] > peaks[2]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("stats", [False, True])
+def test_an_estimate_in_every_mode_of_autograd(backend, mode, stats):
+    wanted = sk.memory_estimate(64, 8, backend=backend, stats=stats)
+    with mode():
+        assert sk.memory_estimate(64, 8, backend=backend, stats=stats) == wanted
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+
+
 @pytest.mark.parametrize("radius", ["none", "scalar"])
 @pytest.mark.parametrize("objective", ["infonce", "siglip"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -32,7 +32,10 @@ def manifest_of(folder, text, name="m.csv"):
         ("file,text\na.wav,x\n", "wav, filename) and none of captions (caption, caption_1, "),
         ("audio;caption\na.wav;x\n", "it has audio;caption; commas separate the columns of a .csv"),
         ("file_name,said\na.wav,x\n", "no column of captions (caption, caption_1, "),
-        ("file_name,caption_1,caption_2\na.wav,,\n", "line 2 (a.wav): caption_1 is empty"),
+        (
+            "file_name,caption_1,caption_2\na.wav,,\n",
+            "line 2 (a.wav): caption_1, caption_2 are empty",
+        ),
         ("file_name,caption_1\na.wav,x\nb.wav,  \n", "line 3 (b.wav): caption_1 is empty"),
         ("file_name,caption_1\n,x\n", "line 2: file_name is empty"),
         ("file_name,caption_1\na.wav,one, two\n", "a text with a comma in it needs quotes"),

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -140,13 +141,17 @@ def test_a_finished_run_is_extended(manifest, tmp_path, capsys):
     assert "more than its --epochs 4" in capsys.readouterr().err
 
 
-def test_more_epochs_change_the_learning_rate(manifest, tmp_path, capsys):
+def test_more_epochs_change_the_learning_rate(manifest, tmp_path, capsys, monkeypatch):
     run = train(settings(manifest, tmp_path / "run", batch_size=6, epochs=2))
     assert main(["train", "--resume", str(run), "--epochs", "4"]) == 0
-    rate = log_of(run)[6]["lr"]
-    assert log_of(run)[5]["lr"] < 0.2 * rate and len(log_of(run)) == 12
-    told = f"NOTE: 4 epochs instead of 2: the learning rate goes on with {rate:.2g} instead of 0\n"
-    assert told in capsys.readouterr().out
+    shares = [line["lr"] / read_config(run).lr for line in log_of(run)]
+    assert shares[5] < 0.2 * shares[6] and len(shares) == 12
+    told = f"NOTE: 4 epochs instead of 2: the learning rate goes on at {100 * shares[6]:.0f} % of "
+    assert told + "its peak, which would have been at 0 %\n" in capsys.readouterr().out
+    config = settings(manifest, tmp_path / "other", batch_size=6, epochs=4)
+    other = stopped(monkeypatch, replace(config, checkpoint_every=3), 6)
+    assert main(["train", "--resume", str(other), "--epochs", "2"]) == 0
+    assert "NOTE" not in capsys.readouterr().out and len(log_of(other)) == 6
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -43,6 +45,61 @@ def test_what_is_no_manifest(tmp_path, name, what):
     (tmp_path / "a.flac").write_bytes(b"fLaC")
     with pytest.raises(UserError, match=f"{name} is {what}, no manifest"):
         read_manifest(tmp_path / name)
+
+
+def test_holes_of_every_kind(tmp_path):
+    """null and NaN of JSON, and what tables write for them; a list may be padded."""
+    holes = [None, float("nan"), "", " ", "nan", "None"]
+    rows = [
+        {"audio": f"{n}.wav", "caption": "one", "caption_2": hole, "hard_negative": hole}
+        for n, hole in enumerate(holes)
+    ]
+    rows.append({"audio": "list.wav", "captions": ["one", None, float("nan")]})
+    clips = read_manifest(written(tmp_path, "m.jsonl", "\n".join(map(json.dumps, rows))))
+    text = "audio,caption,caption_2,hard_negative\n"
+    text += "".join(f"{n}.wav,one,{hole},{hole}\n" for n, hole in enumerate(holes[2:]))
+    clips += read_manifest(written(tmp_path, "m.csv", text))
+    assert len(clips) == 11
+    assert all(clip.captions == ("one",) and not clip.wrong for clip in clips)
+
+
+def test_languages_of_a_list_with_holes(tmp_path):
+    row = {"audio": "a.wav", "caption_1": "un", "caption_2": None, "caption_3": "drei"}
+    path = written(tmp_path, "m.jsonl", json.dumps(row | {"lang": ["fra", "eng", "deu"]}))
+    assert captions_by_file(read_manifest(path)) == {"a.wav": [("un", "fra"), ("drei", "deu")]}
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        (
+            "m.csv",
+            "audio,caption,caption_2\na.wav,a dog,barks\nb.wav,a d",
+            "line 3 .* fewer fields",
+        ),
+        ("m.csv", "audio,caption,caption_2\na.wav,,\n", "caption, caption_2 are empty"),
+        ("m.csv", "audio,caption\na.wav,nan\n", "line 2 .*: caption is empty"),
+        ("m.jsonl", '{"audio": "a", "caption": null, "caption_2": null}', "caption_2 are empty"),
+        ("m.jsonl", '{"audio": "a", "caption": null, "caption_fr": "un"}', "caption is empty"),
+        ("m.tsv", "audio,caption\na.wav,x\n", "tabs those of a .tsv"),
+        (f"{'x' * 300}.csv", None, "cannot read the manifest"),
+        ("gone.wav", None, "manifest not found"),
+    ],
+)
+def test_what_is_wrong_with_a_table(tmp_path, name, text, message):
+    if text is not None:
+        written(tmp_path, name, text)
+    with pytest.raises(UserError, match=message):
+        read_manifest(tmp_path / name)
+
+
+def test_help_needs_no_library():
+    code = (
+        "import sys\nsys.modules['langcodes'] = sys.modules['numpy'] = None\n"
+        "from supclap.cli import main\nmain(['check', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "hard_negative_2" in done.stdout, done.stderr
 
 
 def test_clips_with_fewer_captions(tmp_path):

@@ -1,7 +1,6 @@
 """The library in Python: `supclap.train`, `supclap.load`; embeddings in files, and searches."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -19,6 +18,7 @@ from supclap.config import MODEL, TRAIN, ModelConfig, TrainConfig
 from supclap.corpus import load_corpus
 from supclap.embeddings import embed_corpus
 from supclap.errors import UserError
+from supclap.exports.folder import export_folder
 from supclap.interface import samples_of
 from supclap.search import embed, search
 from supclap.train import train
@@ -164,8 +164,8 @@ def test_an_index_of_other_weights(manifest, run, tmp_path, ending):
     other = train(settings(manifest, tmp_path / "other", init=run, epochs=1))
     with pytest.raises(UserError, match="other weights wrote it than those of .*other; write it"):
         search(other, "a dog", index=out)
-    shutil.copytree(run, tmp_path / "moved")
-    assert search(tmp_path / "moved", "a dog", index=out)[0][0][1] == "dog.wav"
+    export_folder(run, tmp_path / "exported")
+    assert search(tmp_path / "exported/run", "a dog", index=out)[0][0][1] == "dog.wav"
 
 
 def test_an_index_without_a_mark_of_its_weights(run, model, tmp_path):
@@ -182,19 +182,23 @@ def test_an_index_without_a_mark_of_its_weights(run, model, tmp_path):
         ("bare.npy", "bare.npy.json, which names what its vectors are of, is missing"),
         ("lines.npy", "it names no files; `supclap embed` writes an index"),
         ("lines.safetensors", "it names no files; `supclap embed` writes an index"),
+        ("list.npy", "list.npy.json holds no object"),
+        ("list.npy.json", "known endings are .safetensors"),
     ],
 )
 def test_what_is_no_index(run, tmp_path, name, expected):
     (tmp_path / "lines.txt").write_text("a dog\n")
     for ending in (".npy", ".safetensors"):
         embed(run, tmp_path / "lines.txt", tmp_path / f"lines{ending}")
-    np.save(tmp_path / "bare.npy", np.zeros((2, 32), dtype=np.float32))
+    for unnamed in ("bare.npy", "list.npy"):
+        np.save(tmp_path / unnamed, np.zeros((2, 32), dtype=np.float32))
+    (tmp_path / "list.npy.json").write_text('["a", "b"]')
     with pytest.raises(UserError, match=expected):
         search(run, "a dog", index=tmp_path / name)
 
 
 def test_sentences_are_strings(model):
-    with pytest.raises(TypeError, match="sentences are strings"):
+    with pytest.raises(TypeError, match=r"captions must be strings, got \[3\]"):
         model.embed_text([3])
 
 
@@ -202,6 +206,15 @@ def test_every_setting_is_explained_in_python():
     for name, setting in (TRAIN | MODEL).items():
         of = TrainConfig if name in TRAIN else ModelConfig
         assert f"    {name}: {setting.metadata['help']}" in of.__doc__
+    assert "none, uni-static, bi-static, uni-dynamic, bi-dynamic" in TrainConfig.__doc__
+
+
+def test_every_missing_file_is_named(model, tmp_path):
+    names = [tmp_path / f"{n}.wav" for n in range(3)]
+    with pytest.raises(UserError, match="no such file: .*0.wav, .*1.wav, .*2.wav"):
+        model.embed_audio(names)
+    with pytest.raises(UserError, match="no such file"):
+        model.embed_audio("x" * 300)
 
 
 def test_what_is_written(manifest, run, model, tmp_path, capsys):

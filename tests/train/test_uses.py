@@ -210,6 +210,8 @@ def test_public_layouts(tmp_path):
         ("gone.csv", None, "no such file"),
         ("a.csv", "file_name,class\nx,y\n", "no column 'label'; it has file_name, class"),
         ("b.csv", "file_name,label\nx,y\nz,\n", "line 3: label is empty"),
+        ("e.csv", "", "e.csv is empty"),
+        ("f.csv", "audio;label\nx;y\n", "commas separate the columns of a .csv"),
         ("d.csv", "file,label\nx,y\n", "no column of files \\(file_name, audio, path"),
         ("c.csv", "file_name,label\n", "a header and no clip"),
     ):

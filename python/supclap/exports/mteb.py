@@ -10,6 +10,7 @@ It needs `pip install 'supclap-kernels[mteb]'`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from ..embeddings import DEFAULTS, embed_features
 from ..interface import Embedder
 from ..languages import LANGUAGE, language_code
-from ..model import fingerprint, selection_note
+from ..model import WEIGHTS, selection_note
 from ..ranks import choose_device
 from .folder import BLANK
 
@@ -108,7 +109,8 @@ class MtebEncoder:
 
 def revision_of(run: Path) -> str:
     """Names the weights of a run."""
-    return fingerprint(run) + "-selected-on-test" * bool(selection_note(run))
+    digest = hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()[:16]
+    return digest + "-selected-on-test" * bool(selection_note(run))
 
 
 def language_of(task: Any, subset: str) -> str:
