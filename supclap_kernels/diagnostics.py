@@ -1,6 +1,6 @@
 """Where the loss pushes the texts: the quantities the paper argues with, for each pair."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,12 @@ class ForceDecomposition(NamedTuple):
     """
 
 
+def constant(x: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy without a graph, which autograd may keep even if x was made in inference mode."""
+    return torch.as_tensor(x, dtype=dtype, device=like.device).detach().clone()
+
+
+@torch.inference_mode(False)
 @without_autocast
 def force_decomposition(
     audio: Tensor,
@@ -74,20 +80,19 @@ def force_decomposition(
         as_python_number(beta),
         accumulator_dtype(audio.dtype),
     )
-    number: dict[str, Any] = {"dtype": dtype, "device": audio.device}
     infonce, N = objective == "infonce", len(text)
-    A, T = audio.detach().to(dtype), text.detach().to(dtype)
+    A, T = constant(audio, audio, dtype), constant(text, audio, dtype)
     if normalize:
         A, T = F.normalize(A, dim=1), F.normalize(T, dim=1)
-    R = None if radius is None else torch.as_tensor(radius, **number).detach().expand(N)
-    k = torch.as_tensor(logit_scale, **number).detach()
-    b = torch.as_tensor(0.0 if logit_bias is None else logit_bias, **number).detach()
-    w = torch.ones(N, **number) if weight is None else weight.detach().to(dtype)
+    R = None if radius is None else constant(radius, audio, dtype).expand(N)
+    k = constant(logit_scale, audio, dtype)
+    b = constant(0.0 if logit_bias is None else logit_bias, audio, dtype)
+    w = A.new_ones(N) if weight is None else constant(weight, audio, dtype)
     keep = kept_pairs(N, ids, audio.device)
     positive = torch.eye(N, dtype=torch.bool, device=audio.device)
     with torch.enable_grad():
         T = T.requires_grad_()
-        through_positives = through_negatives = torch.zeros((), **number)
+        through_positives = through_negatives = A.new_zeros(())
         directions = directions_of(T, A, R, infonce, bilateral, renormalize)
         for term, pairs in directions.items():
             for X, Y, _ in pairs:

@@ -111,6 +111,8 @@ def seconds_of(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def tune(
     device: str | torch.device | None = None,
     *,

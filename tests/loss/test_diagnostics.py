@@ -134,6 +134,26 @@ def test_without_a_radius_nothing_is_contracted():
     assert found.force.dtype == torch.float32
 
 
+@pytest.mark.parametrize("objective", ["infonce", "siglip"])
+def test_in_every_mode_of_autograd(objective):
+    """During an evaluation, too, and of what was made there."""
+    case = Case(N=9, D=8, radius="row", weighted=True, duplicates=True)
+
+    def found(inputs):
+        every = (inputs.audio, inputs.text, inputs.radius, inputs.logit_scale)
+        given = [*every, torch.tensor(-1.0)] if objective == "siglip" else every
+        options = {"ids": inputs.ids, "weight": inputs.weight, "objective": objective}
+        return sk.force_decomposition(*given, **options)
+
+    wanted = found(make_inputs(case))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            made = make_inputs(case)
+            within = found(made)
+        for parts in (within, found(made)):
+            assert all(map(torch.equal, parts, wanted))
+
+
 def test_forces_act_on_the_normalised_rows():
     inputs = make_inputs(Case(dtype=DOUBLE, options={"normalize": True}))
     A, T = inputs.audio, inputs.text
