@@ -61,7 +61,7 @@ def memory_estimate(
 
 
 def eager_pass(options: Options, negatives: Negatives) -> Step:
-    """Forward and backward of the specification, which any autograd mode of the caller's has."""
+    """Forward and backward of the specification, in whatever mode of autograd the caller is."""
     named = options._asdict()
     return_stats = named.pop("stats")
 

@@ -74,12 +74,11 @@ def captions_of(entry: dict[str, Any]) -> tuple[list[tuple[str, str]], list[str]
     check_any(entry, columns)
     pairs: list[tuple[Any, Any]] = []
     for key in columns:
-        value, numbered = entry[key], f"source_lang_{key.removeprefix('caption_')}"
+        value = None if is_hole(entry[key]) else entry[key]
+        numbered = f"source_lang_{key.removeprefix('caption_')}"
         by_language = [(caption_language(key) or entry.get(numbered), value)]
         if isinstance(value, dict):
             by_language = [(code, texts) for code, texts in value.items() if texts is not None]
-        elif is_hole(value):
-            by_language = [(by_language[0][0], None)]
         pairs += [(text, code) for code, texts in by_language for text in as_list(texts)]
     shared = next((entry[key] for key in LANGUAGE_KEYS if entry.get(key)), LANGUAGE)
     silent = sum(code is None for _, code in pairs)

@@ -6,8 +6,14 @@ from .config import TrainConfig
 from .corpus import Corpus
 from .step import schedule
 
-REVERSED, REVERSED_STEPS = -0.5, 50
-"""Below this median contraction (R beyond 1.5 r), after so many steps, the user is told."""
+REVERSED_STEPS = 50
+"""After so many steps with a median contraction below `lowest_contraction` the user is told."""
+
+
+def lowest_contraction(config: TrainConfig) -> float:
+    """Which median of 1 - R/r is no runaway yet: a dynamic radius has to stay within the gap; a
+    static one, a number for all pairs, only follows the mean gap: up to 1.5 r is allowed."""
+    return -0.5 if config.svr.endswith("static") else 0.0
 
 
 def of_batches(
@@ -50,10 +56,11 @@ def of_epochs(config: TrainConfig, before: int, step: int, epoch_steps: int) -> 
 def of_contraction(config: TrainConfig) -> str:
     """Of a radius that has run away from the gap."""
     near = config.support == "sphere" and config.beta >= 1
+    lowest = lowest_contraction(config)
     return (
-        f"NOTE: for {REVERSED_STEPS} steps most pairs have had a radius R beyond {1 - REVERSED} "
+        f"NOTE: for {REVERSED_STEPS} steps most pairs have had a radius R beyond {1 - lowest:g} "
         "times their gap r: the factor 1 - R/r on the push of the negatives is below "
-        f"{REVERSED}, so it is turned round instead of shrunk. Remedy: "
+        f"{lowest:g}, so it is turned round instead of shrunk. Remedy: "
         + "--support sphere and --beta 1 keep R near r, " * (not near)
         + "--radius-bound gap with --radius-init 0.9 keeps it below"
     )

@@ -281,7 +281,7 @@ class Run:
 
     def mind_contraction(self, median: float | None) -> None:
         """Tells, once, that the radius has run away from the gap."""
-        reverses = (median or 0.0) < notes.REVERSED
+        reverses = (median or 0.0) < notes.lowest_contraction(self.config)
         self.reversed_steps = self.reversed_steps + 1 if reverses else 0
         if self.reversed_steps == notes.REVERSED_STEPS and not self.told:
             self.told = True

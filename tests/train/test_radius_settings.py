@@ -118,16 +118,20 @@ def test_a_radius_that_ran_away_is_told_once(
     assert ("--support sphere" in printed) == bool(told and beta < 1)
 
 
-def test_a_few_steps_are_no_reason_to_warn():
+@pytest.mark.parametrize(
+    "svr, below, above, told",
+    [("bi-dynamic", -0.1, 0.1, "beyond 1 times"), ("uni-static", -0.6, -0.4, "beyond 1.5 times")],
+)
+def test_a_few_steps_are_no_reason_to_warn(svr, below, above, told):
     run = module.Run.__new__(module.Run)
     run.reversed_steps, run.told, said = 0, False, []
-    run.say, run.config = said.append, settings("data.csv", "run")
-    for median in [-0.6] * 49 + [-0.4] * 100 + [-0.6] * 49 + [None] + [-0.6] * 49:
+    run.say, run.config = said.append, settings("data.csv", "run", svr=svr)
+    for median in [below] * 49 + [above] * 100 + [below] * 49 + [None] + [below] * 49:
         run.mind_contraction(median)
     assert not said
     for _ in range(200):
-        run.mind_contraction(-0.6)
-    assert len(said) == 1
+        run.mind_contraction(below)
+    assert len(said) == 1 and told in said[0]
 
 
 def test_the_diagnosis_knows_the_sphere(manifest, tmp_path):
