@@ -144,7 +144,8 @@ def test_wrong_captions_that_cannot_be(manifest):
         read_manifest(path)
 
 
-def test_they_are_counted(wrong, tmp_path, capsys):
+def test_they_are_counted(wrong, manifest, tmp_path, capsys):
+    assert not any("negatives" in line for line in check(manifest)[0])
     count = sum(len(clip.wrong) for clip in read_manifest(wrong))
     assert count and check(wrong)[0].count(f"hard negatives: {count}") == 1
     train(settings(wrong, tmp_path / "run", epochs=1))
