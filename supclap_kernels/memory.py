@@ -65,7 +65,6 @@ def eager_pass(options: Options, negatives: Negatives) -> Step:
     named = options._asdict()
     return_stats = named.pop("stats")
 
-    @torch.enable_grad()
     def step(inputs: Tensors, needs: tuple[bool, ...], upstream: Tensor) -> Sequence[Tensor | None]:
         given = (inputs.audio, inputs.text, inputs.radius, inputs.scale.to("meta"))
         leaves = [None if x is None else x.detach().requires_grad_() for x in given]

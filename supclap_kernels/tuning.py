@@ -112,7 +112,6 @@ def seconds_of(step: Callable[[], None]) -> float:
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()
 def tune(
     device: str | torch.device | None = None,
     *,
